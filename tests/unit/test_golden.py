@@ -1,0 +1,105 @@
+"""The layers against values computed with the authors' released code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from xmoe_fairseq.moe import Experts, MoELayer, RouterOptions, RoutingPlan, ThresholdRouter, TopKRouter
+
+Golden = dict[str, np.ndarray]
+
+
+def close(actual: torch.Tensor, expected: np.ndarray) -> None:
+    torch.testing.assert_close(
+        actual.detach(), torch.from_numpy(np.asarray(expected)).to(actual.dtype), rtol=1e-4, atol=1e-5
+    )
+
+
+def combine_weights(plan: RoutingPlan, num_experts: int) -> torch.Tensor:
+    expert = torch.repeat_interleave(torch.arange(num_experts), plan.group_sizes)
+    dense = torch.zeros(plan.num_tokens, num_experts)
+    dense[plan.token, expert] = plan.weight
+    return dense
+
+
+def check_statistics(plan: RoutingPlan, golden: Golden) -> None:
+    stats = plan.stats
+    load = stats.first_choices.double()
+    measured = {
+        "l_aux": stats.balance_loss,
+        "want_num": stats.wanted / stats.tokens,
+        "chosen_num": stats.received / stats.tokens,
+        "top1_p_mean": stats.top1_prob / stats.tokens,
+        "balance_coe": load.std(correction=0) / load.mean(),
+        "drop_rate": 100 * stats.first_dropped / stats.tokens,
+    }
+    for name in measured.keys() & golden.keys():
+        close(measured[name].double(), golden[name])
+
+
+def check_gate(golden: Golden, router_type: type[ThresholdRouter | TopKRouter], **options: float) -> None:
+    logits = torch.from_numpy(golden["logits"])
+    router = router_type(
+        1,
+        logits.shape[1],
+        RouterOptions(
+            capacity_factor=float(golden["capacity_factor"]), min_capacity=int(golden["min_capacity"]), **options
+        ),
+    )
+    plan = router.train().plan(logits)
+    close(combine_weights(plan, logits.shape[1]), golden["combine_weights"])
+    check_statistics(plan, golden)
+
+
+def check_xmoe_gate(golden: Golden) -> None:
+    check_gate(golden, ThresholdRouter, threshold=float(golden["threshold"]))
+
+
+def check_topk_gate(golden: Golden) -> None:
+    check_gate(golden, TopKRouter, top_k=int(golden["k"]))
+
+
+def check_xmoe_layer(golden: Golden) -> None:
+    num_experts, hidden, dim = golden["fc1_weight"].shape
+    router = ThresholdRouter(dim, num_experts, RouterOptions(threshold=float(golden["threshold"])))
+    layer = MoELayer(router, Experts(num_experts, dim, hidden))
+    with torch.no_grad():
+        router.weight.copy_(torch.from_numpy(golden["gate_weight"]))
+        for name, parameter in layer.experts.named_parameters():
+            parameter.copy_(torch.from_numpy(golden[name]))
+    x = torch.from_numpy(golden["x"]).requires_grad_()
+    y, plan = layer(x)
+    assert str(golden["loss_is"]) == "(y**2).sum() + 0.01*l_aux"
+    (y.square().sum() + 0.01 * plan.stats.balance_loss).backward()
+    close(y, golden["y"])
+    check_statistics(plan, golden)
+    close(x.grad, golden["grad_x"])
+    close(router.weight.grad, golden["grad_gate_weight"])
+    close(layer.experts.fc1_weight.grad, golden["grad_fc1_weight"])
+    close(layer.experts.fc2_weight.grad, golden["grad_fc2_weight"])
+
+
+CHECKS: dict[str, Callable[[Golden], None]] = {
+    "xmoe_gate": check_xmoe_gate,
+    "topk_gate": check_topk_gate,
+    "xmoe_layer": check_xmoe_layer,
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One case for each file of a known kind."""
+    folder = metafunc.config.getoption("golden_dir")
+    files = [file for kind in CHECKS for file in sorted(folder.glob(f"{kind}_*.npz"))]
+    if not files:
+        raise pytest.UsageError(f"--golden-dir {folder} holds no reference values of the kinds {', '.join(CHECKS)}")
+    metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
+
+
+def test_golden(golden_file: Path) -> None:
+    with np.load(golden_file) as values:
+        CHECKS[golden_file.stem.rsplit("_", 1)[0]](dict(values))

@@ -1,0 +1,16 @@
+"""Adaptive-computation Mixture-of-Experts translation models for stock fairseq (``--user-dir xmoe_fairseq``)."""
+
+import importlib.util
+
+# Without fairseq installed, `xmoe_fairseq.moe` still works from a plain PyTorch script.
+if importlib.util.find_spec("fairseq") is not None:
+    from . import compat
+
+    compat.check_versions()
+    compat.install()
+
+    from . import criterions, models, subword, tasks
+
+    __all__ = ["compat", "criterions", "models", "subword", "tasks"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,175 @@
+"""Every option of the models: stock fairseq's transformer options and ours, in one flat dataclass.
+
+fairseq's own transformer configuration is nested (``encoder.embed_dim``), which its command line cannot
+read from a dataclass; a flat one (``encoder_embed_dim``) gives the same names, defaults and checks to the
+command line, to YAML and to ``--model-overrides``.
+"""
+
+# No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
+import dataclasses
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any, Optional
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models.transformer import TransformerConfig
+
+from .moe import ROUTERS, RouterOptions
+
+_NESTED = ("encoder", "decoder", "quant_noise")
+# Unless told otherwise the decoder is as wide as the encoder, as in fairseq's own presets.
+_FOLLOW_ENCODER = {
+    "decoder_embed_dim": "encoder_embed_dim",
+    "decoder_ffn_embed_dim": "encoder_ffn_embed_dim",
+    "decoder_layers": "encoder_layers",
+    "decoder_attention_heads": "encoder_attention_heads",
+    "decoder_input_dim": "decoder_embed_dim",
+    "decoder_output_dim": "decoder_embed_dim",
+}
+
+
+def _flat_fields() -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    for stock in dataclasses.fields(TransformerConfig):
+        if stock.name == "_name":
+            continue
+        nested = dataclasses.fields(stock.type) if stock.name in _NESTED else ()
+        for inner in nested:
+            if inner.name == "_name":
+                continue
+            name = f"{stock.name}_{inner.name}"
+            metadata = dict(inner.metadata)
+            if name in _FOLLOW_ENCODER:
+                leader = _FOLLOW_ENCODER[name]
+                metadata["help"] = f"{metadata.get('help', 'decoder input dimension')}; as --{leader.replace('_', '-')}"
+                yield name, Optional[int], dataclasses.field(default=None, metadata=metadata)
+            else:
+                yield name, inner.type, dataclasses.field(default=inner.default, metadata=metadata)
+        if not nested:
+            yield stock.name, stock.type, dataclasses.field(default=stock.default, metadata=dict(stock.metadata))
+
+
+FlatTransformerConfig: Any = dataclasses.make_dataclass(
+    "FlatTransformerConfig", list(_flat_fields()), bases=(FairseqDataclass,)
+)
+
+
+def _option(
+    default: Any, text: str, *, low: float | None = None, high: float | None = None, alias: str | None = None
+) -> Any:
+    """An option with its range, which both the help text and `check` use."""
+    bounds = f"; {low:g} or more" if high is None and low is not None else ""
+    if low is not None and high is not None:
+        bounds = f"; from {low:g} to {high:g}"
+    metadata = {"help": f"{text}{bounds}", "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata | ({"argparse_alias": alias} if alias else {}))
+
+
+@dataclasses.dataclass
+class XMoETransformerConfig(FlatTransformerConfig):
+    """Options of ``xmoe_transformer*``; the defaults are the preset ``xmoe_transformer``."""
+
+    moe_router: ChoiceEnum(tuple(ROUTERS)) = _option(  # type: ignore[valid-type]
+        "threshold", "how a token chooses its experts", alias="--moe-type"
+    )
+    moe_num_experts: int = _option(64, "experts in each MoE layer", low=1, alias="--num-experts")
+    moe_split_ratio: int = _option(
+        2, "an expert's hidden size is the feed-forward size divided by this, exactly", low=1, alias="--ffn-split-ratio"
+    )
+    moe_interval: int = _option(
+        2, "every n-th layer is an MoE layer, counted from 1: 2 means layers 2, 4, ...", low=1, alias="--expert-interval"
+    )
+    moe_placement: ChoiceEnum(("both", "encoder", "decoder")) = _option(  # type: ignore[valid-type]
+        "both", "which stack has MoE layers"
+    )
+    moe_threshold: float = _option(
+        0.9,
+        "threshold router: a token takes its most probable experts until their probability mass reaches this; "
+        "0 takes one expert, 1 takes all",
+        low=0,
+        high=1,
+        alias="--threshold",
+    )
+    moe_top_k: int = _option(2, "topk router: experts a token", low=1, alias="--moe-k")
+    moe_capacity_factor: float = _option(
+        0.0,
+        "in training an expert takes at most this multiple of (tokens / experts) tokens and drops the rest, lower "
+        "choices first; 0 drops nothing; evaluation never drops",
+        low=0,
+        alias="--capacity-factor",
+    )
+    moe_min_capacity: int = _option(4, "tokens an expert always takes, whatever the capacity factor", low=0)
+
+
+def router_options(cfg: Any) -> RouterOptions:
+    """Picks out what the router is told."""
+    return RouterOptions(
+        threshold=cfg.moe_threshold,
+        top_k=cfg.moe_top_k,
+        capacity_factor=cfg.moe_capacity_factor,
+        min_capacity=cfg.moe_min_capacity,
+    )
+
+
+def moe_layers(num_layers: int, interval: int) -> list[int]:
+    """Numbers the MoE layers of a stack, counted from 1."""
+    return list(range(interval, num_layers + 1, interval))
+
+
+def resolve(cfg: Any) -> Namespace:
+    """Fills in what follows from other options: the decoder's sizes."""
+    values = {field.name: cfg[field.name] for field in dataclasses.fields(XMoETransformerConfig)}
+    for name, leader in _FOLLOW_ENCODER.items():
+        if values[name] is None:
+            values[name] = values[leader]
+    return Namespace(**values)
+
+
+def check(cfg: Namespace) -> None:
+    """Refuses options out of range or in contradiction.
+
+    Args:
+        cfg: a resolved configuration.
+
+    Raises:
+        ValueError: names the option, its value and the values that work.
+    """
+    for field in dataclasses.fields(XMoETransformerConfig):
+        low, high = field.metadata.get("low"), field.metadata.get("high")
+        value = getattr(cfg, field.name)
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            allowed = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
+            raise ValueError(f"{_flag(field.name)} {value} is out of range: it must be {allowed}")
+    for stack in placed(cfg):
+        layers, size = getattr(cfg, f"{stack}_layers"), getattr(cfg, f"{stack}_ffn_embed_dim")
+        if cfg.moe_interval > layers:
+            raise ValueError(
+                f"--moe-interval {cfg.moe_interval} is beyond the {layers} layers of the {stack}, which would have no "
+                f"MoE layer: use at most {layers}, or --moe-placement for the other stack only"
+            )
+        if size % cfg.moe_split_ratio:
+            raise ValueError(
+                f"--moe-split-ratio {cfg.moe_split_ratio} does not divide --{stack}-ffn-embed-dim {size}: "
+                f"experts of {size / cfg.moe_split_ratio:.1f} hidden units cannot be built"
+            )
+    if cfg.moe_router == "topk" and cfg.moe_top_k > cfg.moe_num_experts:
+        raise ValueError(
+            f"--moe-top-k {cfg.moe_top_k} is more than --moe-num-experts {cfg.moe_num_experts}: "
+            "a token cannot take more experts than there are"
+        )
+    for name in ("quant_noise_pq", "quant_noise_scalar", "base_layers"):
+        if getattr(cfg, name):
+            raise ValueError(f"{_flag(name)} {getattr(cfg, name)} does not work with MoE layers: leave it out")
+
+
+def placed(cfg: Namespace) -> tuple[str, ...]:
+    """Names the stacks that have MoE layers."""
+    return ("encoder", "decoder") if cfg.moe_placement == "both" else (cfg.moe_placement,)
+
+
+def transformer_config(cfg: Namespace) -> TransformerConfig:
+    """Nests a resolved configuration as fairseq's transformer wants it; our options stay attributes of it."""
+    return TransformerConfig.from_namespace(cfg)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,144 @@
+"""Label-smoothed cross-entropy plus the routers' losses, and what the routers did as metrics."""
+
+# No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.logging import metrics
+from fairseq.logging.meters import safe_round
+from torch import Tensor
+
+from ..errors import UserError
+from ..moe import RoutingStats
+
+STACKS = {"encoder": "enc", "decoder": "dec"}
+# What is shown for a stack: metric, the sum above and below the fraction line, digits.
+RATIOS = (
+    ("experts_wanted", "wanted", "tokens", 3),
+    ("experts", "received", "tokens", 3),
+    ("first_dropped", "first_dropped", "tokens", 4),
+    ("top1_prob", "top1_prob", "tokens", 3),
+    ("load_cv", "load_cv", "tokens", 3),
+)
+
+
+@dataclass
+class ThresholdRoutingCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
+    moe_loss_coeff: float = field(
+        default=0.01, metadata={"help": "weight of the routers' balance loss, summed over the MoE layers; 0 or more"}
+    )
+    moe_z_loss_coeff: float = field(
+        default=0.0, metadata={"help": "weight of the routers' z-loss, summed over the MoE layers; 0 or more"}
+    )
+
+
+@register_criterion("threshold_routing_cross_entropy", dataclass=ThresholdRoutingCrossEntropyConfig)
+class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
+    """Label-smoothed cross-entropy + ``moe_loss_coeff`` * balance loss + ``moe_z_loss_coeff`` * z-loss.
+
+    The auxiliary losses are summed over the MoE layers and multiplied by the sample size, as the
+    cross-entropy is a sum over the sample. The loss and perplexity that are shown do not contain them.
+    With a model without MoE layers it is plain label-smoothed cross-entropy.
+
+    Source: Yang et al. 2024 (XMoE), section 3, and the metrics of the authors' code.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        sentence_avg: bool,
+        label_smoothing: float,
+        ignore_prefix_size: int = 0,
+        report_accuracy: bool = False,
+        moe_loss_coeff: float = 0.01,
+        moe_z_loss_coeff: float = 0.0,
+    ) -> None:
+        super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
+        for name, value in (("moe-loss-coeff", moe_loss_coeff), ("moe-z-loss-coeff", moe_z_loss_coeff)):
+            if not value >= 0:
+                raise UserError(f"--{name} {value} is out of range: it must be at least 0")
+        self.moe_loss_coeff = moe_loss_coeff
+        self.moe_z_loss_coeff = moe_z_loss_coeff
+
+    def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
+        """Computes the loss of one batch.
+
+        Returns:
+            The loss to minimise, the sample size to divide by, and sums to log.
+        """
+        net_output = model(**sample["net_input"])
+        loss, nll_loss = self.compute_loss(model, net_output, sample, reduce=reduce)
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": loss.data,
+            "nll_loss": nll_loss.data,
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+        }
+        if self.report_accuracy:
+            correct, total = self.compute_accuracy(model, net_output, sample)
+            logging_output |= {"n_correct": correct.data, "total": total.data}
+        for stack, records in net_output[1].get("routing", {}).items():
+            balance = _total(records, "balance_loss", loss)
+            z_loss = _total(records, "z_loss", loss)
+            loss = loss + (self.moe_loss_coeff * balance + self.moe_z_loss_coeff * z_loss) * sample_size
+            logging_output |= _sums(STACKS[stack], records, loss)
+            logging_output[f"{STACKS[stack]}_balance_loss"] = balance.detach() * sample_size
+            logging_output[f"{STACKS[stack]}_z_loss"] = z_loss.detach() * sample_size
+        return loss, sample_size, logging_output
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: Sequence[dict[str, Any]]) -> None:
+        """Logs sums over batches and workers, and ratios of those sums; nothing is read from the device here."""
+        super().reduce_metrics(logging_outputs)
+        sample_size = sum(output["sample_size"] for output in logging_outputs)
+        for prefix in STACKS.values():
+            if f"{prefix}_tokens" not in logging_outputs[0]:
+                continue  # this stack has no MoE layer
+
+            def total(key: str, prefix: str = prefix) -> Any:
+                return sum(output[f"{prefix}_{key}"] for output in logging_outputs)
+
+            for key in ("balance_loss", "z_loss"):
+                metrics.log_scalar(f"{prefix}_{key}", total(key) / sample_size, sample_size, round=4)
+            for key in sorted({name for _, above, below, _ in RATIOS for name in (above, below)}):
+                metrics.log_scalar(f"_{prefix}_{key}", total(key))  # a leading underscore hides it
+            for name, above, below, digits in RATIOS:
+                ratio = partial(_ratio, above=f"_{prefix}_{above}", below=f"_{prefix}_{below}", digits=digits)
+                metrics.log_derived(f"{prefix}_{name}", ratio)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+
+def _total(records: Sequence[RoutingStats], name: str, like: Tensor) -> Tensor:
+    """Sums one statistic over layers; zero where LayerDrop skipped them all."""
+    return torch.stack([getattr(record, name) for record in records]).sum() if records else like.new_zeros(())
+
+
+def _sums(prefix: str, records: Sequence[RoutingStats], like: Tensor) -> dict[str, Tensor]:
+    """Sums over the layers of a stack; the load's coefficient of variation is weighted by tokens."""
+    names = ("tokens", "wanted", "received", "first_dropped", "top1_prob")
+    sums = {f"{prefix}_{name}": _total(records, name, like) for name in names}
+    sums[f"{prefix}_load_cv"] = sum((_load_cv(record) * record.tokens for record in records), like.new_zeros(()))
+    return sums
+
+
+def _load_cv(record: RoutingStats) -> Tensor:
+    """Coefficient of variation of the first choices over the experts: 0 is perfect balance."""
+    load = record.first_choices.float()
+    return load.std(correction=0) / load.mean().clamp(min=1e-9)
+
+
+def _ratio(meters: Any, above: str, below: str, digits: int) -> float:
+    return safe_round(meters[above].sum / max(meters[below].sum, 1), digits)

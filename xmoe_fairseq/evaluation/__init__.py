@@ -1,0 +1,1 @@
+"""Scores of a run with sacreBLEU, its use of experts, and the page that shows both."""

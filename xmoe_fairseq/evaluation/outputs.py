@@ -1,0 +1,127 @@
+"""What ``fairseq-generate`` and the data preparation left on disk, read without losing or reordering a line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from xmoe_fairseq.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+GENERATE_FILE = "generate-test.txt"
+
+_HYPOTHESIS = re.compile(r"D-(\d+)\t[^\t]*\t(.*)", re.DOTALL)
+_OTHER_LINE = re.compile(r"[A-Z]-\d+(_\d+)?\t")
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_WORD_START = "▁"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` that takes its name if, and only if, the block succeeds."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    r"""Reads the lines of a UTF-8 file, which end at ``\n`` and nowhere else.
+
+    ``str.splitlines`` and text mode would also break at U+2028, U+0085 or ``\r``, all of which occur in real text.
+
+    Raises:
+        UserError: the file is missing, unreadable or not UTF-8; ``what`` names it.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the {what} {path} is not UTF-8: {error}") from error
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    r"""Writes one line each, ended by ``\n``, and leaves either the whole file or what was there before."""
+    with replacing(path) as temporary:
+        temporary.write_bytes("".join(f"{line}\n" for line in lines).encode())
+
+
+def read_hypotheses(path: Path) -> list[str]:
+    """Reads the detokenised hypotheses (``D-`` lines) of a ``fairseq-generate`` output, in the order of the test set.
+
+    fairseq writes them in the order of its batches. A hypothesis that holds a line break, which an early model with
+    byte pieces can produce, goes on in the lines up to fairseq's next one; the break becomes a space.
+
+    Raises:
+        UserError: no ``D-`` lines, ids that are missing or occur twice, or text that is still in pieces.
+    """
+    found: list[tuple[int, str]] = []
+    inside = False
+    for number, line in enumerate(read_lines(path, "output of fairseq-generate"), start=1):
+        if line.startswith("D-"):
+            match = _HYPOTHESIS.fullmatch(line)
+            if match is None:
+                raise UserError(f"{path}, line {number}: expected 'D-ID<tab>SCORE<tab>TEXT', found {line[:60]!r}")
+            found.append((int(match[1]), match[2]))
+            inside = True
+        elif _OTHER_LINE.match(line):
+            inside = False
+        elif inside:
+            found[-1] = (found[-1][0], f"{found[-1][1]} {line}")
+    if not found:
+        raise UserError(
+            f"{path} has no D- lines: decode without --quiet, and with --bpe so that fairseq-generate prints"
+            " detokenised lines"
+        )
+    _check_ids(path, [index for index, _ in found])
+    hypotheses = [text for _, text in sorted(found)]
+    _check_detokenised(path, hypotheses)
+    return hypotheses
+
+
+def _check_ids(path: Path, ids: list[int]) -> None:
+    """Demands 0..N-1, each once, where N - 1 is the largest."""
+    twice = sorted(index for index, times in Counter(ids).items() if times > 1)
+    if twice:
+        raise UserError(f"{path}: more than one D- line for sentence {_some(twice)}; decode with --nbest 1")
+    missing = sorted(set(range(max(ids) + 1)) - set(ids))
+    if missing:
+        raise UserError(
+            f"{path}: no D- line for sentence {_some(missing)}; decode the whole test set, without"
+            " --skip-invalid-size-inputs-valid-test"
+        )
+
+
+def _check_detokenised(path: Path, hypotheses: list[str]) -> None:
+    texts = [text for text in hypotheses if text.strip()]
+    if texts and all(_WORD_START in text for text in texts):
+        raise UserError(
+            f"the D- lines of {path} are still in SentencePiece pieces: pass --bpe so that fairseq-generate prints"
+            " detokenised lines"
+        )
+    # A real text may hold such a string, so this one is no error.
+    in_bytes = sum(bool(_BYTE_PIECE.search(text)) for text in texts)
+    if in_bytes:
+        logger.warning(
+            "%s: %d hypotheses hold byte pieces such as <0xE4>, which the --bpe sentencepiece of stock fairseq leaves"
+            " undecoded and which lower the scores",
+            path,
+            in_bytes,
+        )
+
+
+def _some(numbers: list[int], shown: int = 5) -> str:
+    """Names the first few of many: ``3, 5, 8 and 12 more``."""
+    rest = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
+    return ", ".join(map(str, numbers[:shown])) + rest

@@ -1,0 +1,138 @@
+"""The report as a Markdown page."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from xmoe_fairseq.evaluation.results import Report, Sample
+from xmoe_fairseq.evaluation.score import sacrebleu_command
+
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
+
+
+def render_page(report: Report, picture: str) -> str:
+    """Renders the page, which shows ``picture`` by its path relative to the page."""
+    sections = [
+        [f"# {_plain(report.name)}", _summary(report), f"![BLEU and expert usage]({picture})"],
+        _translation(report),
+        _experts(report),
+        _samples(report.samples()),
+        _run(report),
+    ]
+    return "\n\n".join(block for section in sections for block in section) + "\n"
+
+
+def _summary(report: Report) -> str:
+    sentences = sum(direction.score.sentences for direction in report.directions)
+    text = (
+        f"**{report.mean_bleu:.1f} BLEU** and **{report.mean_chrf:.1f} chrF++** on average over"
+        f" {len(report.directions)} directions, {sentences:,} test sentences."
+    )
+    if report.computation_saved is None:
+        return f"{text} The model is dense: it has no MoE layers."
+    return (
+        f"{text} **{report.computation_saved:.0%} of the MoE computation saved** against giving every token to"
+        " every expert."
+    )
+
+
+def _translation(report: Report) -> list[str]:
+    rows = [
+        (_arrow(direction.source, direction.target), f"{direction.score.sentences:,}",
+         f"{direction.score.bleu:.1f}", f"{direction.score.chrf:.1f}")
+        for direction in report.directions
+    ]  # fmt: skip
+    rows.append(("**mean**", "", f"**{report.mean_bleu:.1f}**", f"**{report.mean_chrf:.1f}**"))
+    first = report.directions[0]
+    command = sacrebleu_command(first.reference_file, first.hypothesis_file, first.score.tokenizer)
+    return [
+        "## Translation",
+        _table(("direction", "sentences", "BLEU", "chrF++"), rows),
+        "sacreBLEU, detokenised hypotheses against the raw references. Signatures:",
+        "\n".join(_signatures(report)),
+        "The first row again, from the command line:",
+        f"```bash\n{command}\n```",
+    ]
+
+
+def _signatures(report: Report) -> list[str]:
+    """One line for each signature, with its directions where there are several of one metric."""
+    lines = []
+    for metric, field in (("BLEU", "bleu_signature"), ("chrF++", "chrf_signature")):
+        users: dict[str, list[str]] = defaultdict(list)
+        for direction in report.directions:
+            users[getattr(direction.score, field)].append(_arrow(direction.source, direction.target))
+        for signature, names in users.items():
+            where = f" ({', '.join(names)})" if len(users) > 1 else ""
+            lines.append(f"- {metric}{where}: `{signature}`")
+    return lines
+
+
+def _experts(report: Report) -> list[str]:
+    if not report.layers:
+        return ["## Experts", "No MoE layers: every token passes through the same feed-forward networks."]
+    rows = [
+        (f"`{use.layer}`", str(use.experts), f"{use.mean_experts:.2f}", f"{use.computation_saved:.1%}",
+         f"{use.first_dropped / use.tokens:.1%}", f"{max(use.first_choices) / use.tokens:.1%}")
+        for use in report.layers
+    ]  # fmt: skip
+    rows.append(("**all**", "", "", f"**{report.computation_saved:.1%}**", "", ""))
+    header = ("layer", "experts", "experts a token", "computation saved", "first choice dropped", "busiest expert")
+    return [
+        "## Experts",
+        "Measured on the test set with the references as decoder inputs. *Busiest expert* is the largest share of"
+        " tokens that have one expert as their first choice.",
+        _table(header, rows),
+    ]
+
+
+def _samples(samples: Sequence[Sample]) -> list[str]:
+    blocks = ["## Samples"]
+    for sample in samples:
+        header = (_arrow(sample.source_language, sample.target_language), f"sentence {sample.sentence}")
+        rows = (
+            ("source", _text(sample.source)),
+            ("reference", _text(sample.reference)),
+            ("translation", _text(sample.hypothesis)),
+        )
+        blocks.append(_table(header, rows, right=False))
+    return blocks
+
+
+def _run(report: Report) -> list[str]:
+    blocks = ["## Run"]
+    if report.seconds:
+        rows = [(_plain(stage), _duration(seconds)) for stage, seconds in report.seconds.items()]
+        blocks.append(_table(("stage", "wall-clock time"), rows))
+    blocks.append(", ".join(f"{_plain(name)} {version}" for name, version in report.versions.items()))
+    return blocks
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = True) -> str:
+    """Sets a table whose first column is aligned left, and the others right unless told otherwise."""
+    rule = ["---"] + ["---:" if right else "---"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def _arrow(source: str, target: str) -> str:
+    return f"{_plain(source)} → {_plain(target)}"
+
+
+def _text(sentence: str) -> str:
+    """One line of a data file; what Markdown takes for a line break becomes a space."""
+    return _plain(" ".join(sentence.split())) or "*(empty)*"
+
+
+def _plain(text: str) -> str:
+    """Keeps Markdown and HTML from reading markup into a text."""
+    return _MARKUP.sub(r"\\\1", text)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,152 @@
+"""BLEU and chrF++ of one direction against the raw reference, with sacreBLEU's signatures.
+
+.. code-block:: bash
+
+    python -m xmoe_fairseq.evaluation.score --generate RUN/generate/en-ca --reference DATA/raw/test.en-ca.ca --target ca
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sacrebleu.metrics import BLEU, CHRF
+
+from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.evaluation.outputs import GENERATE_FILE, read_hypotheses, read_lines, write_lines
+
+# BLEU needs words. sacreBLEU has word segmenters for three languages written without spaces; two of them need MeCab
+# (pip install sacrebleu[ja,ko]) and give way to characters where that is not installed. The other such languages are
+# scored on characters, because 13a would take a whole clause for a word. Every language not listed gets 13a.
+# The signature names the tokenizer: figures under different tokenizers cannot be compared, so take --tokenize to
+# repeat a paper's (13a throughout in most work on OPUS-100, flores200 for spBLEU).
+TOKENIZERS: dict[str, tuple[str, ...]] = {
+    language: tokenizers
+    for languages, tokenizers in (
+        ("zh zho yue", ("zh",)),
+        ("ja jpn", ("ja-mecab", "char")),
+        ("ko kor", ("ko-mecab", "char")),
+        ("th tha km khm lo lao my mya bo bod dz dzo", ("char",)),
+    )
+    for language in languages.split()
+}
+DEFAULT_TOKENIZER = "13a"
+
+
+@dataclass(frozen=True)
+class Score:
+    """The figures of one direction, and all that is needed to get them again."""
+
+    bleu: float
+    chrf: float
+    bleu_signature: str
+    chrf_signature: str
+    tokenizer: str
+    sentences: int
+
+
+def build_bleu(target: str, tokenizer: str | None = None) -> tuple[BLEU, str]:
+    """Makes the BLEU metric for a target language by ``TOKENIZERS`` and returns it with its tokenizer's name.
+
+    The code may have two or three letters and carry a script or a country: ``zh``, ``zho_Hans``, ``zh-CN``.
+
+    Args:
+        target: the language translated into.
+        tokenizer: the one to use whatever the language.
+
+    Raises:
+        UserError: no wanted tokenizer can be loaded.
+    """
+    language = re.split("[_-]", target)[0]
+    candidates = (tokenizer,) if tokenizer else TOKENIZERS.get(language, (DEFAULT_TOKENIZER,))
+    for name in candidates:
+        try:
+            return BLEU(tokenize=name), name
+        except RuntimeError:  # MeCab is not installed
+            continue
+    raise UserError(f"sacreBLEU cannot load the tokenizer {candidates[-1]!r}: pip install 'sacrebleu[ja,ko]'")
+
+
+def score(hypotheses: Sequence[str], references: Sequence[str], target: str, tokenizer: str | None = None) -> Score:
+    """Scores a translated test set, both sides as plain text in the same order.
+
+    Raises:
+        UserError: the counts differ or are zero.
+    """
+    if len(hypotheses) != len(references):
+        raise UserError(f"{len(hypotheses)} hypotheses but {len(references)} references into {target}")
+    if not references:
+        raise UserError(f"the test set into {target} is empty")
+    bleu, used = build_bleu(target, tokenizer)
+    chrf = CHRF(word_order=2)
+    return Score(
+        bleu=bleu.corpus_score(hypotheses, [references]).score,
+        chrf=chrf.corpus_score(hypotheses, [references]).score,
+        bleu_signature=str(bleu.get_signature()),
+        chrf_signature=str(chrf.get_signature()),
+        tokenizer=used,
+        sentences=len(references),
+    )
+
+
+def score_output(output: Path, reference: Path, target: str, tokenizer: str | None = None) -> tuple[Score, Path]:
+    """Scores one output of ``fairseq-generate`` and writes its hypotheses as plain text.
+
+    Args:
+        output: the output file, or the folder given as ``--results-path``.
+        reference: the raw reference. The ``T-`` lines of the output are never used: they come from the binarised
+            data, where an unknown piece is lost.
+        target: the language translated into, which selects the tokenizer and names the file ``hyp.TARGET``.
+        tokenizer: BLEU's tokenizer, whatever the language.
+
+    Returns:
+        The figures, and the file beside the output that gives the same ones to the ``sacrebleu`` program.
+
+    Raises:
+        UserError: a file is missing, the output is incomplete, or the counts differ.
+    """
+    if output.is_dir():
+        output = output / GENERATE_FILE
+    hypotheses = read_hypotheses(output)
+    references = read_lines(reference, "reference")
+    if len(hypotheses) != len(references):
+        raise UserError(f"{output} has {len(hypotheses)} hypotheses but {reference} has {len(references)} lines")
+    figures = score(hypotheses, references, target, tokenizer)
+    plain = output.with_name(f"hyp.{target}")
+    write_lines(plain, hypotheses)
+    return figures, plain
+
+
+def sacrebleu_command(reference: Path, plain: Path, tokenizer: str) -> str:
+    """Writes the command that gives the same figures without this project."""
+    files = f"sacrebleu {shlex.quote(str(reference))} -i {shlex.quote(str(plain))}"
+    return f"{files} -m bleu chrf --chrf-word-order 2 --tokenize {tokenizer}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints one direction's figures with their signatures."""
+    parser = argparse.ArgumentParser(prog="python -m xmoe_fairseq.evaluation.score", description=main.__doc__)
+    parser.add_argument("--generate", type=Path, required=True, help="--results-path of fairseq-generate, or the file")
+    parser.add_argument("--reference", type=Path, required=True, help="raw reference, one sentence a line")
+    parser.add_argument("--target", required=True, help="language translated into; selects BLEU's tokenizer")
+    parser.add_argument("--tokenize", choices=BLEU.TOKENIZERS, help="another tokenizer for BLEU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+
+    figures, plain = score_output(args.generate, args.reference, args.target, args.tokenize)
+    if args.json:
+        print(json.dumps({**asdict(figures), "target": args.target, "hypotheses": str(plain)}, indent=2))
+        return
+    print(f"BLEU   {figures.bleu:6.2f}  {figures.bleu_signature}")
+    print(f"chrF++ {figures.chrf:6.2f}  {figures.chrf_signature}")
+    print(f"{figures.sentences} sentences; the same figures from")
+    print(f"  {sacrebleu_command(args.reference, plain, figures.tokenizer)}")
+
+
+if __name__ == "__main__":
+    main()

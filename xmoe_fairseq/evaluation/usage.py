@@ -1,0 +1,148 @@
+"""How many experts a trained model computes for a token, measured by teacher forcing on the test set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fairseq import checkpoint_utils, utils
+from torch import Tensor
+from tqdm import tqdm
+
+from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.moe.statistics import RoutingStats
+
+Routing = Mapping[str, Sequence[RoutingStats]]
+
+_SUMS = ("tokens", "wanted", "received", "first_dropped", "top1_prob", "expert_load", "first_choices")
+
+
+@dataclass(frozen=True)
+class LayerUsage:
+    """What one MoE layer did over a whole test set; the fields are the sums of ``RoutingStats``."""
+
+    layer: str
+    tokens: int
+    wanted: int
+    received: int
+    first_dropped: int
+    top1_prob: float
+    expert_load: tuple[int, ...]
+    first_choices: tuple[int, ...]
+
+    @property
+    def experts(self) -> int:
+        """Experts in the layer."""
+        return len(self.expert_load)
+
+    @property
+    def mean_experts(self) -> float:
+        """Experts computed for a token, on average."""
+        return self.received / self.tokens
+
+    @property
+    def computation_saved(self) -> float:
+        """Share of the layer's expert computation saved against giving every token to every expert."""
+        return computation_saved([self])
+
+
+def computation_saved(layers: Iterable[LayerUsage]) -> float:
+    """Returns 1 - received pairs / possible pairs over the layers, where a layer has tokens * experts pairs."""
+    layers = list(layers)
+    return 1 - sum(use.received for use in layers) / sum(use.tokens * use.experts for use in layers)
+
+
+def accumulate(batches: Iterable[Routing]) -> list[LayerUsage]:
+    """Adds up the routing of many forward passes by layer name.
+
+    The sums are float64 on the CPU: exact for counts below 2**53, where float32 stops counting at 2**24.
+
+    Args:
+        batches: one mapping a forward pass, from ``encoder`` and ``decoder`` to one ``RoutingStats`` an MoE layer;
+            empty for a dense model.
+
+    Returns:
+        The layers in the order in which they first occur; empty for a dense model.
+
+    Raises:
+        ValueError: a layer has no name, so that its sums would mix with another's, or routed no token.
+    """
+    totals: dict[str, dict[str, Tensor]] = {}
+    for routing in batches:
+        for stats in (stats for side in routing.values() for stats in side):
+            if not stats.layer:
+                raise ValueError("RoutingStats without the name of its layer")
+            new = {name: getattr(stats, name).detach().to("cpu", torch.float64) for name in _SUMS}
+            old = totals.get(stats.layer)
+            totals[stats.layer] = new if old is None else {name: old[name] + new[name] for name in _SUMS}
+    return [_layer_usage(layer, total) for layer, total in totals.items()]
+
+
+def _layer_usage(layer: str, total: Mapping[str, Tensor]) -> LayerUsage:
+    if total["tokens"] == 0:
+        raise ValueError(f"MoE layer {layer!r} routed no token")
+
+    def count(name: str) -> int:
+        return round(total[name].item())
+
+    def counts(name: str) -> tuple[int, ...]:
+        return tuple(round(value) for value in total[name].tolist())
+
+    return LayerUsage(
+        layer=layer,
+        tokens=count("tokens"),
+        wanted=count("wanted"),
+        received=count("received"),
+        first_dropped=count("first_dropped"),
+        top1_prob=total["top1_prob"].item(),
+        expert_load=counts("expert_load"),
+        first_choices=counts("first_choices"),
+    )
+
+
+def measure(checkpoint: Path, bin_dir: Path, max_tokens: int = 4096) -> list[LayerUsage]:
+    """Runs a model over its binarised test set, references as decoder inputs, and adds up its routing.
+
+    The model and its task come from the checkpoint; ``xmoe_fairseq`` registered them when it was imported. Where the
+    layers have a capacity, what they drop depends on the batches, hence on ``max_tokens``.
+
+    Args:
+        checkpoint: as written by ``fairseq-train``.
+        bin_dir: the folder made by ``fairseq-preprocess``, with the dictionary.
+        max_tokens: the most tokens in a batch.
+
+    Raises:
+        UserError: the checkpoint, the folder or its test set is missing, or no sentence of the test set is usable.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"no checkpoint {checkpoint}")
+    if not bin_dir.is_dir():
+        raise UserError(f"no folder of binarised data {bin_dir}")
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(checkpoint)], arg_overrides={"data": str(bin_dir)}
+    )
+    model = models[0].to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    try:
+        task.load_dataset("test")
+    except FileNotFoundError as error:
+        raise UserError(f"no binarised test set in {bin_dir}: {error}") from error
+    batches = task.get_batch_iterator(
+        dataset=task.dataset("test"),
+        max_tokens=max_tokens,
+        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+        ignore_invalid_inputs=True,  # fairseq logs how many sentences are too long for the model
+    ).next_epoch_itr(shuffle=False)
+    if len(batches) == 0:
+        raise UserError(f"no usable sentence in the binarised test set of {bin_dir}")
+    return accumulate(_routings(model, tqdm(batches, desc="expert usage", unit="batch")))
+
+
+def _routings(model: torch.nn.Module, batches: Iterable[dict]) -> Iterator[Routing]:
+    device = next(model.parameters()).device
+    for sample in batches:
+        net_input = utils.apply_to_sample(lambda tensor: tensor.to(device), sample["net_input"])
+        with torch.inference_mode():
+            _, extra = model(**net_input)
+        yield extra.get("routing", {})

@@ -1,0 +1,73 @@
+"""The model behind ``xmoe_transformer*``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from typing import Any
+
+from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+from torch import Tensor
+
+from ..config import check, resolve, transformer_config
+from ..errors import UserError
+from .stacks import MoETransformerDecoder, MoETransformerEncoder
+
+
+class XMoETransformerModel(TransformerModelBase):
+    """fairseq's transformer with MoE layers.
+
+    Beside the decoder's output, ``forward`` gives a dictionary whose ``routing`` holds, for ``encoder`` and
+    ``decoder``, the statistics of each MoE layer that ran. Source: Yang et al. 2024 (XMoE).
+    """
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        """Adds the options of the preset's dataclass; its parent would add fairseq's nested ones."""
+        super(TransformerModelBase, cls).add_args(parser)
+
+    @classmethod
+    def build_model(cls, cfg: Any, task: Any) -> XMoETransformerModel:
+        """Builds a model from a flat configuration.
+
+        Raises:
+            UserError: an option is out of range or contradicts another.
+        """
+        resolved = resolve(cfg)
+        try:
+            check(resolved)
+            return super().build_model(transformer_config(resolved), task)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    @classmethod
+    def build_encoder(cls, cfg: TransformerConfig, src_dict: Any, embed_tokens: Any) -> MoETransformerEncoder:
+        return MoETransformerEncoder(cfg, src_dict, embed_tokens)
+
+    @classmethod
+    def build_decoder(cls, cfg: TransformerConfig, tgt_dict: Any, embed_tokens: Any) -> MoETransformerDecoder:
+        return MoETransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Loads parameters.
+
+        Raises:
+            UserError: the checkpoint has another dictionary, or other shapes, than this model.
+        """
+        self._check_shapes(state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _check_shapes(self, state_dict: Mapping[str, Tensor]) -> None:
+        own = self.state_dict()
+        for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+            if name in state_dict and state_dict[name].shape[0] != own[name].shape[0]:
+                raise UserError(
+                    f"the checkpoint was trained with {state_dict[name].shape[0]} dictionary entries, but this data has "
+                    f"{own[name].shape[0]}: use the data folder that the checkpoint was trained on"
+                )
+        for name in own.keys() & state_dict.keys():
+            if own[name].shape != state_dict[name].shape:
+                raise UserError(
+                    f"the checkpoint's {name} has the shape {tuple(state_dict[name].shape)}, this model's "
+                    f"{tuple(own[name].shape)}: give the --arch and the options that the checkpoint was trained with"
+                )

@@ -1,0 +1,34 @@
+"""How statistics leave layers whose return values are fixed by fairseq."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..moe import RoutingStats
+
+
+class RoutingRecorder:
+    """Collects the statistics of the MoE layers that run while it records; one a stack.
+
+    Outside of `recording` it ignores them, so the second run of a layer under activation
+    checkpointing, in the backward pass, is not counted again and keeps no graph alive.
+    """
+
+    def __init__(self) -> None:
+        self._records: list[RoutingStats] | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[list[RoutingStats]]:
+        """Gives the list that fills up, in the order in which layers run, until the block ends."""
+        self._records = records = []
+        try:
+            yield records
+        finally:
+            self._records = None
+
+    def add(self, layer: str, stats: RoutingStats) -> None:
+        """Takes one layer's statistics, under the layer's name."""
+        if self._records is not None:
+            self._records.append(dataclasses.replace(stats, layer=layer))

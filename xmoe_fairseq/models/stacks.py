@@ -1,0 +1,59 @@
+"""fairseq's encoder and decoder with MoE layers at the places the options name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase, TransformerEncoderBase
+from torch import Tensor, nn
+
+from ..config import moe_layers, placed
+from .layers import MoETransformerDecoderLayer, MoETransformerEncoderLayer, wrap_layer
+from .recorder import RoutingRecorder
+
+
+class MoETransformerEncoder(TransformerEncoderBase):
+    """An encoder whose output also has ``routing``: by stack, the statistics of each MoE layer that ran."""
+
+    def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        self.recorder = RoutingRecorder()
+        self._built = 0
+        super().__init__(cfg, *args, **kwargs)
+
+    def build_encoder_layer(self, cfg: TransformerConfig) -> nn.Module:
+        self._built += 1
+        if "encoder" not in placed(cfg) or self._built not in moe_layers(cfg.encoder.layers, cfg.moe_interval):
+            return super().build_encoder_layer(cfg)
+        return wrap_layer(MoETransformerEncoderLayer(cfg, f"encoder.{self._built}", self.recorder), cfg)
+
+    def forward_scriptable(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with self.recorder.recording() as records:
+            out = super().forward_scriptable(*args, **kwargs)
+        return out | {"routing": {"encoder": records} if "encoder" in placed(self.cfg) else {}}
+
+
+class MoETransformerDecoder(TransformerDecoderBase):
+    """A decoder whose extra output also has ``routing``: by stack, the statistics of each MoE layer that ran."""
+
+    def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        self.recorder = RoutingRecorder()
+        self._built = 0
+        super().__init__(cfg, *args, **kwargs)
+
+    def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
+        self._built += 1
+        if "decoder" not in placed(cfg) or self._built not in moe_layers(cfg.decoder.layers, cfg.moe_interval):
+            return super().build_decoder_layer(cfg, no_encoder_attn)
+        layer = MoETransformerDecoderLayer(cfg, no_encoder_attn, f"decoder.{self._built}", self.recorder)
+        return wrap_layer(layer, cfg)
+
+    def extract_features_scriptable(
+        self, prev_output_tokens: Tensor, encoder_out: dict[str, Any] | None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        with self.recorder.recording() as records:
+            x, extra = super().extract_features_scriptable(prev_output_tokens, encoder_out, *args, **kwargs)
+        # Beam search reorders the encoder's output by key and leaves the statistics out.
+        routing = dict(encoder_out.get("routing", {})) if encoder_out is not None else {}
+        if "decoder" in placed(self.cfg):
+            routing["decoder"] = records
+        return x, extra | {"routing": routing}

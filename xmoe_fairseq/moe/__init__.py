@@ -1,0 +1,38 @@
+"""Mixture-of-experts layers in plain PyTorch; nothing in this folder knows fairseq.
+
+Shape letters used throughout:
+
+====  =============================================================
+T     tokens (rows) that enter a layer, padding included
+d     model dimension
+E     experts of a layer
+h     hidden dimension of one expert
+R     chosen (token, expert) pairs: the rows that are multiplied
+====  =============================================================
+
+Five lines are enough::
+
+    from xmoe_fairseq.moe import Experts, MoELayer, RouterOptions, ThresholdRouter
+    router = ThresholdRouter(512, 64, RouterOptions(threshold=0.9))
+    layer = MoELayer(router, Experts(64, 512, 1024))
+    y, plan = layer(torch.randn(10, 512))
+    loss = y.square().sum() + 0.01 * plan.stats.balance_loss
+"""
+
+from .experts import Experts
+from .layer import MoELayer
+from .routers import ROUTERS, Router, RouterOptions, ThresholdRouter, TopKRouter
+from .routing import RoutingPlan
+from .statistics import RoutingStats
+
+__all__ = [
+    "ROUTERS",
+    "Experts",
+    "MoELayer",
+    "Router",
+    "RouterOptions",
+    "RoutingPlan",
+    "RoutingStats",
+    "ThresholdRouter",
+    "TopKRouter",
+]

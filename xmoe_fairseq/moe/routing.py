@@ -1,0 +1,127 @@
+"""RoutingPlan: which token goes to which expert with which weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .losses import balance_loss, z_loss
+from .statistics import RoutingStats
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """The chosen (token, expert) pairs of one call, sorted by expert, then by token.
+
+    Attributes:
+        token: (R,) int64, the row of the layer's input.
+        weight: (R,) float, the pair's share in the token's output; carries the router's gradient.
+        group_sizes: (E,) int64, pairs of each expert: the first ``group_sizes[0]`` pairs are
+            expert 0's, and so on. Experts without tokens have 0.
+        num_tokens: T, the rows of the layer's input, padding included.
+        stats: sums for losses and logs.
+    """
+
+    token: Tensor
+    weight: Tensor
+    group_sizes: Tensor
+    num_tokens: int
+    stats: RoutingStats
+
+
+@dataclass(frozen=True)
+class RankedProbs:
+    """Router probabilities beside their order.
+
+    Attributes:
+        logits: (T, E).
+        probs: (T, E) softmax of ``logits``.
+        sorted: (T, E) ``probs`` in descending order.
+        order: (T, E) int64, the expert at each rank; equal probabilities keep the experts' order.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    sorted: Tensor
+    order: Tensor
+
+
+def rank(logits: Tensor) -> RankedProbs:
+    """Turns logits (T, E) into probabilities and sorts them."""
+    probs = torch.softmax(logits, dim=-1)
+    in_order, order = probs.sort(dim=-1, descending=True, stable=True)
+    return RankedProbs(logits, probs, in_order, order)
+
+
+def make_plan(
+    ranked: RankedProbs,
+    chosen: Tensor,
+    padding_mask: Tensor | None = None,
+    capacity_factor: float = 0.0,
+    min_capacity: int = 4,
+) -> RoutingPlan:
+    """Turns the choice of ranks into a plan, and drops what exceeds the experts' capacity.
+
+    Args:
+        ranked: probabilities and their order, (T, E) each.
+        chosen: (T, E) bool; ``chosen[t, r]`` says that token t takes the expert of its rank r.
+        padding_mask: (T,) bool, true for padding, which is neither routed nor counted.
+        capacity_factor: 0 drops nothing; otherwise an expert takes at most
+            ``max(ceil(real tokens / E * capacity_factor), min_capacity)`` tokens.
+        min_capacity: tokens an expert may always take.
+    """
+    tokens, num_experts = chosen.shape
+    keep = ~padding_mask if padding_mask is not None else chosen.new_ones(tokens)
+    real = keep.sum()
+    chosen = chosen & keep.unsqueeze(-1)
+    wanted = torch.zeros_like(chosen).scatter(1, ranked.order, chosen)
+    received = wanted
+    if capacity_factor > 0:
+        capacity = (real.double() / num_experts * capacity_factor).ceil().clamp(min=min_capacity)
+        received = wanted & (_place_in_expert(ranked, wanted) < capacity)
+
+    # Row-major order of the transposed mask is sorted by expert: no sort is needed to group tokens.
+    expert, token = received.t().nonzero(as_tuple=True)
+    weight = ranked.probs.reshape(-1).index_select(0, token * num_experts + expert)
+    return RoutingPlan(
+        token=token,
+        weight=weight,
+        group_sizes=received.sum(0),
+        num_tokens=tokens,
+        stats=_statistics(ranked, wanted, received, keep, real),
+    )
+
+
+def _place_in_expert(ranked: RankedProbs, wanted: Tensor) -> Tensor:
+    """Numbers the tokens that want an expert: lower ranks first, within a rank the higher probability.
+
+    Returns:
+        (T, E) int64, the 0-based place of each token in each expert's queue.
+    """
+    ranks = torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
+    rank_of_expert = torch.empty_like(ranked.order).scatter(1, ranked.order, ranks)
+    # Probabilities are at most 1, so twice the rank keeps ranks apart; float64 keeps equal ranks exact.
+    key = (2.0 * rank_of_expert.double() - ranked.probs.detach().double()).masked_fill(~wanted, torch.inf)
+    queue = key.argsort(dim=0, stable=True)
+    places = torch.arange(wanted.shape[0], device=wanted.device).unsqueeze(-1).expand_as(queue)
+    return torch.empty_like(queue).scatter(0, queue, places)
+
+
+def _statistics(ranked: RankedProbs, wanted: Tensor, received: Tensor, keep: Tensor, real: Tensor) -> RoutingStats:
+    first = ranked.order[:, :1]
+    first_mask = torch.zeros_like(wanted).scatter(1, first, keep.unsqueeze(-1))
+    first_choices = first_mask.sum(0)
+    probs = ranked.probs.masked_fill(~keep.unsqueeze(-1), 0.0)
+    return RoutingStats(
+        tokens=real,
+        wanted=wanted.sum(),
+        received=received.sum(),
+        first_dropped=(first_mask & ~received).sum(),
+        top1_prob=ranked.sorted[:, 0].detach().masked_fill(~keep, 0.0).sum(),
+        expert_load=received.sum(0),
+        first_choices=first_choices,
+        balance_loss=balance_loss(probs, first_choices, real),
+        z_loss=z_loss(ranked.logits, keep, real),
+    )

@@ -1,0 +1,127 @@
+"""Subwords that lose no character: SentencePiece with byte pieces, alone and as fairseq's ``--bpe``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import sentencepiece
+from fairseq import file_utils
+from fairseq.data.encoders import register_bpe
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
+
+from xmoe_fairseq.errors import UserError
+
+# SentencePiece writes a space as this character, so it would read the character itself as a space.
+META_SPACE = "\u2581"
+# dict.txt has the pieces in the model's order, but four special symbols before them where the model has three.
+ID_SHIFT = 1
+# What fairseq may put among the pieces beside <unk>: it is no text.
+FAIRSEQ_SYMBOL = re.compile(r"<s>|</s>|<pad>|__\w+__|madeupword\d+")
+UNKNOWN = {"<unk>", "<<unk>>"}
+
+
+def byte_pieces(character: str) -> list[str]:
+    """Spells a character as byte pieces: ``<0xC2> <0xA0>`` for a no-break space."""
+    return [f"<0x{byte:02X}>" for byte in character.encode()]
+
+
+class Subword:
+    """A SentencePiece model for which ``decode_pieces(encode_pieces(line)) == line`` holds for any line.
+
+    Args:
+        model: the file ``spm.model`` that ``data_prep/prepare.sh`` wrote.
+
+    Raises:
+        UserError: where the file is missing, no SentencePiece model, or one without byte pieces.
+    """
+
+    def __init__(self, model: str | Path) -> None:
+        if not Path(model).is_file():
+            raise UserError(f"SentencePiece model {model}: no such file; give the spm.model of the prepared data")
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        except RuntimeError as error:
+            raise UserError(f"{model} is not a SentencePiece model, or is damaged: prepare the data again") from error
+        if not self.processor.is_byte(self.processor.piece_to_id("<0x00>")):
+            raise UserError(
+                f"{model} was trained without byte_fallback and would lose characters: "
+                "use the spm.model of the prepared data, or --bpe sentencepiece"
+            )
+
+    def encode_pieces(self, line: str, enable_sampling: bool = False, alpha: float | None = None) -> list[str]:
+        """Splits a line into pieces, none of which holds white space.
+
+        Args:
+            line: any text; what the vocabulary lacks becomes byte pieces.
+            enable_sampling: leave out merges at random (BPE dropout).
+            alpha: how many merges to leave out, 0 to 1; SentencePiece's own value if not given.
+        """
+        stand_in = self._stand_in(line) if META_SPACE in line else META_SPACE
+        pieces = self.processor.encode(
+            line.replace(META_SPACE, stand_in), out_type=str, enable_sampling=enable_sampling, alpha=alpha
+        )
+        return pieces if stand_in == META_SPACE else _replace(pieces, byte_pieces(stand_in), byte_pieces(META_SPACE))
+
+    def encode_ids(self, lines: Sequence[str]) -> list[list[int]]:
+        """Encodes lines into the ids that their pieces have in dict.txt, without the end of sentence."""
+        encoded = self.processor.encode(list(lines))
+        for number, line in enumerate(lines):
+            if META_SPACE in line:
+                encoded[number] = self.processor.piece_to_id(self.encode_pieces(line))
+        return [[i + ID_SHIFT for i in ids] for ids in encoded]
+
+    def decode_pieces(self, pieces: Iterable[str]) -> str:
+        """Joins pieces to text.
+
+        Language tags and fairseq's other symbols are dropped, an unknown token becomes "⁇" between spaces,
+        and bytes that are not UTF-8 become U+FFFD each.
+        """
+        text = ["<unk>" if piece in UNKNOWN else piece for piece in pieces if not FAIRSEQ_SYMBOL.fullmatch(piece)]
+        return self.processor.decode(text) if text else ""
+
+    def _stand_in(self, line: str) -> str:
+        """Finds a private character that the line lacks and the vocabulary can only spell in bytes."""
+        unknown = self.processor.unk_id()
+        candidates = map(chr, chain(range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)))
+        return next(c for c in candidates if c not in line and self.processor.piece_to_id(c) == unknown)
+
+
+def _replace(pieces: list[str], old: list[str], new: list[str]) -> list[str]:
+    """Replaces each run of ``old`` in ``pieces`` by ``new``."""
+    # "<0xF3>" stands in joined pieces only where it is a byte piece: SentencePiece keeps signs and digits apart.
+    return " ".join(pieces).replace(" ".join(old), " ".join(new)).split(" ")
+
+
+@register_bpe("sentencepiece_bytes", dataclass=SentencepieceConfig)
+class SentencepieceBytes(SentencepieceBPE):
+    """``--bpe sentencepiece_bytes``: fairseq's ``sentencepiece`` with the same options, but byte pieces are decoded.
+
+    Raises:
+        UserError: where ``--sentencepiece-model`` is missing, not a model, or one without byte pieces.
+    """
+
+    def __init__(self, cfg: SentencepieceConfig) -> None:
+        # Not the parent's: it fails with a traceback where the file is missing or damaged.
+        try:
+            model = file_utils.cached_path(cfg.sentencepiece_model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--sentencepiece-model {cfg.sentencepiece_model}: no such file; "
+                "give the spm.model of the prepared data"
+            ) from error
+        self.subword = Subword(model)
+        self.enable_sampling = cfg.sentencepiece_enable_sampling
+        self.alpha = cfg.sentencepiece_alpha
+
+    def encode(self, x: str) -> str:
+        """Splits a line into pieces with a space between them."""
+        return " ".join(self.subword.encode_pieces(x, self.enable_sampling, self.alpha))
+
+    def decode(self, x: str) -> str:
+        """Joins pieces to one line of text; a line end among the bytes becomes a space."""
+        # Only U+0020 separates pieces; str.split() would also cut at white space inside a foreign piece.
+        text = self.subword.decode_pieces(piece for piece in x.split(" ") if piece)
+        return text.replace("\n", " ").replace("\r", " ")

@@ -1,0 +1,109 @@
+"""One task for each benchmark: English to and from all its languages, in one model."""
+
+# No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
+import dataclasses
+import os
+from argparse import ArgumentParser, Namespace
+from typing import Any, ClassVar, Optional
+
+from fairseq.tasks import register_task
+from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
+from omegaconf import II, OmegaConf
+
+from ..benchmarks import BENCHMARKS, Benchmark, directions
+from ..errors import UserError
+from .data_folder import check_split, read_languages
+from .stock_options import stock_dataclass, stock_namespace
+
+# These follow from the data folder, which is made for one benchmark.
+_FROM_DATA = ("data", "langs", "lang_dict", "source_dict", "target_dict", "fixed_dictionary")
+_StockOptions = stock_dataclass(
+    "StockMultilingualOptions",
+    leave_out=_FROM_DATA,
+    defaults={"encoder_langtok": "tgt", "sampling_method": "temperature"},
+)
+
+
+@dataclasses.dataclass
+class MultilingualConfig(_StockOptions):
+    """Options of ``multilingual_*``: those of stock ``translation_multi_simple_epoch`` that the data leaves open."""
+
+    data: str = dataclasses.field(default="???", metadata={"help": "folder bin/ made by data_prep/prepare.sh"})
+    seed: int = II("common.seed")
+    train_subset: str = II("dataset.train_subset")
+    dataset_impl: Optional[str] = II("dataset.dataset_impl")
+
+
+class MultilingualTask(TranslationMultiSimpleEpochTask):
+    """English to and from every language of a benchmark, all directions in one model.
+
+    Languages, their order, the dictionary and the directions come from the data folder, which must have
+    been made for this benchmark; everything else is stock ``translation_multi_simple_epoch``.
+    """
+
+    benchmark: ClassVar[Benchmark]
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        """Adds the options of the task's dataclass; the stock task would add those it fixes too."""
+        super(TranslationMultiSimpleEpochTask, cls).add_args(parser)
+
+    @classmethod
+    def setup_task(cls, cfg: Any, **kwargs: Any) -> "MultilingualTask":
+        """Builds the task from its options.
+
+        Raises:
+            UserError: the data folder is missing, incomplete, or made for other languages.
+        """
+        args = stock_namespace(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+        languages = read_languages(args.data, cls.benchmark)
+        dictionary = os.path.join(args.data, "dict.txt")
+        args.langs = ["en", *languages]
+        args.source_dict = args.target_dict = dictionary
+        args.lang_pairs = args.lang_pairs or ",".join(directions(languages))
+        cls._check_directions(args, languages)
+        return super().setup_task(args, **kwargs)
+
+    @classmethod
+    def _check_directions(cls, args: Namespace, languages: list[str]) -> None:
+        known = directions(languages)
+        wanted = args.lang_pairs.split(",")
+        if (args.source_lang is None) != (args.target_lang is None):
+            raise UserError("--source-lang and --target-lang go together: give both or none")
+        if args.source_lang is not None:
+            wanted = [f"{args.source_lang}-{args.target_lang}"]
+        unknown = [pair for pair in wanted if pair not in known]
+        if unknown:
+            raise UserError(
+                f"the data in {args.data} has no direction {unknown[0]}: it has {', '.join(known[:8])}"
+                f"{', ...' if len(known) > 8 else ''}"
+            )
+        if len(set(wanted)) < len(wanted):
+            raise UserError(f"--lang-pairs {args.lang_pairs} names a direction twice: name each once")
+
+    def load_dataset(self, split: str, *args: Any, **kwargs: Any) -> None:
+        """Loads a split of all the task's directions.
+
+        Raises:
+            UserError: a file is missing, empty, damaged, or its two sides differ in length.
+        """
+        check_split(self.args.data, split, self.lang_pairs)
+        super().load_dataset(split, *args, **kwargs)
+
+
+def _register(benchmark: Benchmark) -> type[MultilingualTask]:
+    temperature = dataclasses.field(
+        default=benchmark.sampling_temperature,
+        metadata=MultilingualConfig.__dataclass_fields__["sampling_temperature"].metadata,
+    )
+    config = dataclasses.make_dataclass(
+        f"multilingual_{benchmark.name}_config",
+        [("sampling_temperature", float, temperature)],
+        bases=(MultilingualConfig,),
+    )
+    name = f"multilingual_{benchmark.name}"
+    task = type(name, (MultilingualTask,), {"benchmark": benchmark, "__doc__": MultilingualTask.__doc__})
+    return register_task(name, dataclass=config)(task)
+
+
+TASKS = {name: _register(benchmark) for name, benchmark in BENCHMARKS.items()}
