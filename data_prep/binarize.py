@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def write(raw: Path, spm: Path, languages: Sequence[str], folder: Path) -> dict[
     subword = Subword(spm / "spm.model")
     dictionary = Dictionary.load(str(spm / "dict.txt"))
     names = [
-        (f"{pair_name(split, language)}.{side}")
+        f"{pair_name(split, language)}.{side}"
         for language in languages
         for split in SPLITS
         for side in ("en", language)
@@ -58,10 +58,13 @@ def _binarize(text: Path, prefix: Path, subword: Subword, dictionary: Dictionary
     builder = MMapIndexedDatasetBuilder(data_file_path(str(prefix)), best_fitting_int_dtype(len(dictionary)))
     tokens = longest = 0
     for batch in _batches(read_lines(text)):
-        for ids in subword.encode_ids(batch):
-            builder.add_item(torch.IntTensor([*ids, dictionary.eos()]))
-            tokens += len(ids) + 1
-            longest = max(longest, len(ids) + 1)
+        sentences = [[*ids, dictionary.eos()] for ids in subword.encode_ids(batch)]
+        sizes = [len(sentence) for sentence in sentences]
+        # One tensor a batch and views of it: a tensor a sentence takes several times as long.
+        for sentence in torch.IntTensor(list(chain.from_iterable(sentences))).split(sizes):
+            builder.add_item(sentence)
+        tokens += sum(sizes)
+        longest = max(longest, *sizes)
     builder.finalize(index_file_path(str(prefix)))
     return {"total": tokens, "longest": longest}
 

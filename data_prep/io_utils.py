@@ -10,8 +10,8 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from xmoe_fairseq.errors import UserError
 
@@ -56,7 +56,7 @@ class SourceText:
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{self.path}: damaged after line {self.lines} ({error}): get the file again") from error
 
-    def _open(self) -> IO[bytes]:
+    def _open(self) -> gzip.GzipFile | BufferedReader:
         return gzip.open(self.path, "rb") if is_gzip(self.path) else open(self.path, "rb")
 
     def _text(self, line: bytes) -> str:

@@ -27,7 +27,9 @@ UNLEARNABLE = re.compile("[^\\S ]|[\0\u2581\u2585]")
 SPECIAL_PIECES = 3
 
 
-def write(raw: Path, lines: Mapping[str, int], languages: Sequence[str], options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def write(
+    raw: Path, lines: Mapping[str, int], languages: Sequence[str], options: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
     """Learns from the training text in ``raw`` and writes model, vocabulary, dictionary and language lists.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +21,6 @@ TOOLS = ("torch", "fairseq-fixed", "sentencepiece", "babel")
 
 def tool_versions() -> dict[str, str | None]:
     """Gives the versions of what shapes the output, ``None`` for what is not installed."""
-    import platform
-
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for tool in TOOLS:
         try:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import binarize
 import learn_spm
 import raw_local
 from io_utils import SPLITS, fingerprint, lock, pair_name, write_lines
@@ -38,9 +39,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="prepare.sh", description=__doc__, allow_abbrev=False)
     parser.add_argument("--benchmark", required=True, choices=BENCHMARKS, help="which set of languages to prepare")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to, made if missing")
-    parser.add_argument(
-        "--input", type=Path, metavar="DIR", help=f"local: the folder that holds {raw_local.EXPECTED}"
-    )
+    parser.add_argument("--input", type=Path, metavar="DIR", help=f"local: the folder that holds {raw_local.EXPECTED}")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="SentencePiece pieces (default: the benchmark's)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="the same seed gives the same files")
     for split in SPLITS:
@@ -106,17 +105,11 @@ def run_stages(out: Path, parameters: Mapping[str, Any], corpus: raw_local.Corpu
 
         return raw_demo.write(languages, parameters["sizes"], parameters["seed"], folder)
 
-    def binary(folder: Path) -> dict[str, Any]:
-        # Importing fairseq takes seconds and prints: only when all that the user can get wrong has been checked.
-        import binarize
-
-        return binarize.write(out / "raw", out / "spm", languages, folder)
-
     records = {"raw": run_stage(out, "raw", parameters, raw)}
     lines = records["raw"]["lines"]
     vocabulary = partial(learn_spm.write, out / "raw", lines, languages, parameters)
     records["spm"] = run_stage(out, "spm", parameters, vocabulary)
-    records["bin"] = run_stage(out, "bin", parameters, binary)
+    records["bin"] = run_stage(out, "bin", parameters, partial(binarize.write, out / "raw", out / "spm", languages))
     return records
 
 

@@ -37,7 +37,9 @@ def find(folder: Path) -> Corpus:
         split, pair, language, side = _parse(path)
         other = found.setdefault((split, language, side), path)
         if other != path:
-            raise UserError(f"{folder} holds both {other.name} and {path.name}: the same text twice, remove one of them")
+            raise UserError(
+                f"{folder} holds both {other.name} and {path.name}: the same text twice, remove one of them"
+            )
         names.setdefault(language, pair)
     if not found:
         raise UserError(f"--input {folder}: no parallel text; it must hold {EXPECTED}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from xmoe_fairseq.errors import UserError
+from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +57,18 @@ def write_lines(path: Path, lines: list[str]) -> None:
         temporary.write_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
-def read_hypotheses(path: Path) -> list[str]:
+def read_hypotheses(path: Path, count: int) -> list[str]:
     """Reads the detokenised hypotheses (``D-`` lines) of a ``fairseq-generate`` output, in the order of the test set.
 
     fairseq writes them in the order of its batches. A hypothesis that holds a line break, which an early model with
     byte pieces can produce, goes on in the lines up to fairseq's next one; the break becomes a space.
 
+    Args:
+        path: the output file.
+        count: sentences in the test set; their ids are 0 to count - 1.
+
     Raises:
-        UserError: no ``D-`` lines, ids that are missing or occur twice, or text that is still in pieces.
+        UserError: no ``D-`` lines, ids that are missing, unknown or occur twice, or text that is still in pieces.
     """
     found: list[tuple[int, str]] = []
     inside = False
@@ -84,22 +88,28 @@ def read_hypotheses(path: Path) -> list[str]:
             f"{path} has no D- lines: decode without --quiet, and with --bpe so that fairseq-generate prints"
             " detokenised lines"
         )
-    _check_ids(path, [index for index, _ in found])
+    _check_ids(path, [index for index, _ in found], count)
     hypotheses = [text for _, text in sorted(found)]
     _check_detokenised(path, hypotheses)
     return hypotheses
 
 
-def _check_ids(path: Path, ids: list[int]) -> None:
-    """Demands 0..N-1, each once, where N - 1 is the largest."""
+def _check_ids(path: Path, ids: list[int], count: int) -> None:
+    """Demands 0 to count - 1, each once."""
     twice = sorted(index for index, times in Counter(ids).items() if times > 1)
     if twice:
         raise UserError(f"{path}: more than one D- line for sentence {_some(twice)}; decode with --nbest 1")
-    missing = sorted(set(range(max(ids) + 1)) - set(ids))
+    if max(ids) >= count:
+        raise UserError(
+            f"{path} has {len(ids)} hypotheses, the last for sentence {max(ids)} counted from 0, but the reference has"
+            f" {count} lines: they are not of the same test set"
+        )
+    missing = sorted(set(range(count)) - set(ids))
     if missing:
         raise UserError(
-            f"{path}: no D- line for sentence {_some(missing)}; decode the whole test set, without"
-            " --skip-invalid-size-inputs-valid-test"
+            f"{path} has {len(ids)} hypotheses for {count} references: no D- line for sentence {_some(missing)}; decode"
+            " with --required-batch-size-multiple 1, since stock fairseq drops the last batch where its 8 does not"
+            " divide it, and without --skip-invalid-size-inputs-valid-test"
         )
 
 

@@ -6,8 +6,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from xmoe_fairseq.evaluation.results import Report, Sample
-from xmoe_fairseq.evaluation.score import sacrebleu_command
+from .results import Report, Sample
+from .score import sacrebleu_command
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from xmoe_fairseq.evaluation.results import Report
+from .results import Report
 
 WIDTH_INCHES = 10.0
 DOTS_PER_INCH = 160

@@ -21,14 +21,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from xmoe_fairseq import benchmarks
-from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.outputs import read_lines, replacing
-from xmoe_fairseq.evaluation.page import render_page
-from xmoe_fairseq.evaluation.plot import draw_report
-from xmoe_fairseq.evaluation.results import Direction, Report
-from xmoe_fairseq.evaluation.score import score_output
-from xmoe_fairseq.evaluation.usage import LayerUsage, measure
+from .. import benchmarks
+from ..errors import UserError
+from .outputs import read_lines, replacing
+from .page import render_page
+from .plot import draw_report
+from .results import Direction, Report
+from .score import score_output
+from .usage import LayerUsage, measure
 
 TASK_PREFIX = "multilingual_"
 PACKAGES = ("fairseq", "torch", "sacrebleu", "sentencepiece", "xmoe_fairseq")

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from xmoe_fairseq.evaluation.score import Score
-from xmoe_fairseq.evaluation.usage import LayerUsage, computation_saved
+from .score import Score
+from .usage import LayerUsage, computation_saved
 
 
 @dataclass(frozen=True)

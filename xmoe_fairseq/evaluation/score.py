@@ -17,8 +17,8 @@ from pathlib import Path
 
 from sacrebleu.metrics import BLEU, CHRF
 
-from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.outputs import GENERATE_FILE, read_hypotheses, read_lines, write_lines
+from ..errors import UserError
+from .outputs import GENERATE_FILE, read_hypotheses, read_lines, write_lines
 
 # BLEU needs words. sacreBLEU has word segmenters for three languages written without spaces; two of them need MeCab
 # (pip install sacrebleu[ja,ko]) and give way to characters where that is not installed. The other such languages are
@@ -108,14 +108,12 @@ def score_output(output: Path, reference: Path, target: str, tokenizer: str | No
         The figures, and the file beside the output that gives the same ones to the ``sacrebleu`` program.
 
     Raises:
-        UserError: a file is missing, the output is incomplete, or the counts differ.
+        UserError: a file is missing, or the output does not have one hypothesis for each line of the reference.
     """
     if output.is_dir():
         output = output / GENERATE_FILE
-    hypotheses = read_hypotheses(output)
     references = read_lines(reference, "reference")
-    if len(hypotheses) != len(references):
-        raise UserError(f"{output} has {len(hypotheses)} hypotheses but {reference} has {len(references)} lines")
+    hypotheses = read_hypotheses(output, len(references))
     figures = score(hypotheses, references, target, tokenizer)
     plain = output.with_name(f"hyp.{target}")
     write_lines(plain, hypotheses)

@@ -11,8 +11,8 @@ from fairseq import checkpoint_utils, utils
 from torch import Tensor
 from tqdm import tqdm
 
-from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.moe.statistics import RoutingStats
+from ..errors import UserError
+from ..moe.statistics import RoutingStats
 
 Routing = Mapping[str, Sequence[RoutingStats]]
 

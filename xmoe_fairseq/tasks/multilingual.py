@@ -90,6 +90,16 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         check_split(self.args.data, split, self.lang_pairs)
         super().load_dataset(split, *args, **kwargs)
 
+    def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Makes batches; outside of training no sentence is left out.
+
+        Where ``--required-batch-size-multiple`` (8 by default) does not divide the last batch, fairseq leaves
+        that batch out: up to 7 sentences of a test set would not be translated.
+        """
+        if dataset is not self.datasets.get(self.args.train_subset):
+            kwargs["required_batch_size_multiple"] = 1
+        return super().get_batch_iterator(dataset, *args, **kwargs)
+
 
 def _register(benchmark: Benchmark) -> type[MultilingualTask]:
     temperature = dataclasses.field(
