@@ -127,7 +127,7 @@ def train(text: Iterator[str], lines: int, vocab_size: int) -> bytes:
             ) from error
         if least:
             raise UserError(
-                f"--vocab-size {vocab_size} is too small for the characters of this text: give more than {least[1]}"
+                f"--vocab-size {vocab_size} is too small for the characters of this text: give {least[1]} or more"
             ) from error
         raise
     return model.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import textwrap
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -30,32 +31,40 @@ def tool_versions() -> dict[str, str | None]:
     return versions
 
 
-def run_stage(
-    out: Path, name: str, parameters: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]
-) -> dict[str, Any]:
-    """Makes ``out/name`` with ``write``, unless an earlier run finished it with the same parameters.
-
-    Args:
-        out: the folder of the whole preparation.
-        name: the stage, and its folder in ``out``.
-        parameters: everything that decides the result of the whole preparation.
-        write: writes the stage's files into the folder it is given and returns what is worth recording.
-
-    Returns:
-        The stage's record: what ``write`` returned, ``parameters``, and size and sha256 of each file.
+def finished_stage(out: Path, name: str, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Gives the record of a stage that an earlier run finished with the same parameters, ``None`` if there is none.
 
     Raises:
         UserError: where ``out/name`` is of other parameters, damaged, or not from here.
     """
     folder = out / name
-    if folder.exists():
-        record = _read_record(folder)
-        _check_parameters(out, record["parameters"], parameters)
-        _check_files(folder, record["files"])
-        print(f"{name}: already finished, skipped", flush=True)
-        return record
+    if not folder.exists():
+        return None
+    record = _read_record(folder)
+    _check_parameters(out, record["parameters"], parameters)
+    _check_files(folder, record["files"])
+    print(f"{name}: already finished, skipped", flush=True)
+    return record
+
+
+def run_stage(
+    out: Path, name: str, parameters: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """Makes ``out/name``, which appears only when it is complete.
+
+    Args:
+        out: the folder of the whole preparation.
+        name: the stage, and its folder in ``out``.
+        parameters: everything that decides the stage's result.
+        write: writes the stage's files into the folder it is given and returns what is worth recording.
+
+    Returns:
+        The stage's record: what ``write`` returned, ``parameters``, and size and sha256 of each file.
+    """
     print(f"{name}: started", flush=True)
-    with new_folder(folder) as temporary:
+    # It describes what is being replaced.
+    (out / MANIFEST).unlink(missing_ok=True)
+    with new_folder(out / name) as temporary:
         details = write(temporary)
         files = {path.name: fingerprint(path) for path in sorted(temporary.iterdir())}
         record = {"parameters": dict(parameters), **details, "files": files}
@@ -65,10 +74,12 @@ def run_stage(
 
 
 def write_manifest(out: Path, records: Mapping[str, dict[str, Any]]) -> None:
-    """Writes MANIFEST.json from the records of the finished stages; leaves one that is there as it is."""
+    """Writes MANIFEST.json from the records of the stages, in their order; leaves one that is there as it is."""
     if (out / MANIFEST).exists():
         return
-    parameters = next(iter(records.values()))["parameters"]
+    # A later stage depends on all that an earlier one depends on.
+    *_, last = records.values()
+    parameters = last["parameters"]
     stages = {
         name: {key: value for key, value in record.items() if key != "parameters"} for name, record in records.items()
     }
@@ -85,7 +96,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _check_parameters(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     for key, value in new.items():
-        # Another version may finish nothing that this one began, but it may use what is complete.
+        # What another version began must be finished by that version; what is complete is good for all.
         if old.get(key) == value or (key == "tools" and (out / MANIFEST).exists()):
             continue
         before, now = old.get(key), value
@@ -102,7 +113,7 @@ def _check_parameters(out: Path, old: Mapping[str, Any], new: Mapping[str, Any])
 
 
 def _brief(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) if value is not None else "none"
+    return textwrap.shorten(json.dumps(value, ensure_ascii=False), 100, placeholder=" ...")
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

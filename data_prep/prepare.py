@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +12,7 @@ import binarize
 import learn_spm
 import raw_local
 from io_utils import SPLITS, fingerprint, lock, pair_name, write_lines
-from manifest import run_stage, tool_versions, write_manifest
+from manifest import finished_stage, run_stage, tool_versions, write_manifest
 from tqdm import tqdm
 
 from xmoe_fairseq.benchmarks import BENCHMARKS
@@ -79,37 +78,54 @@ def prepare(given: argparse.Namespace) -> None:
         "benchmark": benchmark.name,
         "languages": list(languages),
         "seed": given.seed,
-        "vocab_size": given.vocab_size,
-        "sampling_temperature": benchmark.sampling_temperature,
         "sizes": given.sizes,
         "sources": {path.name: fingerprint(path) for path in sources},
         "tools": tool_versions(),
     }
+    # The text does not depend on these: where a first try shows that N is too large, it need not be made again.
+    vocabulary = {"vocab_size": given.vocab_size, "sampling_temperature": benchmark.sampling_temperature}
     given.out.mkdir(parents=True, exist_ok=True)
     with lock(given.out):
-        records = run_stages(given.out, parameters, corpus)
+        records = run_stages(given.out, corpus, parameters, vocabulary)
         write_groups(given.out, languages, records["raw"]["lines"])
         write_manifest(given.out, records)
     print(f"{given.out} is ready: train from {given.out / 'bin'}")
 
 
-def run_stages(out: Path, parameters: Mapping[str, Any], corpus: raw_local.Corpus) -> dict[str, dict[str, Any]]:
-    """Runs the stages in their order and returns their records."""
-    languages = parameters["languages"]
+def run_stages(
+    out: Path, corpus: raw_local.Corpus, parameters: Mapping[str, Any], vocabulary: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Runs the stages that are not finished, in their order, and returns the records of all.
 
-    def raw(folder: Path) -> dict[str, Any]:
+    Args:
+        out: the folder of the whole preparation.
+        corpus: the user's files; empty where the text is generated.
+        parameters: what decides the text.
+        vocabulary: what decides, with the text, the vocabulary and the binary files.
+    """
+    languages, sizes, seed = parameters["languages"], parameters["sizes"], parameters["seed"]
+    every = {**parameters, **vocabulary}
+
+    def write_raw(folder: Path) -> dict[str, Any]:
         if corpus:
             return raw_local.write(corpus, folder)
         # Only the demos need Babel.
         import raw_demo
 
-        return raw_demo.write(languages, parameters["sizes"], parameters["seed"], folder)
+        return raw_demo.write(languages, sizes, seed, folder)
 
-    records = {"raw": run_stage(out, "raw", parameters, raw)}
-    lines = records["raw"]["lines"]
-    vocabulary = partial(learn_spm.write, out / "raw", lines, languages, parameters)
-    records["spm"] = run_stage(out, "spm", parameters, vocabulary)
-    records["bin"] = run_stage(out, "bin", parameters, partial(binarize.write, out / "raw", out / "spm", languages))
+    def write_spm(folder: Path) -> dict[str, Any]:
+        return learn_spm.write(out / "raw", records["raw"]["lines"], languages, every, folder)
+
+    def write_bin(folder: Path) -> dict[str, Any]:
+        return binarize.write(out / "raw", out / "spm", languages, folder)
+
+    stages = {"raw": (parameters, write_raw), "spm": (every, write_spm), "bin": (every, write_bin)}
+    # All are checked before the first is made, so that a refused run changes nothing.
+    finished = {name: finished_stage(out, name, decisive) for name, (decisive, _) in stages.items()}
+    records: dict[str, dict[str, Any]] = {}
+    for name, (decisive, write) in stages.items():
+        records[name] = finished[name] or run_stage(out, name, decisive, write)
     return records
 
 

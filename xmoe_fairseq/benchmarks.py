@@ -35,9 +35,19 @@ def directions(languages: tuple[str, ...] | list[str]) -> list[str]:
     return [direction for xx in languages for direction in (f"en-{xx}", f"{xx}-en")]
 
 
-DEMO4 = ("ca", "zu", "tr", "el")
-DEMO15 = ("ca", "zu")
-DEMO94 = ("ca", "zu")
+# Romance, Austronesian, Kartvelian (its own script) and Bantu, all written with spaces between words.
+DEMO4 = ("ca", "id", "ka", "sw")
+# What CLDR covers of NLLB-M15 (ca fo gl id is lb ms no sl), and for the others the nearest that it covers:
+# ha, so and sw for nso, ssw and run, jv for tgl, nl for lim, vec for fur.
+DEMO15 = ("ca", "fo", "gl", "ha", "id", "is", "jv", "lb", "ms", "nl", "no", "sl", "so", "sw", "vec")
+# Languages with full sets of names and patterns of their own in CLDR.
+DEMO94 = tuple(
+    (
+        "af am ar as ast az be bew bg bn br bs ca chr cs da de dsb el es et eu fa fi fo fr frr ga gd gl gu ha he hi hr "
+        "hsb hu hy ia id is it ja jv ka kab kgp km kn ko ky lb lij lt lv mk ml mr ms my ne nl nn no or pa pl ps pt ro "
+        "ru sc sd si sk sl so sq sr sv sw ta te th ti tk tr uk ur uz vec vi yrl zh"
+    ).split()
+)
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark

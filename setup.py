@@ -1,0 +1,22 @@
+"""Packaging; `pip install .` gives fairseq's `--user-dir xmoe_fairseq` from any folder."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="xmoe_fairseq",
+    version="0.1.0",
+    description="Adaptive-computation Mixture-of-Experts translation models for stock fairseq",
+    license="MIT",
+    packages=find_packages(include=["xmoe_fairseq", "xmoe_fairseq.*"]),
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.6",
+        "fairseq-fixed==0.12.3.1",
+        "sentencepiece>=0.2",
+        "sacrebleu>=2.3",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "tqdm>=4.60",
+    ],
+    extras_require={"data": ["babel>=2.14"], "fsdp": ["fairscale==0.4.13"]},
+)
