@@ -33,6 +33,7 @@ class SourceText:
     """The lines of one text file of the user, plain or gzip, read as often as it is iterated over.
 
     Lines end at a line feed and nowhere else: U+2028, U+0085 and a carriage return inside a line are text.
+    A byte order mark at the start of the file is left out.
 
     Attributes:
         lines: lines read so far.
@@ -69,7 +70,7 @@ class SourceText:
             return line.decode("utf-8-sig" if self.lines == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.path}, line {self.lines}: not UTF-8 ({error.reason} 0x{line[error.start]:02x}, "
+                f"{self.path}, line {self.lines}: not UTF-8 ({error.reason} 0x{error.object[error.start]:02x}, "
                 f"byte {error.start + 1} of the line): convert the file to UTF-8 or remove the line"
             ) from error
 

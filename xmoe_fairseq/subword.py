@@ -19,7 +19,7 @@ META_SPACE = "\u2581"
 # dict.txt has the pieces in the model's order, but four special symbols before them where the model has three.
 ID_SHIFT = 1
 # What fairseq may put among the pieces beside <unk>: it is no text.
-FAIRSEQ_SYMBOL = re.compile(r"<s>|</s>|<pad>|__\w+__|madeupword\d+")
+FAIRSEQ_SYMBOL = re.compile(r"<s>|</s>|<pad>|__[A-Za-z]\w*__|madeupword\d+")
 UNKNOWN = {"<unk>", "<<unk>>"}
 
 

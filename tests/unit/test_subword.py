@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import learn_spm
 import pytest
@@ -22,7 +23,19 @@ from xmoe_fairseq.subword import Subword
 TRAPS = [
     *"\t\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000",
     *"\0\u2581\u2585\u2047\ufeff\u200b\ufffd\U000f0000\U0010ffff",
-    *("<unk>", "<<unk>>", "<s>", "</s>", "<pad>", "__ca__", "<0x41>", "madeupword0000", "#fairseq:overwrite", "  "),
+    *(
+        "<unk>",
+        "<<unk>>",
+        "<s>",
+        "</s>",
+        "<pad>",
+        "__ca__",
+        "<0x41>",
+        "madeupword0000",
+        "#fairseq:overwrite",
+        "______",
+        "  ",
+    ),
 ]
 TEXT = st.lists(st.text(max_size=8) | st.sampled_from(TRAPS)).map("".join)
 
@@ -31,11 +44,11 @@ TEXT = st.lists(st.text(max_size=8) | st.sampled_from(TRAPS)).map("".join)
 def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A vocabulary learnt from text in which every trap is frequent."""
     raw, folder = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("spm")
-    words = "the cat and the dog saw 12 birds on the house".split()
+    words = ["the", "cat", "and", "the", "dog", "saw", "12", "birds", "on", "the", "house"]
     lines = [f"{words[i % 10]} {TRAPS[i % len(TRAPS)] * 3} {words[i % 7]}{trap}x " for i in range(60) for trap in TRAPS]
     pairs = ((line, line.upper() + " ñandú 猫") for line in lines)
     count = write_pairs(raw / "train.en-xx", "xx", pairs)
-    options = {"vocab_size": , "sampling_temperature": 1.0, "seed": 1}
+    options = {"vocab_size": 635, "sampling_temperature": 1.0, "seed": 1}
     learn_spm.write(raw, {"train.en-xx": count}, ["xx"], options, folder)
     return folder
 
@@ -50,7 +63,7 @@ def dictionary(spm: Path) -> Dictionary:
     return Dictionary.load(str(spm / "dict.txt"))
 
 
-def bpe(model: Path | str, sampling: bool = False) -> object:
+def bpe(model: Path | str, sampling: bool = False) -> Any:
     options = {"sentencepiece_enable_sampling": sampling, "sentencepiece_alpha": 0.5 if sampling else None}
     return build_bpe(argparse.Namespace(bpe="sentencepiece_bytes", sentencepiece_model=str(model), **options))
 

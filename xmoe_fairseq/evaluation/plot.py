@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib import style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
@@ -92,7 +93,7 @@ def _panel(half: SubFigure, rows: int, title: str, names: Sequence[str]) -> Axes
     return axes
 
 
-def _add_legend(axes: Axes, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+def _add_legend(axes: Axes, handles: Sequence[Artist | BarContainer], labels: Sequence[str]) -> None:
     """Writes the legend above the axes, where no bar or mark can reach it."""
     axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderpad=0,
                 borderaxespad=0.4, columnspacing=1.2, handletextpad=0.5, handlelength=1.0)  # fmt: skip

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# From a bare machine to a table of BLEU scores: installs, builds the embedded corpus, trains a small XMoE model on
+# 8 directions, translates the test sets, scores them. Run again, it goes on where it stopped.
+#
+#   RUN      where the run is written (default: runs/demo4): report.md, report.json, report.png
+#   DATA     where the data is written (default: data/demo4)
+#   UPDATES  training steps (default: 900)
+#   PREPARE  more options for data_prep/prepare.sh, such as "--train 2000"
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/env.sh
+
+RUN=${RUN:-runs/demo4}
+DATA=${DATA:-data/demo4}
+UPDATES=${UPDATES:-900}
+# More threads than this only wait for each other in so small a model.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}
+mkdir -p "$RUN"
+
+# stage NAME COMMAND...: runs the command unless it was finished before, and notes the seconds it took.
+stage() {
+    local name=$1 start=$EPOCHREALTIME
+    shift
+    if [[ -f $RUN/.done/$name ]]; then
+        echo "== $name: done before"
+        return
+    fi
+    echo "== $name"
+    "$@"
+    mkdir -p "$RUN/.done"
+    python - "$start" "$EPOCHREALTIME" > "$RUN/.done/$name.tmp" <<'PY'
+import sys
+print(round(float(sys.argv[2]) - float(sys.argv[1]), 1))
+PY
+    mv "$RUN/.done/$name.tmp" "$RUN/.done/$name"
+}
+
+train() {
+    fairseq-train "$DATA/bin" --user-dir xmoe_fairseq --task multilingual_demo4 \
+        --arch xmoe_transformer_tiny --share-all-embeddings \
+        --criterion threshold_routing_cross_entropy --label-smoothing 0.1 --moe-loss-coeff 0.01 \
+        --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
+        --lr 0.003 --lr-scheduler inverse_sqrt --warmup-updates 200 \
+        --max-tokens 3000 --max-update "$UPDATES" --num-workers 0 --distributed-world-size 1 \
+        --save-dir "$RUN/checkpoints" --save-interval-updates 200 --keep-interval-updates 1 --no-epoch-checkpoints \
+        --log-interval 20 --log-file "$RUN/train.log"
+}
+
+# translate SRC TGT: a folder under its final name is complete.
+translate() {
+    local out=$RUN/generate/$1-$2
+    rm -rf "$out.part" "$out"
+    fairseq-generate "$DATA/bin" --user-dir xmoe_fairseq --task multilingual_demo4 \
+        --source-lang "$1" --target-lang "$2" --path "$RUN/checkpoints/checkpoint_last.pt" \
+        --bpe sentencepiece_bytes --sentencepiece-model "$DATA/bin/spm.model" \
+        --beam 5 --max-tokens 6000 --max-len-a 2 --max-len-b 20 --num-workers 0 --results-path "$out.part"
+    mv "$out.part" "$out"
+}
+
+report() {
+    python - "$RUN" <<'PY'
+import json, pathlib, sys
+run = pathlib.Path(sys.argv[1])
+seconds = {path.name: float(path.read_text()) for path in sorted((run / ".done").iterdir(), key=lambda p: p.stat().st_mtime)}
+(run / "seconds.json").write_text(json.dumps(seconds, indent=1))
+PY
+    python -m xmoe_fairseq.evaluation.report --run "$RUN" --data "$DATA" --task multilingual_demo4 \
+        --checkpoint "$RUN/checkpoints/checkpoint_last.pt"
+}
+
+# shellcheck disable=SC2086
+stage data bash data_prep/prepare.sh --benchmark demo4 --out "$DATA" ${PREPARE:-}
+stage train train
+while IFS=- read -r source target; do
+    stage "translate-$source-$target" translate "$source" "$target" < /dev/null
+done < "$DATA/bin/lang_pairs.txt"
+report
+echo "== report: $RUN/report.md, $RUN/report.png"
