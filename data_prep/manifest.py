@@ -63,7 +63,7 @@ def run_stage(
     """
     print(f"{name}: started", flush=True)
     # It describes what is being replaced.
-    pass
+    (out / MANIFEST).unlink(missing_ok=True)
     with new_folder(out / name) as temporary:
         details = write(temporary)
         files = {path.name: fingerprint(path) for path in sorted(temporary.iterdir())}

@@ -1,0 +1,78 @@
+"""Toy data and fairseq objects for the tests."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from fairseq import options, tasks
+from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+import xmoe_fairseq  # noqa: F401  (registers the plugin)
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN_ARGS = (
+    *("--task", "multilingual_local", "--criterion", "threshold_routing_cross_entropy", "--label-smoothing", "0.1"),
+    *("--optimizer", "adam", "--lr", "0.002", "--max-tokens", "500", "--num-workers", "0", "--cpu"),
+)
+TINY_ARGS = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--encoder-embed-dim", "32")
+
+
+class Built(NamedTuple):
+    cfg: Any
+    task: Any
+    model: Any
+    criterion: Any
+
+
+def build(data: Path, *args: str) -> Built:
+    """Builds task, model and criterion as `fairseq-train` would from the command line."""
+    parser = options.get_training_parser()
+    given = options.parse_args_and_arch(parser, [str(data), *TRAIN_ARGS, *(args or TINY_ARGS)])
+    cfg = convert_namespace_to_omegaconf(given)
+    torch.manual_seed(cfg.common.seed)
+    task = tasks.setup_task(cfg.task)
+    return Built(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+
+
+def batches(task: Any, split: str = "valid", max_tokens: int = 200) -> list[dict[str, Any]]:
+    """Loads a split in small batches, some with padding."""
+    task.load_dataset(split)
+    iterator = task.get_batch_iterator(task.dataset(split), max_tokens=max_tokens, max_positions=task.max_positions())
+    return list(iterator.next_epoch_itr(shuffle=False))
+
+
+def run(command: str, *args: str | Path, check: bool = True, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Runs one of fairseq's commands with the plugin, as a user does from the project's folder."""
+    program = Path(sys.executable).parent / command
+    result = subprocess.run(
+        [str(program), *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, **kwargs
+    )
+    if check:
+        assert result.returncode == 0, result.stderr[-5000:]
+    return result
+
+
+def write_toy_data(folder: Path, languages: tuple[str, ...], lines: int = 200, symbols: int = 40) -> Path:
+    """Writes a binarised data folder: each language has the English symbols in reverse, shifted by its number."""
+    rng = random.Random(1)
+    folder.mkdir(parents=True)
+    (folder / "langs.txt").write_text("".join(f"{lang}\n" for lang in ("en", *languages)))
+    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(symbols)))
+    for split, count in (("train", lines), ("valid", 20), ("test", 20)):
+        for number, language in enumerate(languages):
+            english = [[rng.randrange(symbols) for _ in range(rng.randint(2, 9))] for _ in range(count)]
+            foreign = [[(word + number + 1) % symbols for word in reversed(line)] for line in english]
+            for lang, text in (("en", english), (language, foreign)):
+                prefix = str(folder / f"{split}.en-{language}.{lang}")
+                builder = MMapIndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+                for line in text:
+                    builder.add_item(torch.tensor([word + 4 for word in line] + [2]))
+                builder.finalize(f"{prefix}.idx")
+    return folder

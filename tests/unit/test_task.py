@@ -1,0 +1,140 @@
+"""The tasks: languages and directions from the data folder, and what is said of a bad one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import TINY_ARGS, batches, build, write_toy_data
+
+from xmoe_fairseq.benchmarks import BENCHMARKS, directions
+from xmoe_fairseq.errors import UserError
+
+
+@pytest.fixture
+def data(toy_data: Path, tmp_path: Path) -> Path:
+    """A copy of the toy data that a test may damage."""
+    return Path(shutil.copytree(toy_data, tmp_path / "bin"))
+
+
+def test_all_directions_are_trained_with_the_target_token_first(toy_data: Path) -> None:
+    task = build(toy_data).task
+    assert task.lang_pairs == ["en-xx", "xx-en", "en-yy", "yy-en"] == directions(["xx", "yy"])
+    tags = {task.source_dictionary.index(f"__{lang}__"): lang for lang in ("en", "xx", "yy")}
+    assert len(tags) == 3 and task.source_dictionary.unk() not in tags
+    firsts = set()
+    for sample in batches(task):
+        tokens = sample["net_input"]["src_tokens"]
+        firsts |= {tags[int(row[row != 1][0])] for row in tokens}
+    assert firsts == {"en", "xx", "yy"}
+
+
+@pytest.mark.parametrize("multiple", ["1", "8"])
+def test_no_sentence_is_left_out_of_validation(multiple: str, toy_data: Path) -> None:
+    task = build(toy_data).task
+    task.load_dataset("valid")
+    iterator = task.get_batch_iterator(
+        task.dataset("valid"), max_tokens=200, required_batch_size_multiple=int(multiple)
+    )
+    ids = [i for sample in iterator.next_epoch_itr(shuffle=False) for i in sample["id"].tolist()]
+    assert sorted(ids) == list(range(80))
+
+
+def test_a_part_of_the_directions_can_be_trained(toy_data: Path) -> None:
+    assert build(toy_data, *TINY_ARGS, "--lang-pairs", "en-yy").task.lang_pairs == ["en-yy"]
+
+
+def test_sampling_temperature_is_the_benchmarks() -> None:
+    from xmoe_fairseq.tasks import TASKS
+
+    assert TASKS.keys() == BENCHMARKS.keys()
+    for name, task in TASKS.items():
+        config = getattr(task, "__dataclass")()  # noqa: B009  (fairseq's name; written plainly Python would mangle it)
+        assert config.sampling_temperature == BENCHMARKS[name].sampling_temperature
+        assert config.sampling_method == "temperature"
+        assert config.encoder_langtok == "tgt"
+
+
+def test_demo_languages() -> None:
+    for name, count in (("demo4", 4), ("demo15", 15), ("demo94", 94)):
+        languages = BENCHMARKS[name].languages
+        assert len(set(languages)) == len(languages) == count
+        assert "en" not in languages
+        assert len(BENCHMARKS[name].pairs) == count
+
+
+def test_94_languages_load_one_dictionary(tmp_path: Path) -> None:
+    languages = BENCHMARKS["demo94"].languages
+    data = write_toy_data(tmp_path / "bin", languages, lines=2)
+    built = build(data, "--task", "multilingual_demo94", *TINY_ARGS)
+    assert len(built.task.lang_pairs) == 188
+    assert list(built.task.dicts) == ["src", "tgt"]
+    built.task.load_dataset("train")
+    assert len(built.task.dataset("train")) > 0
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda data: (data / name).unlink()
+
+
+def truncate(name: str, size: int) -> Callable[[Path], None]:
+    return lambda data: (data / name).write_bytes((data / name).read_bytes()[:size])
+
+
+def languages(*names: str) -> Callable[[Path], None]:
+    return lambda data: (data / "langs.txt").write_text("".join(f"{name}\n" for name in names)) and None
+
+
+def shorter_side(data: Path) -> None:
+    other = write_toy_data(data.parent / "other", ("xx",), lines=5)
+    for end in ("bin", "idx"):
+        shutil.copy(other / f"train.en-xx.xx.{end}", data / f"train.en-xx.xx.{end}")
+
+
+def empty_split(data: Path) -> None:
+    other = write_toy_data(data.parent / "other", ("xx",), lines=0)
+    for lang in ("en", "xx"):
+        for end in ("bin", "idx"):
+            shutil.copy(other / f"train.en-xx.{lang}.{end}", data / f"train.en-xx.{lang}.{end}")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "there is no data folder"),
+    "no languages": (remove("langs.txt"), "has no langs.txt"),
+    "no dictionary": (remove("dict.txt"), "has no dict.txt"),
+    "duplicate language": (languages("en", "xx", "xx"), "each once"),
+    "English not first": (languages("xx", "en"), "must list en and then"),
+    "a language without data": (languages("en", "xx", "yy", "zz"), r"train\.en-zz\.en\.idx is missing"),
+    "missing file": (remove("train.en-xx.en.bin"), r"train\.en-xx\.en\.bin is missing"),
+    "truncated text": (truncate("train.en-xx.en.bin", 10), r"train\.en-xx\.en\.bin has 10 bytes instead of"),
+    "truncated index": (truncate("train.en-xx.en.idx", 30), r"train\.en-xx\.en\.idx is truncated"),
+    "truncated header": (truncate("train.en-xx.en.idx", 3), r"train\.en-xx\.en\.idx is truncated"),
+    "misaligned": (shorter_side, r"train\.en-xx is misaligned: 200 lines in en, 5 in xx"),
+    "empty": (empty_split, r"train\.en-xx is empty"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_bad_data_is_named_in_one_line(damage: Callable[[Path], object], message: str, data: Path) -> None:
+    damage(data)
+    with pytest.raises(UserError, match=message) as error:
+        build(data).task.load_dataset("train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "multilingual_demo4"], "was not made for demo4: its languages are xx,yy"),
+        (["--lang-pairs", "en-zz"], "has no direction en-zz: it has en-xx, xx-en"),
+        (["--lang-pairs", "en-xx,en-xx"], "names a direction twice"),
+        (["--source-lang", "en"], "go together"),
+        (["--source-lang", "xx", "--target-lang", "yy"], "has no direction xx-yy"),
+    ],
+)
+def test_bad_choices_are_named_in_one_line(options: list[str], message: str, toy_data: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build(toy_data, *TINY_ARGS, *options)
+    assert "\n" not in str(error.value)
