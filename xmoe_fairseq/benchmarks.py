@@ -41,13 +41,13 @@ DEMO4 = ("ca", "id", "ka", "sw")
 # ha, so and sw for nso, ssw and run, jv for tgl, nl for lim, vec for fur.
 DEMO15 = ("ca", "fo", "gl", "ha", "id", "is", "jv", "lb", "ms", "nl", "no", "sl", "so", "sw", "vec")
 # Languages with full sets of names and patterns of their own in CLDR.
-DEMO94 = tuple(
-    (
-        "af am ar as ast az be bew bg bn br bs ca chr cs da de dsb el es et eu fa fi fo fr frr ga gd gl gu ha he hi hr "
-        "hsb hu hy ia id is it ja jv ka kab kgp km kn ko ky lb lij lt lv mk ml mr ms my ne nl nn no or pa pl ps pt ro "
-        "ru sc sd si sk sl so sq sr sv sw ta te th ti tk tr uk ur uz vec vi yrl zh"
-    ).split()
+_DEMO94 = (
+    "af am ar as ast az be bew bg bn br bs ca chr cs da de dsb el es et eu fa fi fo fr frr ga gd gl gu ha he hi hr "
+    "hsb hu hy ia id is it ja jv ka kab kgp km kn ko ky lb lij lt lv mk ml mr ms my ne nl nn no or pa pl ps pt ro "
+    "ru sc sd si sk sl so sq sr sv sw ta te th ti tk tr uk ur uz vec vi yrl zh"
 )
+DEMO94: tuple[str, ...] = tuple(_DEMO94.split())
+
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark

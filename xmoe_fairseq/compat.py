@@ -87,7 +87,7 @@ def _check_checkpoint_file(path: str) -> None:
         if "global" in str(error).lower():
             raise UserError(
                 f"checkpoint {path} is refused, because reading it would load or run code outside the allow-list "
-                f"({_first_sentence(error)}); nothing was run. Use a file from a source you trust that holds "
+                f"({_cause(error)}); nothing was run. Use a file from a source you trust that holds "
                 "only tensors and plain values"
             ) from error
         raise UserError(_damaged(path, error)) from error
@@ -100,19 +100,16 @@ def _check_checkpoint_file(path: str) -> None:
 def _damaged(path: str, error: Exception) -> str:
     size = os.path.getsize(path)
     return (
-        f"checkpoint {path} ({size} bytes) is truncated or damaged ({_first_sentence(error)}): use another one, "
+        f"checkpoint {path} ({size} bytes) is truncated or damaged ({_cause(error)}): use another one, "
         "such as checkpoint_last.pt or checkpoint_best.pt of the same folder"
     )
 
 
-def _first_sentence(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     """The part of torch's message that names the cause; the rest is advice to turn the check off."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    for marker in ("WeightsUnpickler error:", "Unsupported global:", "Unsupported operand"):
-        if marker in text:
-            text = text[text.index(marker) :]
-            break
-    return text.split(". ")[0][:200]
+    paragraphs = [" ".join(part.split()) for part in str(error).split("\n\n") if part.strip()]
+    causes = [part for part in paragraphs if not part.startswith(("Weights only load failed", "Check the doc"))]
+    return (causes or paragraphs or [type(error).__name__])[0].split(". ")[0][:200].rstrip(".")
 
 
 def _bf16_is_not_tpu(parse_args_and_arch: Any) -> Any:

@@ -28,11 +28,12 @@ _FOLLOW_ENCODER = {
 }
 
 
-def _flat_fields() -> Iterator[tuple[str, Any, dataclasses.Field]]:
+def _flat_fields() -> Iterator[tuple[str, Any, Any]]:
+    stock: Any
     for stock in dataclasses.fields(TransformerConfig):
         if stock.name == "_name":
             continue
-        nested = dataclasses.fields(stock.type) if stock.name in _NESTED else ()
+        nested: Any = dataclasses.fields(stock.type) if stock.name in _NESTED else ()
         for inner in nested:
             if inner.name == "_name":
                 continue
@@ -76,7 +77,10 @@ class XMoETransformerConfig(FlatTransformerConfig):
         2, "an expert's hidden size is the feed-forward size divided by this, exactly", low=1, alias="--ffn-split-ratio"
     )
     moe_interval: int = _option(
-        2, "every n-th layer is an MoE layer, counted from 1: 2 means layers 2, 4, ...", low=1, alias="--expert-interval"
+        2,
+        "every n-th layer is an MoE layer, counted from 1: 2 means layers 2, 4, ...",
+        low=1,
+        alias="--expert-interval",
     )
     moe_placement: ChoiceEnum(("both", "encoder", "decoder")) = _option(  # type: ignore[valid-type]
         "both", "which stack has MoE layers"

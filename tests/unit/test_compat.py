@@ -47,7 +47,9 @@ def test_a_namespace_is_read(tmp_path: Path) -> None:
 def test_code_in_a_checkpoint_is_refused_and_not_run(zipped: bool, tmp_path: Path) -> None:
     path, marker = tmp_path / "evil.pt", tmp_path / "ran"
     torch.save({**STATE, "bad": Evil(marker)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"evil\.pt is refused, because .* (posix|nt)\.mkdir.* nothing was run") as error:
+    with pytest.raises(
+        UserError, match=r"evil\.pt is refused, because .* (posix|nt)\.mkdir.* nothing was run"
+    ) as error:
         checkpoint_utils.load_checkpoint_to_cpu(str(path))
     assert "\n" not in str(error.value)
     assert not marker.exists()

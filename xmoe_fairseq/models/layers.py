@@ -82,9 +82,7 @@ class MoETransformerEncoderLayer(MoEFeedForwardMixin, TransformerEncoderLayerBas
 class MoETransformerDecoderLayer(MoEFeedForwardMixin, TransformerDecoderLayerBase):
     """A decoder layer with experts."""
 
-    def __init__(
-        self, cfg: TransformerConfig, no_encoder_attn: bool, name: str, recorder: RoutingRecorder
-    ) -> None:
+    def __init__(self, cfg: TransformerConfig, no_encoder_attn: bool, name: str, recorder: RoutingRecorder) -> None:
         super().__init__(cfg, no_encoder_attn)
         self.install(build_moe(cfg, "decoder"), name, recorder)
 
@@ -105,7 +103,7 @@ def wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
     """
     if cfg.checkpoint_activations:
         forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        layer.forward = partial(_offloaded, forward) if cfg.offload_activations else forward  # type: ignore[method-assign]
+        layer.forward = partial(_offloaded, forward) if cfg.offload_activations else forward
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 

@@ -62,8 +62,8 @@ class XMoETransformerModel(TransformerModelBase):
         for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
             if name in state_dict and state_dict[name].shape[0] != own[name].shape[0]:
                 raise UserError(
-                    f"the checkpoint was trained with {state_dict[name].shape[0]} dictionary entries, but this data has "
-                    f"{own[name].shape[0]}: use the data folder that the checkpoint was trained on"
+                    f"the checkpoint was trained with {state_dict[name].shape[0]} dictionary entries, but this data "
+                    f"has {own[name].shape[0]}: use the data folder that the checkpoint was trained on"
                 )
         for name in own.keys() & state_dict.keys():
             if own[name].shape != state_dict[name].shape:

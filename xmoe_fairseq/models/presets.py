@@ -72,7 +72,8 @@ def _register(name: str, defaults: dict[str, Any]) -> None:
         for key, value in defaults.items()
     ]
     config = dataclasses.make_dataclass(f"{name}_config", changed, bases=(XMoETransformerConfig,))
-    register_model(name, dataclass=config)(type(name, (XMoETransformerModel,), {"__doc__": XMoETransformerModel.__doc__}))
+    model = type(name, (XMoETransformerModel,), {"__doc__": XMoETransformerModel.__doc__})
+    register_model(name, dataclass=config)(model)
 
 
 for _name, _defaults in PRESETS.items():

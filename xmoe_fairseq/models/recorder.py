@@ -22,7 +22,8 @@ class RoutingRecorder:
     @contextmanager
     def recording(self) -> Iterator[list[RoutingStats]]:
         """Gives the list that fills up, in the order in which layers run, until the block ends."""
-        self._records = records = []
+        records: list[RoutingStats] = []
+        self._records = records
         try:
             yield records
         finally:

@@ -60,7 +60,7 @@ class Experts(nn.Module):
         Returns:
             (R, d), in the autocast precision where one is set.
         """
-        weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        weights: list[Tensor] = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not look into custom autograd functions.
             dtype = torch.get_autocast_dtype(x.device.type)

@@ -17,7 +17,7 @@ from .stock_options import stock_dataclass, stock_namespace
 
 # These follow from the data folder, which is made for one benchmark.
 _FROM_DATA = ("data", "langs", "lang_dict", "source_dict", "target_dict", "fixed_dictionary")
-_StockOptions = stock_dataclass(
+_StockOptions: Any = stock_dataclass(
     "StockMultilingualOptions",
     leave_out=_FROM_DATA,
     defaults={"encoder_langtok": "tgt", "sampling_method": "temperature"},

@@ -1,0 +1,222 @@
+"""The commands that users type, on a small demo corpus: train, resume, validate, translate."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT, run
+
+from xmoe_fairseq.subword import Subword
+
+MODEL = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--dropout", "0")
+TRAIN = (
+    *("--user-dir", "xmoe_fairseq", "--task", "multilingual_demo4", "--num-workers", "0", "--cpu"),
+    *("--criterion", "threshold_routing_cross_entropy", "--label-smoothing", "0.1", "--max-tokens", "800"),
+    *("--optimizer", "adam", "--lr", "0.003", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "10"),
+    *("--log-format", "simple", "--log-interval", "2", "--no-epoch-checkpoints"),
+)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small demo4, prepared by the real script."""
+    out = tmp_path_factory.mktemp("data") / "demo4"
+    sizes = ("--train", "500", "--valid", "20", "--test", "24", "--vocab-size", "1200")
+    prepare = ROOT / "data_prep/prepare.sh"
+    environment = {"PYTHON": __import__("sys").executable, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    run("/bin/bash", prepare, "--benchmark", "demo4", "--out", out, *sizes, env=environment)
+    return out
+
+
+def train(demo: Path, save: Path, updates: int, *options: str, model: tuple[str, ...] = MODEL, **kwargs: Any) -> Any:
+    return run(
+        "fairseq-train",
+        *(demo / "bin", *TRAIN, *model, "--save-dir", save, "--max-update", str(updates), *options),
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that knows a little."""
+    save = tmp_path_factory.mktemp("run")
+    result = train(demo, save, 60)
+    assert "enc_experts=" in result.stdout + result.stderr
+    return save / "checkpoint_last.pt"
+
+
+def translate(demo: Path, checkpoint: Path, *options: str, pair: str = "en-ca", **kwargs: Any) -> Any:
+    source, target = pair.split("-")
+    return run(
+        "fairseq-generate",
+        *(demo / "bin", "--user-dir", "xmoe_fairseq", "--task", "multilingual_demo4", "--cpu", "--num-workers", "0"),
+        *("--source-lang", source, "--target-lang", target, "--path", checkpoint, "--max-len-a", "1"),
+        *("--max-len-b", "10", "--bpe", "sentencepiece_bytes", "--sentencepiece-model", demo / "bin/spm.model"),
+        *options,
+        **kwargs,
+    )
+
+
+def hypotheses(output: str, kind: str = "H") -> dict[int, tuple[float, str]]:
+    lines = [line.split("\t") for line in output.split("\n") if line.startswith(f"{kind}-")]
+    return {int(number[2:]): (float(score), text) for number, score, text in lines}
+
+
+def parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["model"]
+
+
+def one_line(result: Any) -> str:
+    """The last line of a failed command, which must not be a traceback's."""
+    assert result.returncode not in (0, None)
+    assert "Traceback" not in result.stderr
+    line = result.stderr.strip().split("\n")[-1]
+    assert line.startswith("xmoe_fairseq: error: ")
+    return line
+
+
+def test_resumed_training_equals_uninterrupted_training(demo: Path, tmp_path: Path) -> None:
+    train(demo, tmp_path / "whole", 8)
+    train(demo, tmp_path / "parts", 4)
+    result = train(demo, tmp_path / "parts", 8)
+    assert "Loaded checkpoint" in result.stdout + result.stderr
+    whole, parts = (parameters(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("beam", ["1", "4"])
+def test_translation_does_not_depend_on_the_batch(beam: str, demo: Path, trained: Path) -> None:
+    together = hypotheses(translate(demo, trained, "--beam", beam, "--max-tokens", "2000").stdout)
+    alone = hypotheses(translate(demo, trained, "--beam", beam, "--batch-size", "1").stdout)
+    assert len(together) == 24 == len(alone)  # no test sentence is left out
+    for number, (score, text) in alone.items():
+        assert together[number][1] == text
+        assert together[number][0] == pytest.approx(score, abs=1e-5)
+
+
+def test_detokenised_output_is_plain_text(demo: Path, trained: Path) -> None:
+    output = translate(demo, trained, "--beam", "1", pair="en-ka").stdout
+    pieces, plain = hypotheses(output, "H"), hypotheses(output, "D")
+    subword = Subword(demo / "bin/spm.model")
+    assert len(pieces) == 24
+    for number, (_, text) in pieces.items():
+        assert plain[number][1] == subword.decode_pieces(text.split(" "))
+
+
+def test_model_overrides_change_the_computation(demo: Path, trained: Path) -> None:
+    experts = {}
+    for threshold in ("0.0", "0.5", "1.0"):
+        result = run(
+            "fairseq-validate",
+            *(demo / "bin", "--user-dir", "xmoe_fairseq", "--task", "multilingual_demo4", "--path", trained, "--cpu"),
+            *("--max-tokens", "2000", "--num-workers", "0", "--model-overrides", f"{{'moe_threshold': {threshold}}}"),
+        )
+        found = re.search(r"enc_experts (\S+)", result.stdout + result.stderr)
+        assert found
+        experts[threshold] = float(found[1])
+    assert experts["0.0"] == 1
+    assert 1 < experts["0.5"] < 8
+    assert experts["1.0"] == 8
+
+
+def test_interactive_translates_standard_input(demo: Path, trained: Path) -> None:
+    result = run(
+        "fairseq-interactive",
+        *(demo / "bin", "--user-dir", "xmoe_fairseq", "--task", "multilingual_demo4", "--path", trained, "--cpu"),
+        *("--source-lang", "en", "--target-lang", "ca", "--beam", "2", "--bpe", "sentencepiece_bytes"),
+        *("--sentencepiece-model", demo / "bin/spm.model", "--max-len-b", "20"),
+        input="March\u00a03, 2020 \u4f60\n",
+    )
+    assert len(hypotheses(result.stdout, "D")) == 1
+    source = next(line for line in result.stdout.split("\n") if line.startswith("S-0"))
+    assert "\u00a03, 2020 \u4f60" in source  # neither the no-break space nor the unseen character is lost
+
+
+def test_stock_transformer_trains_and_translates(demo: Path, tmp_path: Path) -> None:
+    dense = ("--arch", "transformer_tiny", "--share-all-embeddings", "--decoder-embed-dim", "64")
+    train(demo, tmp_path, 4, model=dense)
+    train(demo, tmp_path, 6, model=dense)  # resumes a checkpoint that holds an argparse.Namespace
+    assert len(hypotheses(translate(demo, tmp_path / "checkpoint_last.pt", "--beam", "1").stdout)) == 24
+
+
+PRECISIONS = (("--fp16",), ("--bf16",), ("--amp",), ("--fp16", "--memory-efficient-fp16"))
+
+
+@pytest.mark.parametrize("options", [*PRECISIONS, ("--update-freq", "2"), ("--checkpoint-activations",)])
+def test_training_options(options: tuple[str, ...], demo: Path, tmp_path: Path) -> None:
+    result = train(demo, tmp_path, 3, *options)
+    losses = [float(loss) for loss in re.findall(r" loss=?\s?(\d+\.\d+)", result.stdout + result.stderr)]
+    assert losses and all(0 < loss < 20 for loss in losses)
+    assert all(torch.isfinite(value).all() for value in parameters(tmp_path / "checkpoint_last.pt").values())
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_yaml_trains(config: Path, demo: Path, tmp_path: Path) -> None:
+    result = run(
+        "fairseq-hydra-train",
+        *("--config-dir", config.parent, "--config-name", config.stem, f"task.data={demo / 'bin'}"),
+        *("task._name=multilingual_demo4", f"checkpoint.save_dir={tmp_path / 'run'}", "optimization.max_update=2"),
+        *("common.cpu=true", "common.fp16=false", "dataset.max_tokens=300", "dataset.num_workers=0"),
+        *("model.encoder_layers=2", "model.encoder_embed_dim=64", "model.encoder_ffn_embed_dim=64"),
+    )
+    assert (tmp_path / "run/checkpoint_last.pt").exists(), result.stderr[-2000:]
+
+
+def test_an_armed_checkpoint_is_refused(demo: Path, tmp_path: Path) -> None:
+    armed, marker = tmp_path / "armed.pt", tmp_path / "ran"
+    payload = f"cos\nmkdir\n(V{marker}\ntR."
+    armed.write_bytes(payload.encode())
+    assert "armed.pt is" in one_line(translate(demo, armed, check=False))
+    assert not marker.exists()
+
+
+def test_a_truncated_checkpoint_is_named(demo: Path, trained: Path, tmp_path: Path) -> None:
+    short = tmp_path / "checkpoint_last.pt"
+    short.write_bytes(trained.read_bytes()[:100_000])
+    assert "truncated or damaged" in one_line(translate(demo, short, check=False))
+    assert "truncated or damaged" in one_line(train(demo, tmp_path, 100, check=False))
+
+
+def test_another_dictionary_is_named(demo: Path, trained: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(demo, tmp_path / "other", symlinks=True))
+    with (other / "bin/dict.txt").open("a") as dictionary:
+        dictionary.write("more 1\n")
+    assert "dictionary entries" in one_line(translate(other, trained, check=False))
+    shutil.copy(trained, tmp_path / "checkpoint_last.pt")
+    assert "dictionary entries" in one_line(train(other, tmp_path, 100, check=False))
+
+
+def test_another_architecture_is_named(demo: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained, tmp_path / "checkpoint_last.pt")
+    result = train(demo, tmp_path, 100, "--moe-num-experts", "4", check=False)
+    assert "give the --arch and the options" in one_line(result)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--moe-threshold", "2"), "--moe-threshold 2.0 is out of range"),
+        (("--task", "multilingual_demo15"), "was not made for demo15"),
+    ],
+)
+def test_bad_input_ends_training_in_one_line(
+    options: tuple[str, ...], message: str, demo: Path, tmp_path: Path
+) -> None:
+    assert message in one_line(train(demo, tmp_path / "run", 2, *options, check=False))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_bad_yaml_ends_training_in_one_line(demo: Path, tmp_path: Path) -> None:
+    result = run(
+        "fairseq-hydra-train",
+        *("--config-dir", ROOT / "configs/demo", "--config-name", "demo4", f"task.data={demo / 'bin'}"),
+        *("model.moe_split_ratio=3", f"checkpoint.save_dir={tmp_path / 'run'}", "common.cpu=true"),
+        check=False,
+    )
+    assert "--moe-split-ratio 3 does not divide" in one_line(result)
