@@ -4,7 +4,7 @@
 #
 #   RUN      where the run is written (default: runs/demo4): report.md, report.json, report.png
 #   DATA     where the data is written (default: data/demo4)
-#   UPDATES  training steps (default: 900)
+#   UPDATES  training steps (default: 1000)
 #   PREPARE  more options for data_prep/prepare.sh, such as "--train 2000"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,7 +12,7 @@ source scripts/env.sh
 
 RUN=${RUN:-runs/demo4}
 DATA=${DATA:-data/demo4}
-UPDATES=${UPDATES:-900}
+UPDATES=${UPDATES:-1000}
 # More threads than this only wait for each other in so small a model.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}
@@ -38,11 +38,11 @@ PY
 
 train() {
     fairseq-train "$DATA/bin" --user-dir xmoe_fairseq --task multilingual_demo4 \
-        --arch xmoe_transformer_tiny --share-all-embeddings \
-        --criterion threshold_routing_cross_entropy --label-smoothing 0.1 --moe-loss-coeff 0.01 \
-        --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
-        --lr 0.003 --lr-scheduler inverse_sqrt --warmup-updates 200 \
-        --max-tokens 3000 --max-update "$UPDATES" --num-workers 0 --distributed-world-size 1 \
+        --arch xmoe_transformer_tiny --share-all-embeddings --encoder-normalize-before --decoder-normalize-before \
+        --dropout 0 --criterion threshold_routing_cross_entropy --label-smoothing 0.1 --moe-loss-coeff 0.01 \
+        --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 0.003 --warmup-updates 100 \
+        --lr-scheduler polynomial_decay --total-num-update "$UPDATES" --end-learning-rate 0 \
+        --max-tokens 2000 --max-update "$UPDATES" --num-workers 0 --distributed-world-size 1 \
         --save-dir "$RUN/checkpoints" --save-interval-updates 200 --keep-interval-updates 1 --no-epoch-checkpoints \
         --log-interval 20 --log-file "$RUN/train.log"
 }
@@ -54,7 +54,7 @@ translate() {
     fairseq-generate "$DATA/bin" --user-dir xmoe_fairseq --task multilingual_demo4 \
         --source-lang "$1" --target-lang "$2" --path "$RUN/checkpoints/checkpoint_last.pt" \
         --bpe sentencepiece_bytes --sentencepiece-model "$DATA/bin/spm.model" \
-        --beam 5 --max-tokens 6000 --max-len-a 2 --max-len-b 20 --num-workers 0 --results-path "$out.part"
+        --beam 5 --max-tokens 6000 --max-len-b 100 --num-workers 0 --results-path "$out.part"
     mv "$out.part" "$out"
 }
 

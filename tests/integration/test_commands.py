@@ -55,8 +55,8 @@ def translate(demo: Path, checkpoint: Path, *options: str, pair: str = "en-ca", 
     return run(
         "fairseq-generate",
         *(demo / "bin", "--user-dir", "xmoe_fairseq", "--task", "multilingual_demo4", "--cpu", "--num-workers", "0"),
-        *("--source-lang", source, "--target-lang", target, "--path", checkpoint, "--max-len-a", "1"),
-        *("--max-len-b", "10", "--bpe", "sentencepiece_bytes", "--sentencepiece-model", demo / "bin/spm.model"),
+        *("--source-lang", source, "--target-lang", target, "--path", checkpoint, "--max-len-b", "50"),
+        *("--bpe", "sentencepiece_bytes", "--sentencepiece-model", demo / "bin/spm.model"),
         *options,
         **kwargs,
     )

@@ -12,6 +12,7 @@ from omegaconf import II, OmegaConf
 
 from ..benchmarks import BENCHMARKS, Benchmark, directions
 from ..errors import UserError
+from .batching import PooledOrder
 from .data_folder import check_split, read_languages
 from .stock_options import stock_dataclass, stock_namespace
 
@@ -29,6 +30,13 @@ class MultilingualConfig(_StockOptions):
     """Options of ``multilingual_*``: those of stock ``translation_multi_simple_epoch`` that the data leaves open."""
 
     data: str = dataclasses.field(default="???", metadata={"help": "folder bin/ made by data_prep/prepare.sh"})
+    batch_pool_size: int = dataclasses.field(
+        default=8192,
+        metadata={
+            "help": "training batches are cut from pools of this many random sentences, each sorted by length; "
+            "1 or more, or 0 to sort the whole corpus by length as stock fairseq does"
+        },
+    )
     seed: int = II("common.seed")
     train_subset: str = II("dataset.train_subset")
     dataset_impl: Optional[str] = II("dataset.dataset_impl")
@@ -58,6 +66,8 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         args = stock_namespace(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
         languages = read_languages(args.data, cls.benchmark)
         dictionary = os.path.join(args.data, "dict.txt")
+        if args.batch_pool_size < 0:
+            raise UserError(f"--batch-pool-size {args.batch_pool_size} is out of range: it must be at least 0")
         args.langs = ["en", *languages]
         args.source_dict = args.target_dict = dictionary
         args.lang_pairs = args.lang_pairs or ",".join(directions(languages))
@@ -89,6 +99,18 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         """
         check_split(self.args.data, split, self.lang_pairs)
         super().load_dataset(split, *args, **kwargs)
+
+    def create_batch_sampler_func(self, *args: Any, seed: int = 1, **kwargs: Any) -> Any:
+        """Lets training batches be cut from pools of random sentences; see ``--batch-pool-size``."""
+        stock = super().create_batch_sampler_func(*args, seed=seed, **kwargs)
+        pool_size = self.args.batch_pool_size
+
+        def make_batches(dataset: Any, epoch: int) -> Any:
+            if pool_size and dataset is self.datasets.get(self.args.train_subset):
+                dataset = PooledOrder(dataset, pool_size, seed, epoch)
+            return stock(dataset, epoch)
+
+        return make_batches
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Makes batches; outside of training no sentence is left out.
