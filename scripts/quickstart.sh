@@ -6,6 +6,7 @@
 #   DATA     where the data is written (default: data/demo4)
 #   UPDATES  training steps (default: 1000)
 #   PREPARE  more options for data_prep/prepare.sh, such as "--train 2000"
+#   TRAIN    more options for fairseq-train, such as "--moe-threshold 0.5"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
@@ -37,6 +38,7 @@ PY
 }
 
 train() {
+    # shellcheck disable=SC2086
     fairseq-train "$DATA/bin" --user-dir xmoe_fairseq --task multilingual_demo4 \
         --arch xmoe_transformer_tiny --share-all-embeddings --encoder-normalize-before --decoder-normalize-before \
         --dropout 0 --criterion threshold_routing_cross_entropy --label-smoothing 0.1 --moe-loss-coeff 0.01 \
@@ -44,7 +46,7 @@ train() {
         --lr-scheduler polynomial_decay --total-num-update "$UPDATES" --end-learning-rate 0 \
         --max-tokens 2000 --max-update "$UPDATES" --num-workers 0 --distributed-world-size 1 \
         --save-dir "$RUN/checkpoints" --save-interval-updates 200 --keep-interval-updates 1 --no-epoch-checkpoints \
-        --log-interval 20 --log-file "$RUN/train.log"
+        --log-interval 20 --log-file "$RUN/train.log" ${TRAIN:-}
 }
 
 # translate SRC TGT: a folder under its final name is complete.

@@ -164,7 +164,7 @@ def test_yaml_trains(config: Path, demo: Path, tmp_path: Path) -> None:
         *("--config-dir", config.parent, "--config-name", config.stem, f"task.data={demo / 'bin'}"),
         *("task._name=multilingual_demo4", f"checkpoint.save_dir={tmp_path / 'run'}", "optimization.max_update=2"),
         *("common.cpu=true", "common.fp16=false", "dataset.max_tokens=300", "dataset.num_workers=0"),
-        *("model.encoder_layers=2", "model.encoder_embed_dim=64", "model.encoder_ffn_embed_dim=64"),
+        *("++model.encoder_layers=2", "++model.encoder_embed_dim=64", "++model.encoder_ffn_embed_dim=64"),
     )
     assert (tmp_path / "run/checkpoint_last.pt").exists(), result.stderr[-2000:]
 
@@ -217,7 +217,7 @@ def test_bad_yaml_ends_training_in_one_line(demo: Path, tmp_path: Path) -> None:
     result = run(
         "fairseq-hydra-train",
         *("--config-dir", ROOT / "configs/demo", "--config-name", "demo4", f"task.data={demo / 'bin'}"),
-        *("model.moe_split_ratio=3", f"checkpoint.save_dir={tmp_path / 'run'}", "common.cpu=true"),
+        *("+model.moe_split_ratio=3", f"checkpoint.save_dir={tmp_path / 'run'}", "common.cpu=true"),
         check=False,
     )
     assert "--moe-split-ratio 3 does not divide" in one_line(result)
