@@ -57,6 +57,7 @@ def install() -> None:
     torch.serialization.add_safe_globals([argparse.Namespace])
     for module, name, wrapper in (
         (checkpoint_utils, "load_checkpoint_to_cpu", _readable_errors),
+        (checkpoint_utils, "load_model_ensemble_and_task", _missing_files),
         (options, "parse_args_and_arch", _bf16_is_not_tpu),
     ):
         stock = getattr(module, name)
@@ -73,14 +74,38 @@ def _readable_errors(load_checkpoint_to_cpu: Any) -> Any:
     return load
 
 
+def _missing_files(load_model_ensemble_and_task: Any) -> Any:
+    @functools.wraps(load_model_ensemble_and_task)
+    def load(filenames: list[str], *args: Any, **kwargs: Any) -> Any:
+        plain = len(args) < 4 and not kwargs.get("suffix") and kwargs.get("num_shards", 1) == 1
+        for filename in filenames if plain else ():  # shards have other names
+            _local_path(filename)
+        return load_model_ensemble_and_task(filenames, *args, **kwargs)
+
+    return load
+
+
+def _local_path(path: str) -> str:
+    """Finds a checkpoint on this machine.
+
+    Raises:
+        UserError: there is none.
+    """
+    from fairseq.file_io import PathManager
+
+    local = PathManager.get_local_path(path)
+    if not os.path.isfile(local):
+        raise UserError(f"there is no checkpoint {path}: check --path or --restore-file")
+    return local
+
+
 def _check_checkpoint_file(path: str) -> None:
     """Reads the file once without its tensors' data being copied, only to name what is wrong with it.
 
     Raises:
         UserError: the file is missing, truncated, no checkpoint, or would run code when read.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"there is no checkpoint {path}: check --path or --restore-file")
+    path = _local_path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

@@ -12,7 +12,7 @@ from fairseq import file_utils
 from fairseq.data.encoders import register_bpe
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 
-from xmoe_fairseq.errors import UserError
+from .errors import UserError
 
 # SentencePiece writes a space as this character, so it would read the character itself as a space.
 META_SPACE = "\u2581"

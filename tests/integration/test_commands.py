@@ -184,6 +184,10 @@ def test_a_truncated_checkpoint_is_named(demo: Path, trained: Path, tmp_path: Pa
     assert "truncated or damaged" in one_line(train(demo, tmp_path, 100, check=False))
 
 
+def test_a_missing_checkpoint_is_named(demo: Path, tmp_path: Path) -> None:
+    assert "there is no checkpoint" in one_line(translate(demo, tmp_path / "none.pt", check=False))
+
+
 def test_another_dictionary_is_named(demo: Path, trained: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(demo, tmp_path / "other", symlinks=True))
     with (other / "bin/dict.txt").open("a") as dictionary:

@@ -115,7 +115,7 @@ def test_manifest(prepared: Path, source: Path) -> None:
     assert str(source) not in text and str(prepared) not in text
     assert manifest["languages"] == ["de", "zu"] and manifest["vocab_size"] == 330 and manifest["seed"] == 1
     assert set(manifest["tools"]) == {"python", "torch", "fairseq-fixed", "sentencepiece", "babel"}
-    assert manifest["tools"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(manifest["tools"]["torch"])
     assert len(manifest["sources"]) == 12 and "train.en-zu.zu.gz" in manifest["sources"]
     assert manifest["raw"]["lines"]["test.en-zu"] == 5 and len(manifest["raw"]["files"]) == 12
     assert manifest["raw"]["dropped_lines"] == manifest["raw"]["crlf_lines"] == {}
