@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .dispatch import combine, dispatch
 from .experts import Experts
@@ -70,7 +71,7 @@ class StratifiedMoE(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in sizes)
         self.exit_norm = nn.LayerNorm(dim) if released else None
         self.regularizer = regularizer or nn.Identity()
-        # The stratum of each expert.
+        self.stratum: Tensor  # of each expert
         self.register_buffer("stratum", torch.repeat_interleave(torch.tensor(self.sizes)), persistent=False)
 
     def forward(
@@ -115,16 +116,16 @@ class StratifiedMoE(nn.Module):
         return self.regularizer(combine(self.experts(dispatch(normed, plan), sizes), plan))
 
     def _statistics(self, plans: Sequence[RoutingPlan], tokens: Tensor, passes: Tensor) -> RoutingStats:
-        total = len(self.stratum)
+        total = sum(self.sizes)
         stats = [plan.stats for plan in plans]
-        entered = sum((one.tokens > 0).to(one.balance_loss.dtype) for one in stats)
+        entered = torch.stack([one.tokens > 0 for one in stats]).sum().clamp(min=1)
         counted = {
             name: torch.stack([getattr(one, name) for one in stats]).sum()
             for name in ("wanted", "received", "first_dropped", "top1_prob", "balance_loss", "z_loss")
         }
         for name in ("balance_loss", "z_loss"):
-            counted[name] = counted[name] / entered.clamp(min=1)  # the mean of the strata that received a token
+            counted[name] = counted[name] / entered  # the mean of the strata that received a token
         for name in ("expert_load", "first_choices"):
             loads = [getattr(one, name) for one in stats]
-            counted[name] = sum(torch.nn.functional.pad(load, (total - len(load), 0)) for load in loads)
-        return replace(stats[0], tokens=tokens, passes=passes, **counted)
+            counted[name] = torch.stack([F.pad(load, (total - len(load), 0)) for load in loads]).sum(0)
+        return RoutingStats(tokens=tokens, passes=passes, **counted)
