@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ class StratifiedMoE(nn.Module):
         total = sum(self.sizes)
         stats = [plan.stats for plan in plans]
         entered = torch.stack([one.tokens > 0 for one in stats]).sum().clamp(min=1)
-        counted = {
+        counted: dict[str, Any] = {
             name: torch.stack([getattr(one, name) for one in stats]).sum()
             for name in ("wanted", "received", "first_dropped", "top1_prob", "balance_loss", "z_loss")
         }
