@@ -73,7 +73,9 @@ class StratifiedMoE(nn.Module):
         self.exit_norm = nn.LayerNorm(dim) if released else None
         self.regularizer = regularizer or nn.Identity()
         self.stratum: Tensor  # of each expert
-        self.register_buffer("stratum", torch.repeat_interleave(torch.tensor(self.sizes)), persistent=False)
+        self.register_buffer(
+            "stratum", torch.repeat_interleave(torch.tensor(self.sizes), output_size=total), persistent=False
+        )
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None
