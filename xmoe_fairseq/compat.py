@@ -13,6 +13,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import pickle
 import sys
@@ -75,11 +76,15 @@ def _readable_errors(load_checkpoint_to_cpu: Any) -> Any:
 
 
 def _missing_files(load_model_ensemble_and_task: Any) -> Any:
+    signature = inspect.signature(load_model_ensemble_and_task)
+
     @functools.wraps(load_model_ensemble_and_task)
     def load(filenames: list[str], *args: Any, **kwargs: Any) -> Any:
-        plain = len(args) < 4 and not kwargs.get("suffix") and kwargs.get("num_shards", 1) == 1
-        for filename in filenames if plain else ():  # shards have other names
-            _local_path(filename)
+        given = signature.bind(filenames, *args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["num_shards"] == 1 and not given.arguments["suffix"]:  # shards have other names
+            for filename in filenames:
+                _local_path(filename)
         return load_model_ensemble_and_task(filenames, *args, **kwargs)
 
     return load
