@@ -13,6 +13,7 @@ class Source:
     Attributes:
         name: of the source.
         url: where it was published; ``{pair}`` and ``{corpus}`` stand for what each of its files is of.
+        file: its file name, with the same places.
         gives: what is in it.
         comparable: whether figures from it can be set beside those of the papers, and why.
         size: bytes of the file, where known.
@@ -21,6 +22,7 @@ class Source:
 
     name: str
     url: str
+    file: str
     gives: str
     comparable: str
     size: int | None = None
@@ -109,15 +111,28 @@ M15_GROUPS = {
 M4 = ("nso", "msa", "tgl", "cat")
 M4_GROUPS = {"high": ("msa", "tgl"), "low": ("nso", "cat")}
 
-_OPUS100_URL = "https://object.pouta.csc.fi/OPUS-100/v1.0/opus-100-corpus-"
-_OPUS100_GIVES = "train, dev and test of OPUS-100 v1.0"
+_OPUS100_URL = "https://object.pouta.csc.fi/OPUS-100/v1.0/"
+_OPUS100_GIVES = "train, valid (dev) and test of OPUS-100 v1.0"
 OPUS100_SOURCES = (
-    Source("pairs", _OPUS100_URL + "{pair}-v1.0.tar.gz", f"{_OPUS100_GIVES}, an archive a pair", "yes"),
-    Source("whole", _OPUS100_URL + "v1.0.tar.gz", f"{_OPUS100_GIVES}, one archive of some 7 GB", "yes"),
+    Source(
+        "pairs",
+        _OPUS100_URL + "opus-100-corpus-{pair}-v1.0.tar.gz",
+        "opus-100-corpus-{pair}-v1.0.tar.gz",
+        f"{_OPUS100_GIVES}, an archive a pair",
+        "yes",
+    ),
+    Source(
+        "whole",
+        _OPUS100_URL + "opus-100-corpus-v1.0.tar.gz",
+        "opus-100-corpus-v1.0.tar.gz",
+        f"{_OPUS100_GIVES}, one archive of some 7 GB",
+        "yes",
+    ),
 )
 FLORES200 = Source(
     "flores",
     "https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz",
+    "flores200_dataset.tar.gz",
     "valid (dev, 997 lines) and test (devtest, 1012 lines) of m4 and m15",
     "yes",
     25_585_843,
@@ -126,25 +141,33 @@ FLORES200 = Source(
 NLLB_SOURCES = (
     Source(
         "drive",
-        "https://drive.google.com/uc?export=download&id=1tT2urUunXLNEPZxxV2nK-YmC_N6P_48m",
+        "https://drive.usercontent.google.com/download?id=1tT2urUunXLNEPZxxV2nK-YmC_N6P_48m&export=download&confirm=t",
+        "m15.zip",
         "train, valid and test of the benchmark's authors",
-        "yes, but for the vocabulary, which is learned anew",
+        "yes, but the vocabulary is learned anew",
     ),
     Source(
         "opus",
         "https://object.pouta.csc.fi/OPUS-{corpus}/moses/{pair}.txt.zip",
-        "train of the corpora named by --opus-corpora",
+        "{corpus}/{pair}.txt.zip",
+        "train of the corpora in --opus-corpora",
         "no: NLLB's primary text holds corpora that are no longer published",
     ),
-    Source("seed", "https://tinyurl.com/NLLBSeed", "train of fur and lim, 6,000 lines each", "fur and lim nearly"),
+    Source(
+        "seed",
+        "https://tinyurl.com/NLLBSeed",
+        "NLLB-Seed.zip",
+        "train of fur and lim, some 6,000 lines each",
+        "nearly, for fur and lim: it is most of their primary text",
+    ),
     Source(
         "mined",
         "https://storage.googleapis.com/allennlp-data-bucket/nllb/{pair}.gz",
-        "train of nso run ssw msa fao tgl fur ltz lim, found by LASER3",
+        "nllb-{pair}.gz",
+        "train of nso run ssw msa fao tgl fur ltz lim, mined from the web",
         "no: another kind and amount of text",
     ),
 )
-
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark

@@ -246,6 +246,7 @@ def stats(layer: str, experts: int, seed: int, tokens: int | None = None) -> Rou
         top1_prob=tensor(tokens * 0.7),
         expert_load=tensor(load),
         first_choices=tensor(first),
+        passes=tensor(tokens),
         balance_loss=loss,
         z_loss=loss,
         layer=layer,

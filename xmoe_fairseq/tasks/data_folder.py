@@ -55,7 +55,9 @@ def read_groups(data: str, benchmark: Benchmark) -> dict[str, list[str]]:
         return {group: list(members) for group, members in benchmark.groups.items()}
     path = os.path.join(os.path.dirname(os.path.abspath(data)), "groups.tsv")
     if not os.path.isfile(path):
-        raise UserError(f"there is no {path}, which names the group of each language: make it with data_prep/prepare.sh")
+        raise UserError(
+            f"there is no {path}, which names the group of each language: make it with data_prep/prepare.sh"
+        )
     groups: dict[str, list[str]] = {}
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
