@@ -47,17 +47,6 @@ train() {
         --log-file "$STUDY/$name/train.log"
 }
 
-translate() {
-    local name=$1 source=$2 target=$3 out=$STUDY/$1/generate/$2-$3
-    if [[ -d $out ]]; then return; fi
-    rm -rf "$out.part"
-    fairseq-generate "$DATA/bin" --user-dir xmoe_fairseq --task multilingual_local \
-        --source-lang "$source" --target-lang "$target" --path "$STUDY/$name/checkpoints/checkpoint_last.pt" \
-        --bpe sentencepiece_bytes --sentencepiece-model "$DATA/bin/spm.model" \
-        --beam "$BEAM" --max-tokens 8000 --max-len-b 100 --num-workers 0 --results-path "$out.part"
-    mv "$out.part" "$out"
-}
-
 mkdir -p "$STUDY"
 if [[ ! -d $DATA/bin ]]; then
     : "${INPUT:?set INPUT to the folder with the text}"
@@ -71,9 +60,7 @@ for name in $MODELS; do
     echo "== $name"
     mkdir -p "$STUDY/$name"
     train "$name"
-    while IFS=- read -r source target; do
-        translate "$name" "$source" "$target" < /dev/null
-    done < "$DATA/bin/lang_pairs.txt"
+    bash scripts/translate.sh "$DATA" "$STUDY/$name" "$STUDY/$name/checkpoints/checkpoint_last.pt" -- --beam "$BEAM"
     python -m xmoe_fairseq.evaluation.report --run "$STUDY/$name" --data "$DATA" \
         --checkpoint "$STUDY/$name/checkpoints/checkpoint_last.pt"
 done

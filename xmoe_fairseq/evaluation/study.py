@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 
+from ..benchmarks import BENCHMARKS
 from ..errors import UserError
 from .outputs import replacing
+
+ENGLISH = {benchmark.english for benchmark in BENCHMARKS.values()}
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def read_row(study: Path, name: str) -> Row:
     return Row(
         name=name,
         parameters=count_parameters(study / name / "checkpoints" / "checkpoint_last.pt"),
-        out_of_english=_mean(row["bleu"] for row in directions if row["source"] == "en"),
-        into_english=_mean(row["bleu"] for row in directions if row["target"] == "en"),
+        out_of_english=_mean(row["bleu"] for row in directions if row["source"] in ENGLISH),
+        into_english=_mean(row["bleu"] for row in directions if row["target"] in ENGLISH),
         bleu=_mean(row["bleu"] for row in directions),
         chrf=_mean(row["chrf"] for row in directions),
         experts=sum(layer["received"] for layer in layers) / tokens if tokens else 0.0,
