@@ -160,7 +160,7 @@ def test_flops_are_those_that_pytorch_counts(words: tuple[str, ...], toy_data: P
         _, extra = model(tokens, torch.full((sentences,), length), tokens)
     stats = [one for side in extra.get("routing", {}).values() for one in side]
     usage = [
-        LayerUsage(one.layer, int(one.tokens), 0, int(one.received), 0, 0.0, tuple(one.expert_load.tolist()), ())
+        LayerUsage(one.layer, int(one.tokens), 0, int(one.received), 0, 0.0, tuple(one.expert_load.tolist()), (), 0)
         for one in stats
     ]
     widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
@@ -241,7 +241,7 @@ def test_given_experts_count_proportionally(capsys: pytest.CaptureFixture[str]) 
 
 
 def used(layer: str, received: int, experts: int = 8) -> LayerUsage:
-    return LayerUsage(layer, 100, received, received, 0, 50.0, (received // experts,) * experts, (100,))
+    return LayerUsage(layer, 100, received, received, 0, 50.0, (received // experts,) * experts, (100,), 100)
 
 
 def test_measured_experts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
