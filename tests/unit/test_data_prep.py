@@ -20,9 +20,9 @@ import pytest
 import torch
 from fairseq.binarizer import FileBinarizer, VocabularyDatasetBinarizer
 from fairseq.data import Dictionary, data_utils
+from helpers_prepare import error_of
 from io_utils import SourceText, lock
 
-from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.subword import Subword
 
 ROOT = Path(__file__).parents[2]
@@ -54,15 +54,6 @@ def write_input(folder: Path, edit: Edit | None = None) -> Path:
 
 def arguments(source: Path, out: Path, *more: str) -> list[str]:
     return ["--benchmark", "local", "--input", str(source), "--out", str(out), "--vocab-size", "330", *more]
-
-
-def error_of(*command: str) -> str:
-    """Runs a command that must be refused and returns its one line."""
-    with pytest.raises(UserError) as caught:
-        prepare.main(list(command))
-    message = str(caught.value.code)
-    assert message.startswith("xmoe_fairseq: error: ") and "\n" not in message
-    return message
 
 
 def assert_nothing_half_written(out: Path) -> None:
