@@ -18,5 +18,6 @@ setup(
         "numpy>=1.26",
         "tqdm>=4.60",
     ],
+    entry_points={"console_scripts": ["xmoe=xmoe_fairseq.cli:main"]},
     extras_require={"data": ["babel>=2.14"], "fsdp": ["fairscale==0.4.13"]},
 )

@@ -19,54 +19,90 @@ from fairseq.data.indexed_dataset import (
 from io_utils import SPLITS, pair_name, read_lines
 from tqdm import tqdm
 
+from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.subword import Subword
 
 BATCH = 2_000
 VOCABULARY = ("spm.model", "dict.txt", "langs.txt", "lang_pairs.txt")
 
 
-def write(raw: Path, spm: Path, languages: Sequence[str], folder: Path) -> dict[str, Any]:
+class _Text:
+    """One binary text in the making, and what is recorded of it."""
+
+    def __init__(self, prefix: Path, dictionary: Dictionary) -> None:
+        self.prefix = str(prefix)
+        self.builder = MMapIndexedDatasetBuilder(data_file_path(self.prefix), best_fitting_int_dtype(len(dictionary)))
+        self.tokens = self.longest = 0
+
+    def add(self, sentences: Sequence[Sequence[int]]) -> None:
+        """Appends encoded sentences, each with its end."""
+        sizes = [len(sentence) for sentence in sentences]
+        # One tensor a batch and views of it: a tensor a sentence takes several times as long.
+        for sentence in torch.IntTensor(list(chain.from_iterable(sentences))).split(sizes):
+            self.builder.add_item(sentence)
+        self.tokens += sum(sizes)
+        self.longest = max(self.longest, *sizes)
+
+    def finish(self) -> dict[str, int]:
+        """Completes the files."""
+        self.builder.finalize(index_file_path(self.prefix))
+        return {"total": self.tokens, "longest": self.longest}
+
+
+def write(raw: Path, spm: Path, langs: Sequence[str], max_pieces: int, folder: Path) -> dict[str, Any]:
     """Writes ``{split}.en-xx.{en,xx}.{bin,idx}`` as ``fairseq-preprocess`` would, with all that training reads.
 
     Args:
         raw: the folder of stage 1.
         spm: the folder of stage 2.
-        languages: the languages beside English.
+        langs: English and then the other languages.
+        max_pieces: train lines with more pieces on a side are left out; 0 for none.
         folder: where to write.
 
     Returns:
-        For each text its number of tokens, the ends of sentences included, and its longest line.
+        For each text its number of tokens, the ends of sentences included, and its longest line; for each pair the
+        lines dropped, where there are any.
+
+    Raises:
+        UserError: where no line of a pair is left.
     """
     for name in VOCABULARY:
         shutil.copyfile(spm / name, folder / name)
-    for language in ("en", *languages):
+    for language in langs:
         # fairseq wants a dictionary a language; all share one.
         (folder / f"dict.{language}.txt").symlink_to("dict.txt")
     subword = Subword(spm / "spm.model")
     dictionary = Dictionary.load(str(spm / "dict.txt"))
-    names = [
-        f"{pair_name(split, language)}.{side}"
-        for language in languages
-        for split in SPLITS
-        for side in ("en", language)
-    ]
-    progress = tqdm(names, desc="bin", unit="file", disable=None)
-    return {"tokens": {name: _binarize(raw / name, folder / name, subword, dictionary) for name in progress}}
+    english, *languages = langs
+    record: dict[str, Any] = {"tokens": {}, "dropped_lines": {}}
+    for language in tqdm(languages, desc="bin", unit="pair", disable=None):
+        for split in SPLITS:
+            name = pair_name(split, english, language)
+            texts = {f"{name}.{side}": _Text(folder / f"{name}.{side}", dictionary) for side in (english, language)}
+            limit = max_pieces if split == "train" else 0
+            dropped = _binarize([raw / side for side in texts], list(texts.values()), subword, dictionary.eos(), limit)
+            record["tokens"] |= {side: text.finish() for side, text in texts.items()}
+            if dropped:
+                record["dropped_lines"][name] = {"too many pieces": dropped}
+            if not record["tokens"][f"{name}.{english}"]["total"]:
+                raise UserError(f"--max-pieces {max_pieces} drops every line of {name}: give more")
+    if record["dropped_lines"]:
+        total = sum(sum(reasons.values()) for reasons in record["dropped_lines"].values())
+        print(f"bin: dropped of train: {total} too many pieces", flush=True)
+    return record
 
 
-def _binarize(text: Path, prefix: Path, subword: Subword, dictionary: Dictionary) -> dict[str, int]:
-    builder = MMapIndexedDatasetBuilder(data_file_path(str(prefix)), best_fitting_int_dtype(len(dictionary)))
-    tokens = longest = 0
-    for batch in _batches(read_lines(text)):
-        sentences = [[*ids, dictionary.eos()] for ids in subword.encode_ids(batch)]
-        sizes = [len(sentence) for sentence in sentences]
-        # One tensor a batch and views of it: a tensor a sentence takes several times as long.
-        for sentence in torch.IntTensor(list(chain.from_iterable(sentences))).split(sizes):
-            builder.add_item(sentence)
-        tokens += sum(sizes)
-        longest = max(longest, *sizes)
-    builder.finalize(index_file_path(str(prefix)))
-    return {"total": tokens, "longest": longest}
+def _binarize(paths: Sequence[Path], texts: Sequence[_Text], subword: Subword, eos: int, limit: int) -> int:
+    """Encodes both sides of a pair and returns how many pairs of lines exceed the limit."""
+    dropped = 0
+    for batches in zip(*(_batches(read_lines(path)) for path in paths), strict=True):
+        sides = [[[*ids, eos] for ids in subword.encode_ids(batch)] for batch in batches]
+        kept = [i for i, pair in enumerate(zip(*sides, strict=True)) if not limit or max(map(len, pair)) <= limit + 1]
+        dropped += len(batches[0]) - len(kept)
+        if kept:
+            for text, side in zip(texts, sides, strict=True):
+                text.add([side[i] for i in kept])
+    return dropped
 
 
 def _batches(lines: Iterator[str]) -> Iterator[list[str]]:

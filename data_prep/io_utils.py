@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -17,11 +18,12 @@ from xmoe_fairseq.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 TEMPORARY = ".tmp"
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def pair_name(split: str, language: str) -> str:
+def pair_name(split: str, english: str, language: str) -> str:
     """Names the files of one split and pair, English first, without the language that follows: ``train.en-ca``."""
-    return f"{split}.en-{language}"
+    return f"{split}.{english}-{language}"
 
 
 def is_gzip(path: Path) -> bool:
@@ -93,12 +95,12 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_pairs(prefix: Path, language: str, pairs: Iterable[tuple[str, str]]) -> int:
-    """Writes aligned lines to ``PREFIX.en`` and ``PREFIX.LANGUAGE`` and returns how many there were."""
+def write_pairs(prefix: Path, sides: Sequence[str], pairs: Iterable[tuple[str, str]]) -> int:
+    """Writes aligned lines to ``PREFIX.SIDE`` of both sides, English first, and returns how many there were."""
     count = 0
     with (
-        open(f"{prefix}.en", "w", encoding="utf-8", newline="\n") as english,
-        open(f"{prefix}.{language}", "w", encoding="utf-8", newline="\n") as foreign,
+        open(f"{prefix}.{sides[0]}", "w", encoding="utf-8", newline="\n") as english,
+        open(f"{prefix}.{sides[1]}", "w", encoding="utf-8", newline="\n") as foreign,
     ):
         for english_line, foreign_line in pairs:
             english.write(f"{english_line}\n")

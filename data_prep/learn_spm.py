@@ -28,14 +28,14 @@ SPECIAL_PIECES = 3
 
 
 def write(
-    raw: Path, lines: Mapping[str, int], languages: Sequence[str], options: Mapping[str, Any], folder: Path
+    raw: Path, lines: Mapping[str, int], langs: Sequence[str], options: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Learns from the training text in ``raw`` and writes model, vocabulary, dictionary and language lists.
 
     Args:
         raw: the folder of stage 1.
         lines: its line counts.
-        languages: the languages beside English, in the benchmark's order.
+        langs: English and then the other languages in the benchmark's order.
         options: ``vocab_size``, ``sampling_temperature`` and ``seed``.
         folder: where to write.
 
@@ -45,8 +45,9 @@ def write(
     Raises:
         UserError: where the text does not support that many pieces, or needs more.
     """
-    counts = {language: lines[pair_name("train", language)] for language in languages}
-    used = sample_sizes({"en": sum(counts.values()), **counts}, MOST_LINES, options["sampling_temperature"])
+    english, *languages = langs
+    counts = {language: lines[pair_name("train", english, language)] for language in languages}
+    used = sample_sizes({english: sum(counts.values()), **counts}, MOST_LINES, options["sampling_temperature"])
     model = train(sample(raw, counts, used, options["seed"]), sum(used.values()), options["vocab_size"])
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = range(processor.get_piece_size())
@@ -54,8 +55,8 @@ def write(
     write_lines(folder / "spm.vocab", (f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}" for i in ids))
     # fairseq wants a count for each symbol and ignores it when the order is given.
     write_lines(folder / "dict.txt", (f"{processor.id_to_piece(i)} 100" for i in ids[SPECIAL_PIECES:]))
-    write_lines(folder / "langs.txt", ["en", *languages])
-    write_lines(folder / "lang_pairs.txt", directions(list(languages)))
+    write_lines(folder / "langs.txt", langs)
+    write_lines(folder / "lang_pairs.txt", directions(languages, english))
     return {"pieces": len(ids), "lines_used": used}
 
 
@@ -78,13 +79,15 @@ def sample_sizes(counts: Mapping[str, int], most: int, temperature: float) -> di
 def sample(raw: Path, counts: Mapping[str, int], sizes: Mapping[str, int], seed: int) -> Iterator[str]:
     """Yields the chosen number of training lines of each language in the order of the files, each line at most once.
 
-    Every line of a language is equally likely to be chosen; no more than one line is held.
+    Every line of a language is equally likely to be chosen; no more than one line is held. English is the first of
+    ``sizes`` and is not in ``counts``.
     """
+    english = next(iter(sizes))
     for side in sizes:
         rng = random.Random(f"{seed} {side}")
-        wanted, left = sizes[side], sum(counts.values()) if side == "en" else counts[side]
-        for language in counts if side == "en" else (side,):
-            for line in read_lines(raw / f"{pair_name('train', language)}.{side}"):
+        wanted, left = sizes[side], sum(counts.values()) if side == english else counts[side]
+        for language in counts if side == english else (side,):
+            for line in read_lines(raw / f"{pair_name('train', english, language)}.{side}"):
                 if rng.random() * left < wanted:
                     wanted -= 1
                     yield UNLEARNABLE.sub(" ", line)

@@ -99,6 +99,9 @@ def _check_parameters(out: Path, old: Mapping[str, Any], new: Mapping[str, Any])
         # What another version began must be finished by that version; what is complete is good for all.
         if old.get(key) == value or (key == "tools" and (out / MANIFEST).exists()):
             continue
+        # An option that is not used now and did not exist then.
+        if key not in old and not value:
+            continue
         before, now = old.get(key), value
         if isinstance(before, dict) and isinstance(now, dict):
             key, before, now = next(

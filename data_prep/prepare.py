@@ -3,65 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import errno
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import binarize
 import learn_spm
 import raw_local
-from io_utils import SPLITS, fingerprint, lock, pair_name, write_lines
+import raw_nllb
+import raw_opus100
+import raw_text
+from io_utils import DISK_FULL, SPLITS, fingerprint, lock, pair_name, write_lines
 from manifest import finished_stage, run_stage, tool_versions, write_manifest
+from options import parse
+from sources import Corpus, Store, merge
 from tqdm import tqdm
 
-from xmoe_fairseq.benchmarks import BENCHMARKS
+from xmoe_fairseq.benchmarks import BENCHMARKS, Benchmark
 from xmoe_fairseq.errors import UserError
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong command like every other error: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises what argparse found wrong as a `UserError`."""
-        raise UserError(f"{message}; see --help")
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line and fills in the benchmark's own values where an option is not given.
-
-    Raises:
-        UserError: where an option is unknown, out of range, or has no meaning for the benchmark.
-    """
-    parser = OneLineParser(prog="prepare.sh", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--benchmark", required=True, choices=BENCHMARKS, help="which set of languages to prepare")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to, made if missing")
-    parser.add_argument("--input", type=Path, metavar="DIR", help=f"local: the folder that holds {raw_local.EXPECTED}")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="SentencePiece pieces (default: the benchmark's)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="the same seed gives the same files")
-    for split in SPLITS:
-        parser.add_argument(f"--{split}", type=int, metavar="N", help=f"demos: lines a pair in {split}")
-    given = parser.parse_args(arguments)
-    benchmark = BENCHMARKS[given.benchmark]
-    local = not benchmark.sizes
-    given.sizes = {split: getattr(given, split) for split in SPLITS if getattr(given, split) is not None}
-    if given.vocab_size is None:
-        given.vocab_size = benchmark.vocab_size
-    if local and given.input is None:
-        parser.error(f"--benchmark {benchmark.name} needs --input DIR, the folder that holds the text")
-    if local and given.sizes:
-        parser.error(f"--{next(iter(given.sizes))} has no meaning for --benchmark {benchmark.name}: it takes all lines")
-    if not local and given.input is not None:
-        parser.error(f"--input has no meaning for --benchmark {benchmark.name}: its text is generated")
-    for split, size in given.sizes.items():
-        if size < 1:
-            parser.error(f"--{split} {size}: give at least 1")
-    if given.vocab_size < learn_spm.LEAST_PIECES:
-        parser.error(f"--vocab-size {given.vocab_size}: give at least {learn_spm.LEAST_PIECES}")
-    given.sizes = {**benchmark.sizes, **given.sizes}
-    return given
 
 
 def prepare(given: argparse.Namespace) -> None:
@@ -71,56 +32,68 @@ def prepare(given: argparse.Namespace) -> None:
         UserError: where the input or the output folder is not as it must be.
     """
     benchmark = BENCHMARKS[given.benchmark]
-    corpus = raw_local.find(given.input) if given.input else {}
-    languages = benchmark.languages or tuple(dict.fromkeys(language for _, language in corpus))
-    sources = tqdm([path for pair in corpus.values() for path in pair], desc="checking", unit="file", disable=None)
+    local = raw_local.find(given.input, benchmark.english, local_splits(benchmark)) if given.local else {}
+    languages = benchmark.languages or tuple(dict.fromkeys(language for _, language in local))
+    paths = [path for files in local.values() for pair in files for path in pair]
     parameters = {
         "benchmark": benchmark.name,
         "languages": list(languages),
         "seed": given.seed,
         "sizes": given.sizes,
-        "sources": {path.name: fingerprint(path) for path in sources},
+        "source": [source.name for source in given.sources] + ["local"] * bool(given.local and benchmark.sources),
+        "limits": {name: value for name, value in asdict(given.limits).items() if value},
+        "opus_corpora": given.corpora if any(source.name == "opus" for source in given.sources) else [],
+        "sources": {path.name: fingerprint(path) for path in tqdm(paths, desc="checking", unit="file", disable=None)},
         "tools": tool_versions(),
     }
-    # The text does not depend on these: where a first try shows that N is too large, it need not be made again.
-    vocabulary = {"vocab_size": given.vocab_size, "sampling_temperature": benchmark.sampling_temperature}
     given.out.mkdir(parents=True, exist_ok=True)
     with lock(given.out):
-        records = run_stages(given.out, corpus, parameters, vocabulary)
-        write_groups(given.out, languages, records["raw"]["lines"])
+        records = run_stages(given, benchmark, parameters, local)
+        write_groups(given.out, benchmark, languages, records["raw"]["lines"])
         write_manifest(given.out, records)
     print(f"{given.out} is ready: train from {given.out / 'bin'}")
 
 
+def local_splits(benchmark: Benchmark) -> tuple[str, ...]:
+    """Names the splits that are the user's: FLORES-200 gives valid and test of m4 and m15."""
+    return ("train",) if benchmark.name in ("m4", "m15") else SPLITS
+
+
 def run_stages(
-    out: Path, corpus: raw_local.Corpus, parameters: Mapping[str, Any], vocabulary: Mapping[str, Any]
+    given: argparse.Namespace, benchmark: Benchmark, parameters: Mapping[str, Any], local: Corpus
 ) -> dict[str, dict[str, Any]]:
     """Runs the stages that are not finished, in their order, and returns the records of all.
 
     Args:
-        out: the folder of the whole preparation.
-        corpus: the user's files; empty where the text is generated.
+        given: the options.
+        benchmark: that is prepared.
         parameters: what decides the text.
-        vocabulary: what decides, with the text, the vocabulary and the binary files.
+        local: the user's files.
     """
-    languages, sizes, seed = parameters["languages"], parameters["sizes"], parameters["seed"]
+    out, langs = given.out, [benchmark.english, *parameters["languages"]]
+    # The text does not depend on these: where a first try shows that N is too large, it need not be made again.
+    vocabulary = {"vocab_size": given.vocab_size, "sampling_temperature": benchmark.sampling_temperature}
     every = {**parameters, **vocabulary}
 
     def write_raw(folder: Path) -> dict[str, Any]:
-        if corpus:
-            return raw_local.write(corpus, folder)
-        # Only the demos need Babel.
-        import raw_demo
+        if benchmark.sizes:
+            # Only the demos need Babel.
+            import raw_demo
 
-        return raw_demo.write(languages, sizes, seed, folder)
+            return raw_demo.write(langs[1:], given.sizes, given.seed, folder)
+        return write_text(given, langs, local, folder)
 
     def write_spm(folder: Path) -> dict[str, Any]:
-        return learn_spm.write(out / "raw", records["raw"]["lines"], languages, every, folder)
+        return learn_spm.write(out / "raw", records["raw"]["lines"], langs, every, folder)
 
     def write_bin(folder: Path) -> dict[str, Any]:
-        return binarize.write(out / "raw", out / "spm", languages, folder)
+        return binarize.write(out / "raw", out / "spm", langs, given.max_pieces, folder)
 
-    stages = {"raw": (parameters, write_raw), "spm": (every, write_spm), "bin": (every, write_bin)}
+    stages = {
+        "raw": (parameters, write_raw),
+        "spm": (every, write_spm),
+        "bin": ({**every, "max_pieces": given.max_pieces}, write_bin),
+    }
     # All are checked before the first is made, so that a refused run changes nothing.
     finished = {name: finished_stage(out, name, decisive) for name, (decisive, _) in stages.items()}
     records: dict[str, dict[str, Any]] = {}
@@ -129,11 +102,54 @@ def run_stages(
     return records
 
 
-def write_groups(out: Path, languages: Sequence[str], lines: Mapping[str, int]) -> None:
-    """Writes groups.tsv, one group for all; leaves one that is there as it is, for the user may have edited it."""
+def write_text(given: argparse.Namespace, langs: Sequence[str], local: Corpus, folder: Path) -> dict[str, Any]:
+    """Brings the text of the chosen sources together and writes it into the stage's folder.
+
+    Raises:
+        UserError: where a source cannot be had, or text is missing or not as it must be.
+    """
+    store = Store(
+        given.out / "download", given.url, {name: Path(path) for name, path in given.archive.items()}, given.sha256
+    )
+    extracted = folder / "extracted"
+    parts = [local]
+    if given.benchmark == "opus100":
+        parts += [raw_opus100.collect(source, store, langs, extracted) for source in given.sources]
+    elif given.benchmark != "local":
+        parts.append(raw_nllb.collect(given.sources, store, langs, extracted, given.corpora))
+    corpus = in_order(merge(*parts), langs, ", ".join(source.name for source in given.sources) or "local")
+    record = raw_text.write(corpus, langs[0], given.limits, bool(given.sources), folder)
+    shutil.rmtree(extracted, ignore_errors=True)
+    return {**record, "archives": store.record}
+
+
+def in_order(corpus: Corpus, langs: Sequence[str], source: str) -> Corpus:
+    """Puts a corpus in the order of the languages.
+
+    Raises:
+        UserError: where a language has no text or is not of the benchmark.
+    """
+    wanted = [(split, language) for language in langs[1:] for split in SPLITS]
+    missing = list(dict.fromkeys(language for split, language in wanted if (split, language) not in corpus))
+    if missing:
+        raise UserError(
+            f"--source {source} has no text for {', '.join(missing)}: add a source that has, such as "
+            "--source opus,seed,local with --input DIR, or choose another"
+        )
+    extra = list(dict.fromkeys(language for key in corpus if key not in wanted for language in key[1:]))
+    if extra:
+        raise UserError(f"--input has {', '.join(extra)}, not of the benchmark: take these files out")
+    return {key: corpus[key] for key in wanted}
+
+
+def write_groups(out: Path, benchmark: Benchmark, languages: Sequence[str], lines: Mapping[str, int]) -> None:
+    """Writes groups.tsv; leaves one that is there as it is, for the user may have edited it."""
     path = out / "groups.tsv"
     if not path.exists():
-        write_lines(path, (f"{language}\tall\t{lines[pair_name('train', language)]}" for language in languages))
+        counts = {language: lines[pair_name("train", benchmark.english, language)] for language in languages}
+        write_lines(
+            path, (f"{language}\t{benchmark.group_of(language)}\t{count}" for language, count in counts.items())
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

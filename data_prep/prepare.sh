@@ -3,6 +3,7 @@
 #
 #   bash data_prep/prepare.sh --benchmark demo4 --out DIR
 #   bash data_prep/prepare.sh --benchmark local --input FOLDER --out DIR [--vocab-size N]
+#   bash data_prep/prepare.sh --benchmark m4|m15|opus100 [--source NAME,...] --out DIR    see docs/benchmarks.md
 #
 # It may be started from any folder, and again with the same options after an interruption: what is finished stays.
 # PYTHON names the interpreter to use (default: python). All options: bash data_prep/prepare.sh --help

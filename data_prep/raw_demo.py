@@ -26,7 +26,7 @@ def write(languages: Sequence[str], sizes: Mapping[str, int], seed: int, folder:
     lines: dict[str, int] = {}
     for language in tqdm(languages, desc="raw", unit="pair", disable=None):
         for split, sides in corpus.items():
-            name = pair_name(split, language)
-            pairs = zip(sides["en"], sides[language], strict=True)
-            lines[name] = write_pairs(folder / name, language, pairs)
+            name = pair_name(split, demo_corpus.SOURCE, language)
+            pairs = zip(sides[demo_corpus.SOURCE], sides[language], strict=True)
+            lines[name] = write_pairs(folder / name, (demo_corpus.SOURCE, language), pairs)
     return {"lines": lines}

@@ -14,7 +14,7 @@ _make_env() {
         return 1
     }
     cd "$_root"
-    want=$("$python" --version; cat constraints.txt requirements*.txt)
+    want=$("$python" --version; cat constraints.txt requirements*.txt setup.py)
     if [[ ! -f $stamp || $(cat "$stamp") != "$want" ]]; then
         rm -rf .venv
         echo "Installing the pinned dependencies into .venv (some minutes, once) ..."
@@ -25,6 +25,8 @@ _make_env() {
         .venv/bin/pip install --quiet -c constraints.txt torch numpy cython setuptools wheel
         .venv/bin/pip install --quiet -c constraints.txt --no-build-isolation fairseq-fixed
         .venv/bin/pip install --quiet -c constraints.txt -r requirements.txt
+        # The command xmoe, running the code of this folder.
+        .venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
         printf '%s' "$want" > "$stamp"
     fi
     # Installs nothing where it is all there.

@@ -49,15 +49,10 @@ train() {
         --log-interval 20 --log-file "$RUN/train.log" ${TRAIN:-}
 }
 
-# translate SRC TGT: a folder under its final name is complete.
+# translate DIRECTION
 translate() {
-    local out=$RUN/generate/$1-$2
-    rm -rf "$out.part" "$out"
-    fairseq-generate "$DATA/bin" --user-dir xmoe_fairseq --task multilingual_demo4 \
-        --source-lang "$1" --target-lang "$2" --path "$RUN/checkpoints/checkpoint_last.pt" \
-        --bpe sentencepiece_bytes --sentencepiece-model "$DATA/bin/spm.model" \
-        --beam 5 --max-tokens 6000 --max-len-b 100 --num-workers 0 --results-path "$out.part"
-    mv "$out.part" "$out"
+    rm -rf "$RUN/generate/$1"
+    bash scripts/translate.sh "$DATA" "$RUN" "$RUN/checkpoints/checkpoint_last.pt" "$1" -- --max-len-b 100
 }
 
 report() {
@@ -74,8 +69,8 @@ PY
 # shellcheck disable=SC2086
 stage data bash data_prep/prepare.sh --benchmark demo4 --out "$DATA" ${PREPARE:-}
 stage train train
-while IFS=- read -r source target; do
-    stage "translate-$source-$target" translate "$source" "$target" < /dev/null
+while read -r direction; do
+    stage "translate-$direction" translate "$direction" < /dev/null
 done < "$DATA/bin/lang_pairs.txt"
 report
 echo "== report: $RUN/report.md, $RUN/report.png"

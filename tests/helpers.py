@@ -59,18 +59,20 @@ def run(command: str, *args: str | Path, check: bool = True, **kwargs: Any) -> s
     return result
 
 
-def write_toy_data(folder: Path, languages: tuple[str, ...], lines: int = 200, symbols: int = 40) -> Path:
+def write_toy_data(
+    folder: Path, languages: tuple[str, ...], lines: int = 200, symbols: int = 40, english_code: str = "en"
+) -> Path:
     """Writes a binarised data folder: each language has the English symbols in reverse, shifted by its number."""
     rng = random.Random(1)
     folder.mkdir(parents=True)
-    (folder / "langs.txt").write_text("".join(f"{lang}\n" for lang in ("en", *languages)))
+    (folder / "langs.txt").write_text("".join(f"{lang}\n" for lang in (english_code, *languages)))
     (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(symbols)))
     for split, count in (("train", lines), ("valid", 20), ("test", 20)):
         for number, language in enumerate(languages):
             english = [[rng.randrange(symbols) for _ in range(rng.randint(2, 9))] for _ in range(count)]
             foreign = [[(word + number + 1) % symbols for word in reversed(line)] for line in english]
-            for lang, text in (("en", english), (language, foreign)):
-                prefix = str(folder / f"{split}.en-{language}.{lang}")
+            for lang, text in ((english_code, english), (language, foreign)):
+                prefix = str(folder / f"{split}.{english_code}-{language}.{lang}")
                 builder = MMapIndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
                 for line in text:
                     builder.add_item(torch.tensor([word + 4 for word in line] + [2]))

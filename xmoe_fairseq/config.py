@@ -66,8 +66,11 @@ def _option(
 
 
 @dataclasses.dataclass
-class XMoETransformerConfig(FlatTransformerConfig):
-    """Options of ``xmoe_transformer*``; the defaults are the preset ``xmoe_transformer``."""
+class MoETransformerConfig(FlatTransformerConfig):
+    """Options of ``xmoe_transformer*``, ``smoe_transformer*`` and ``moe_transformer*``.
+
+    The defaults are the preset ``xmoe_transformer``; what other presets change stands in ``models/presets.py``.
+    """
 
     moe_router: ChoiceEnum(tuple(ROUTERS)) = _option(  # type: ignore[valid-type]
         "threshold", "how a token chooses its experts", alias="--moe-type"
@@ -82,8 +85,8 @@ class XMoETransformerConfig(FlatTransformerConfig):
         low=1,
         alias="--expert-interval",
     )
-    moe_placement: ChoiceEnum(("both", "encoder", "decoder")) = _option(  # type: ignore[valid-type]
-        "both", "which stack has MoE layers"
+    moe_placement: ChoiceEnum(("both", "encoder", "decoder", "none")) = _option(  # type: ignore[valid-type]
+        "both", "which stack has MoE layers; none is the dense transformer"
     )
     moe_threshold: float = _option(
         0.9,
@@ -92,6 +95,25 @@ class XMoETransformerConfig(FlatTransformerConfig):
         low=0,
         high=1,
         alias="--threshold",
+    )
+    moe_second_expert: ChoiceEnum(("gate", "sampling")) = _option(  # type: ignore[valid-type]
+        "gate",
+        "gshard router, in training: the second expert is the second most probable (gate) or drawn by probability",
+    )
+    moe_strata: str = _option(
+        "", "experts in each stratum of a stratified layer (SMoE), such as 4-12 or 2-2-2-2; empty for one plain layer"
+    )
+    smoe_form: ChoiceEnum(("paper", "released")) = _option(  # type: ignore[valid-type]
+        "paper", "stratified layers as the paper describes them or as the authors' code computes them"
+    )
+    moe_stack: int = _option(1, "MoE layers one after the other in each place, naively stacked", low=1)
+    moe_regularizer: ChoiceEnum(("none", "eom", "cmr")) = _option(  # type: ignore[valid-type]
+        "none",
+        "eom: mask random tokens' expert outputs in training; cmr: a gate mixes a shared feed-forward network in",
+    )
+    moe_eom_rate: float = _option(0.1, "eom: share of tokens masked", low=0, high=1)
+    moe_cmr_gate_dropout: float = _option(
+        0.1, "cmr: probability that a token's gate is closed in training", low=0, high=1
     )
     moe_top_k: int = _option(2, "topk router: experts a token", low=1, alias="--moe-k")
     moe_capacity_factor: float = _option(
@@ -111,7 +133,20 @@ def router_options(cfg: Any) -> RouterOptions:
         top_k=cfg.moe_top_k,
         capacity_factor=cfg.moe_capacity_factor,
         min_capacity=cfg.moe_min_capacity,
+        second_expert=str(cfg.moe_second_expert),
     )
+
+
+def strata(cfg: Any) -> tuple[int, ...]:
+    """Reads the strata's sizes; empty for a plain layer.
+
+    Raises:
+        ValueError: the option is not a list of positive numbers.
+    """
+    parts = cfg.moe_strata.split("-") if cfg.moe_strata else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--moe-strata {cfg.moe_strata} is no list of sizes: write it as 4-12 or 2-2-2-2")
+    return tuple(int(part) for part in parts)
 
 
 def moe_layers(num_layers: int, interval: int) -> list[int]:
@@ -121,7 +156,7 @@ def moe_layers(num_layers: int, interval: int) -> list[int]:
 
 def resolve(cfg: Any) -> Namespace:
     """Fills in what follows from other options: the decoder's sizes."""
-    values = {field.name: cfg[field.name] for field in dataclasses.fields(XMoETransformerConfig)}
+    values = {field.name: cfg[field.name] for field in dataclasses.fields(MoETransformerConfig)}
     for name, leader in _FOLLOW_ENCODER.items():
         if values[name] is None:
             values[name] = values[leader]
@@ -137,7 +172,7 @@ def check(cfg: Namespace) -> None:
     Raises:
         ValueError: names the option, its value and the values that work.
     """
-    for field in dataclasses.fields(XMoETransformerConfig):
+    for field in dataclasses.fields(MoETransformerConfig):
         low, high = field.metadata.get("low"), field.metadata.get("high")
         value = getattr(cfg, field.name)
         if (low is not None and not value >= low) or (high is not None and not value <= high):
@@ -160,14 +195,36 @@ def check(cfg: Namespace) -> None:
             f"--moe-top-k {cfg.moe_top_k} is more than --moe-num-experts {cfg.moe_num_experts}: "
             "a token cannot take more experts than there are"
         )
+    _check_strata(cfg)
+    if cfg.moe_regularizer == "cmr" and (cfg.encoder_layerdrop or cfg.decoder_layerdrop):
+        raise ValueError("--moe-regularizer cmr does not work with LayerDrop: its budget counts all layers' gates")
     for name in ("quant_noise_pq", "quant_noise_scalar", "base_layers"):
         if getattr(cfg, name):
             raise ValueError(f"{_flag(name)} {getattr(cfg, name)} does not work with MoE layers: leave it out")
 
 
+def _check_strata(cfg: Namespace) -> None:
+    sizes = strata(cfg)
+    if not sizes:
+        return
+    if sum(sizes) != cfg.moe_num_experts:
+        raise ValueError(
+            f"--moe-strata {cfg.moe_strata} has {sum(sizes)} experts, but --moe-num-experts is {cfg.moe_num_experts}: "
+            "the two must be equal"
+        )
+    if cfg.moe_stack > 1:
+        raise ValueError(f"--moe-stack {cfg.moe_stack} does not work with --moe-strata: strata are stacked already")
+    if cfg.moe_router == "topk" and cfg.moe_top_k > sizes[-1]:
+        raise ValueError(f"--moe-top-k {cfg.moe_top_k} is more than the last stratum's {sizes[-1]} experts")
+    for stack in placed(cfg):
+        if not getattr(cfg, f"{stack}_normalize_before"):
+            raise ValueError(f"--moe-strata needs --{stack}-normalize-before: strata normalise their own input")
+
+
 def placed(cfg: Namespace) -> tuple[str, ...]:
     """Names the stacks that have MoE layers."""
-    return ("encoder", "decoder") if cfg.moe_placement == "both" else (cfg.moe_placement,)
+    stacks = {"both": ("encoder", "decoder"), "none": ()}
+    return stacks.get(str(cfg.moe_placement), (str(cfg.moe_placement),))
 
 
 def transformer_config(cfg: Namespace) -> TransformerConfig:

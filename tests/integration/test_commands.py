@@ -100,6 +100,20 @@ def test_translation_does_not_depend_on_the_batch(beam: str, demo: Path, trained
         assert together[number][0] == pytest.approx(score, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "model", [("smoe_transformer_tiny",), ("moe_transformer_tiny", "--moe-router", "hash")], ids=lambda model: model[-1]
+)
+def test_other_models_translate_independently_of_the_batch(model: tuple[str, ...], demo: Path, tmp_path: Path) -> None:
+    train(demo, tmp_path, 40, model=("--arch", *model, "--share-all-embeddings", "--dropout", "0"))
+    checkpoint = tmp_path / "checkpoint_last.pt"
+    together = hypotheses(translate(demo, checkpoint, "--beam", "3", "--max-tokens", "2000").stdout)
+    alone = hypotheses(translate(demo, checkpoint, "--beam", "3", "--batch-size", "1").stdout)
+    assert len(together) == 24
+    for number, (score, text) in alone.items():
+        assert together[number][1] == text
+        assert together[number][0] == pytest.approx(score, abs=1e-5)
+
+
 def test_detokenised_output_is_plain_text(demo: Path, trained: Path) -> None:
     output = translate(demo, trained, "--beam", "1", pair="en-ka").stdout
     pieces, plain = hypotheses(output, "H"), hypotheses(output, "D")

@@ -49,6 +49,28 @@ def test_an_installed_package_is_found_by_its_name_from_any_folder(site: Path, t
 
 
 @pytest.mark.slow
+def test_the_command_xmoe_is_installed(site: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(site / "bin/xmoe"),
+            "info",
+            "--arch",
+            "smoe_transformer_tiny",
+            "--vocab",
+            "1000",
+            "--json",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(result.stdout)["parameters"]["total"] > 1_000_000
+
+
+@pytest.mark.slow
 def test_quickstart_writes_a_report_and_skips_what_is_done(tmp_path: Path) -> None:
     environment = {
         **os.environ,

@@ -20,9 +20,9 @@ import pytest
 import torch
 from fairseq.binarizer import FileBinarizer, VocabularyDatasetBinarizer
 from fairseq.data import Dictionary, data_utils
+from helpers_prepare import error_of
 from io_utils import SourceText, lock
 
-from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.subword import Subword
 
 ROOT = Path(__file__).parents[2]
@@ -54,15 +54,6 @@ def write_input(folder: Path, edit: Edit | None = None) -> Path:
 
 def arguments(source: Path, out: Path, *more: str) -> list[str]:
     return ["--benchmark", "local", "--input", str(source), "--out", str(out), "--vocab-size", "330", *more]
-
-
-def error_of(*command: str) -> str:
-    """Runs a command that must be refused and returns its one line."""
-    with pytest.raises(UserError) as caught:
-        prepare.main(list(command))
-    message = str(caught.value.code)
-    assert message.startswith("xmoe_fairseq: error: ") and "\n" not in message
-    return message
 
 
 def assert_nothing_half_written(out: Path) -> None:
@@ -173,7 +164,7 @@ def test_only_line_feeds_end_lines(tmp_path: Path) -> None:
     assert (out / "raw/train.en-de.en").read_bytes() == f"{odd}\nx\nlast\n".encode()
     assert (out / "raw/train.en-de.de").read_bytes() == f"{odd}\ny\nende\n".encode()
     raw = json.loads((out / "MANIFEST.json").read_text())["raw"]
-    assert raw["dropped_lines"] == {"train.en-de": 2}
+    assert raw["dropped_lines"] == {"train.en-de": {"blank": 2}}
     assert raw["crlf_lines"] == {"train.de-en.en": 1, "train.de-en.de": 2}
     assert (out / "groups.tsv").read_text().startswith("de\tall\t3\n")
     assert len(data_utils.load_indexed_dataset(str(out / "bin/train.en-de.en"))) == 3
@@ -297,6 +288,18 @@ def test_other_parameters_are_refused(prepared: Path, source: Path, tmp_path: Pa
     assert snapshot(prepared) == before
 
 
+def test_options_that_did_not_exist_then_are_those_not_used(prepared: Path, source: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(prepared, tmp_path / "out", symlinks=True)
+    for path in out.glob("*/.stage.json"):
+        record = json.loads(path.read_text())
+        for key in ("source", "limits", "opus_corpora", "max_pieces"):
+            record["parameters"].pop(key, None)
+        path.write_text(json.dumps(record) + "\n")
+    prepare.main(arguments(source, out))
+    assert 'limits = null, now it is {"dedup": true}' in error_of(*arguments(source, out, "--dedup"))
+    assert "max_pieces = null, now it is 9" in error_of(*arguments(source, out, "--max-pieces", "9"))
+
+
 def test_foreign_and_damaged_folders_are_refused(prepared: Path, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "bin").mkdir(parents=True)
@@ -334,7 +337,7 @@ def test_edited_groups_are_kept(prepared: Path, source: Path, tmp_path: Path) ->
     assert "high" in (out / "groups.tsv").read_text()
 
 
-@pytest.mark.parametrize("stage", ["raw_local.write", "learn_spm.write", "binarize.write"])
+@pytest.mark.parametrize("stage", ["raw_text.write", "learn_spm.write", "binarize.write"])
 def test_resumes_after_an_interruption(
     prepared: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

@@ -246,6 +246,7 @@ def stats(layer: str, experts: int, seed: int, tokens: int | None = None) -> Rou
         top1_prob=tensor(tokens * 0.7),
         expert_load=tensor(load),
         first_choices=tensor(first),
+        passes=tensor(tokens),
         balance_loss=loss,
         z_loss=loss,
         layer=layer,
@@ -417,7 +418,7 @@ def run(tmp_path: Path) -> Iterator[Path]:
 def fake_usage(checkpoint: Path, bin_dir: Path) -> list[LayerUsage]:
     assert (checkpoint.name, bin_dir.name) == ("checkpoint_best.pt", "bin")
     return [
-        LayerUsage(name, 1000, received + 50, received, 20, 700.0, (received // 4,) * 4, (700, 100, 100, 100))
+        LayerUsage(name, 1000, received + 50, received, 20, 700.0, (received // 4,) * 4, (700, 100, 100, 100), 1250)
         for name, received in (("encoder.1", 1500), ("decoder.1", 2500))
     ]
 
@@ -466,7 +467,7 @@ def test_page_shows_the_figures_and_no_markup_of_the_text(run: Path) -> None:
     assert page.startswith("# multilingual\\_demo4\n") and "![BLEU and expert usage](report.png)" in page
     assert f"| **mean** |  | **{data['mean_bleu']:.1f}** | **{data['mean_chrf']:.1f}** |" in page
     assert "**50% of the MoE computation saved**" in page
-    assert "| `encoder.1` | 4 | 1.50 | 62.5% | 2.0% | 70.0% |" in page
+    assert "| `encoder.1` | 4 | 1.50 | 1.25 | 62.5% | 1.6% | 56.0% |" in page
     assert "\\*test\\* \\| \\$" in page and "*test*" not in page
     assert page.count(data["directions"][0]["bleu_signature"]) == 1
     assert [line for line in page.splitlines() if line.startswith("| data |")] == ["| data | 3.1 s |"]

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from xmoe_fairseq.moe import Experts, MoELayer, RouterOptions, RoutingPlan, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe import (
+    ROUTERS,
+    Experts,
+    MoELayer,
+    RouterOptions,
+    RoutingPlan,
+    StratifiedMoE,
+    ThresholdRouter,
+    TopKRouter,
+)
 
 Golden = dict[str, np.ndarray]
 
@@ -84,11 +93,39 @@ def check_xmoe_layer(golden: Golden) -> None:
     close(layer.experts.fc2_weight.grad, golden["grad_fc2_weight"])
 
 
-CHECKS: dict[str, Callable[[Golden], None]] = {
+def check_smoe_block(golden: Golden, expected: Golden | None = None) -> None:
+    """Checks the paper's form, or the released one where its outputs are given apart from the inputs."""
+    sizes, dim = golden["strata"].tolist(), golden["residual"].shape[-1]
+    experts = Experts(sum(sizes), dim, golden["fc1_weight"].shape[1])
+    kind = ROUTERS["switch" if golden["top1"] else "gshard"]
+    routers = [kind(dim, sum(sizes[i:]), RouterOptions()) for i in range(len(sizes))]
+    block = StratifiedMoE(routers, experts, sizes, released=expected is not None).eval()
+    values = {f"routers.{i}.weight": golden[f"gate{i}_weight"] for i in range(len(sizes))}
+    values |= {f"norms.{i}.{part}": golden[f"ln{i}_{part}"] for i in range(len(sizes)) for part in ("weight", "bias")}
+    values |= {f"experts.{name}": golden[name] for name, _ in experts.named_parameters()}
+    if expected is not None:
+        values |= {f"exit_norm.{part}": golden[f"exit_ln_{part}"] for part in ("weight", "bias")}
+    block.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()})
+    residual = torch.from_numpy(golden["residual"]).requires_grad_()
+    delta, plan = block(residual)
+    y = residual + delta
+    outputs = golden if expected is None else expected
+    close(y, outputs["y"])
+    close(plan.stats.balance_loss, outputs["l_aux"])
+    if "grad_residual" in outputs:
+        assert str(outputs["loss_is"]) == "(y**2).sum()"
+        y.square().sum().backward()
+        close(residual.grad, outputs["grad_residual"])
+        close(experts.fc1_weight.grad, outputs["grad_fc1_weight"])
+
+
+CHECKS: dict[str, Callable[..., None]] = {
     "xmoe_gate": check_xmoe_gate,
     "topk_gate": check_topk_gate,
     "xmoe_layer": check_xmoe_layer,
+    "smoe_block": check_smoe_block,
 }
+RELEASED = "_released"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -100,6 +137,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
 
 
+def read(file: Path) -> Golden:
+    with np.load(file) as values:
+        return dict(values)
+
+
 def test_golden(golden_file: Path) -> None:
-    with np.load(golden_file) as values:
-        CHECKS[golden_file.stem.rsplit("_", 1)[0]](dict(values))
+    stem = golden_file.stem.removesuffix(RELEASED)
+    inputs = golden_file.with_name(f"{stem}.npz")  # the released form's outputs have no inputs of their own
+    expected = (read(golden_file),) if golden_file != inputs else ()
+    CHECKS[stem.rsplit("_", 1)[0]](read(inputs), *expected)

@@ -16,7 +16,7 @@ from fairseq.dataclass.utils import overwrite_args_by_name
 from helpers import ROOT, TINY_ARGS, batches, build
 from omegaconf import OmegaConf
 
-from xmoe_fairseq.config import XMoETransformerConfig, moe_layers
+from xmoe_fairseq.config import MoETransformerConfig, moe_layers
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.models.presets import PRESETS
 from xmoe_fairseq.moe import MoELayer
@@ -35,7 +35,7 @@ def test_preset_is_the_same_by_command_line_and_yaml(name: str, toy_data: Path) 
     by_command = build(toy_data, "--arch", name, "--encoder-layers", "6", "--encoder-embed-dim", "32")
     yaml = OmegaConf.create({"model": {"_name": name, "encoder_layers": 6, "encoder_embed_dim": 32}})
     add_defaults(yaml)
-    ours = [field.name for field in dataclasses.fields(XMoETransformerConfig)]
+    ours = [field.name for field in dataclasses.fields(MoETransformerConfig)]
     for key, value in PRESETS[name].items():
         if key not in ("encoder_layers", "encoder_embed_dim"):
             assert yaml.model[key] == value
@@ -194,7 +194,7 @@ def test_negative_loss_weights_are_refused(option: str, toy_data: Path) -> None:
 
 
 def test_every_option_has_help() -> None:
-    for field in dataclasses.fields(XMoETransformerConfig):
+    for field in dataclasses.fields(MoETransformerConfig):
         if field.name.startswith("moe_"):
             assert len(field.metadata["help"]) > 20
             if field.type in (int, float):

@@ -29,7 +29,8 @@ def make_layer(
 ) -> MoELayer:
     torch.manual_seed(0)
     router = ROUTERS[kind](dim, experts, options or RouterOptions())
-    torch.nn.init.normal_(router.weight, std=1.0)  # a router with opinions: counts differ between tokens
+    for weight in router.parameters():
+        torch.nn.init.normal_(weight, std=1.0)  # a router with opinions: counts differ between tokens
     return MoELayer(router, Experts(experts, dim, hidden, activation=torch.tanh))
 
 
@@ -212,9 +213,9 @@ def test_multiplies_only_chosen_pairs(threshold: float) -> None:
 @pytest.mark.parametrize("kind", list(ROUTERS))
 def test_output_does_not_depend_on_the_batch(kind: str) -> None:
     layer = make_layer(kind, RouterOptions(threshold=0.8, top_k=2), experts=16, dim=32, hidden=16).eval()
-    x = torch.randn(40, 32)
-    together = layer(x)[0]
-    alone = torch.cat([layer(row[None])[0] for row in x])
+    x, tokens = torch.randn(40, 32), torch.arange(40)
+    together = layer(x, tokens=tokens)[0]
+    alone = torch.cat([layer(row[None], tokens=token[None])[0] for row, token in zip(x, tokens, strict=True)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 

@@ -47,9 +47,9 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["the", "cat", "and", "the", "dog", "saw", "12", "birds", "on", "the", "house"]
     lines = [f"{words[i % 10]} {TRAPS[i % len(TRAPS)] * 3} {words[i % 7]}{trap}x " for i in range(60) for trap in TRAPS]
     pairs = ((line, line.upper() + " ñandú 猫") for line in lines)
-    count = write_pairs(raw / "train.en-xx", "xx", pairs)
+    count = write_pairs(raw / "train.en-xx", ("en", "xx"), pairs)
     options = {"vocab_size": 635, "sampling_temperature": 1.0, "seed": 1}
-    learn_spm.write(raw, {"train.en-xx": count}, ["xx"], options, folder)
+    learn_spm.write(raw, {"train.en-xx": count}, ["en", "xx"], options, folder)
     return folder
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import TINY_ARGS, batches, build, write_toy_data
+from helpers import TINY_ARGS, TRAIN_ARGS, batches, build, run, write_toy_data
 
-from xmoe_fairseq.benchmarks import BENCHMARKS, directions
+from xmoe_fairseq.benchmarks import BENCHMARKS, M4, directions
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.tasks.data_folder import read_languages
 
 
 @pytest.fixture
@@ -55,6 +58,7 @@ def test_sampling_temperature_is_the_benchmarks() -> None:
         assert config.sampling_temperature == BENCHMARKS[name].sampling_temperature
         assert config.sampling_method == "temperature"
         assert config.encoder_langtok == "tgt"
+        assert config.valid_lines == BENCHMARKS[name].valid_lines
 
 
 def test_demo_languages() -> None:
@@ -73,6 +77,119 @@ def test_94_languages_load_one_dictionary(tmp_path: Path) -> None:
     assert list(built.task.dicts) == ["src", "tgt"]
     built.task.load_dataset("train")
     assert len(built.task.dataset("train")) > 0
+
+
+@pytest.fixture(scope="module")
+def m4_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_data(tmp_path_factory.mktemp("m4") / "bin", M4, english_code="eng")
+
+
+def m4_task(data: Path, *more: str) -> Any:
+    return build(data, "--task", "multilingual_m4", *TINY_ARGS, *more).task
+
+
+def test_english_has_the_code_of_the_benchmark(m4_data: Path) -> None:
+    task = m4_task(m4_data)
+    assert task.lang_pairs == directions(M4, "eng") and task.langs == ["eng", *M4]
+    task.load_dataset("train")
+    assert len(task.dataset("train")) > 0
+
+
+@pytest.mark.parametrize(("lines", "read"), [("0", 20), ("7", 7), ("20", 20), ("100", 20)])
+def test_validation_reads_the_first_lines(lines: str, read: int, m4_data: Path) -> None:
+    task = m4_task(m4_data, "--valid-lines", lines)
+    ids = sorted(i for sample in batches(task) for i in sample["id"].tolist())
+    assert ids == sorted(8 * list(range(read)))
+    whole = m4_task(m4_data)
+    whole.load_dataset("valid")
+    for position in (0, read - 1, read, 8 * read - 1):
+        direction, line = divmod(position, read)
+        for side in ("source", "target"):
+            assert task.dataset("valid")[position][side].equal(whole.dataset("valid")[20 * direction + line][side])
+    task.load_dataset("test")
+    assert len(task.dataset("test")) == 8 * 20
+
+
+def test_generation_reads_all_lines(m4_data: Path) -> None:
+    task = m4_task(m4_data, "--valid-lines", "7", "--source-lang", "cat", "--target-lang", "eng")
+    task.load_dataset("valid")
+    assert len(task.dataset("valid")) == 20
+
+
+def test_subset_of_a_group(m4_data: Path) -> None:
+    task = m4_task(m4_data, "--valid-lines", "7")
+    task.load_dataset("valid@low")
+    assert len(task.dataset("valid@low")) == 4 * 7  # nso and cat
+    task.load_dataset("test@high")
+    assert len(task.dataset("test@high")) == 4 * 20
+    part = m4_task(m4_data, "--lang-pairs", "cat-eng,eng-tgl")
+    part.load_dataset("valid@low")
+    assert len(part.dataset("valid@low")) == 20
+    every = m4_task(m4_data)
+    every.load_dataset("valid")
+    assert all(
+        part.dataset("valid@low")[i]["source"].equal(every.dataset("valid")[7 * 20 + i]["source"]) for i in range(20)
+    )
+
+
+def test_groups_of_the_user_are_those_of_groups_tsv(toy_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(toy_data, tmp_path / "bin"))
+    with pytest.raises(UserError, match=r"there is no .*/groups\.tsv"):
+        build(data).task.load_dataset("valid@mine")
+    (tmp_path / "groups.tsv").write_text("xx\tmine\t200\nyy\tother\n")
+    task = build(data).task
+    task.load_dataset("valid@mine")
+    assert len(task.dataset("valid@mine")) == 2 * 20
+    (tmp_path / "groups.tsv").write_text("xx mine\n")
+    with pytest.raises(UserError, match=r"groups\.tsv, line 1: expected LANGUAGE<tab>GROUP, found 'xx mine'"):
+        task.load_dataset("valid@mine")
+
+
+def test_unknown_and_empty_groups_are_named(m4_data: Path) -> None:
+    task = m4_task(m4_data, "--lang-pairs", "cat-eng")
+    with pytest.raises(UserError, match=r"no group 'medium' for the subset valid@medium: choose from high, low"):
+        task.load_dataset("valid@medium")
+    with pytest.raises(UserError, match="subset valid@high is empty: none of cat-eng"):
+        task.load_dataset("valid@high")
+
+
+def test_losses_of_groups_are_logged_in_training(m4_data: Path, tmp_path: Path) -> None:
+    """The loss of all is the mean of those of the groups by tokens, and decides the best checkpoint."""
+    log = run(
+        "fairseq-train",
+        m4_data,
+        *("--user-dir", "xmoe_fairseq"),
+        *TRAIN_ARGS,
+        *("--task", "multilingual_m4"),
+        *TINY_ARGS,
+        *("--valid-lines", "5", "--valid-subset", "valid,valid@high,valid@low", "--max-update", "3"),
+        *("--log-format", "json", "--save-dir", tmp_path, "--no-epoch-checkpoints"),
+    )
+    rows = [json.loads(line[line.index("{") :]) for line in (log.stdout + log.stderr).splitlines() if '_loss"' in line]
+    losses = {
+        subset: next(float(row[f"{subset}_loss"]) for row in rows if f"{subset}_loss" in row)
+        for subset in ("valid", "valid@high", "valid@low")
+    }
+    low, high = sorted((losses["valid@high"], losses["valid@low"]))
+    assert low < losses["valid"] < high
+    assert (tmp_path / "checkpoint_best.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["m4", "m15", "opus100"])
+def test_other_language_lists_are_refused(name: str, tmp_path: Path) -> None:
+    benchmark = BENCHMARKS[name]
+    english, (first, second, *rest) = benchmark.english, benchmark.languages
+    (tmp_path / "dict.txt").write_text("a 1\n")
+    for wrong, message in (
+        ([english, second, first, *rest], f"was not made for {name}: its languages are {second},{first}"),
+        ([english, first, *rest], f"was not made for {name}"),
+        ([english, first, second, *rest, "xx"], f"was not made for {name}"),
+        ([first, second, *rest], f"must list {english} and then"),
+        (["xx", first, second, *rest], f"must list {english} and then"),
+    ):
+        (tmp_path / "langs.txt").write_text("".join(f"{language}\n" for language in wrong))
+        with pytest.raises(UserError, match=message):
+            read_languages(str(tmp_path), benchmark)
 
 
 def remove(name: str) -> Callable[[Path], None]:
@@ -130,6 +247,7 @@ def test_bad_data_is_named_in_one_line(damage: Callable[[Path], object], message
         (["--task", "multilingual_demo4"], "was not made for demo4: its languages are xx,yy"),
         (["--lang-pairs", "en-zz"], "has no direction en-zz: it has en-xx, xx-en"),
         (["--lang-pairs", "en-xx,en-xx"], "names a direction twice"),
+        (["--valid-lines", "-1"], "--valid-lines -1 is out of range"),
         (["--source-lang", "en"], "go together"),
         (["--source-lang", "xx", "--target-lang", "yy"], "has no direction xx-yy"),
     ],

@@ -12,6 +12,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion,
     LabelSmoothedCrossEntropyCriterionConfig,
 )
+from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from fairseq.logging.meters import safe_round
 from torch import Tensor
@@ -24,9 +25,11 @@ STACKS = {"encoder": "enc", "decoder": "dec"}
 RATIOS = (
     ("experts_wanted", "wanted", "tokens", 3),
     ("experts", "received", "tokens", 3),
-    ("first_dropped", "first_dropped", "tokens", 4),
-    ("top1_prob", "top1_prob", "tokens", 3),
+    ("rc", "passes", "tokens", 3),
+    ("first_dropped", "first_dropped", "passes", 4),
+    ("top1_prob", "top1_prob", "passes", 3),
     ("load_cv", "load_cv", "tokens", 3),
+    ("gate", "gate", "tokens", 3),
 )
 
 
@@ -38,17 +41,28 @@ class ThresholdRoutingCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfi
     moe_z_loss_coeff: float = field(
         default=0.0, metadata={"help": "weight of the routers' z-loss, summed over the MoE layers; 0 or more"}
     )
+    moe_loss_combine: ChoiceEnum(("sum", "average")) = field(  # type: ignore[valid-type]
+        default="sum",
+        metadata={"help": "whether the auxiliary losses are summed (XMoE) or averaged (SMoE) over layers"},
+    )
+    moe_cmr_loss_coeff: float = field(
+        default=0.01, metadata={"help": "weight of CMR's budget loss, |mean gate - budget|; 0 or more"}
+    )
+    moe_cmr_budget: float = field(
+        default=0.8, metadata={"help": "share of tokens that CMR's gates may send to the experts; from 0 to 1"}
+    )
 
 
 @register_criterion("threshold_routing_cross_entropy", dataclass=ThresholdRoutingCrossEntropyConfig)
 class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     """Label-smoothed cross-entropy + ``moe_loss_coeff`` * balance loss + ``moe_z_loss_coeff`` * z-loss.
 
-    The auxiliary losses are summed over the MoE layers and multiplied by the sample size, as the
-    cross-entropy is a sum over the sample. The loss and perplexity that are shown do not contain them.
+    The auxiliary losses are summed, or averaged, over the MoE layers and multiplied by the sample size, as the
+    cross-entropy is a sum over the sample. CMR's budget loss counts the gates of all layers together. The loss
+    and perplexity that are shown do not contain them.
     With a model without MoE layers it is plain label-smoothed cross-entropy.
 
-    Source: Yang et al. 2024 (XMoE), section 3, and the metrics of the authors' code.
+    Sources: Yang et al. 2024 (XMoE), section 3; Xu et al. 2023 (SMoE), section 4; the metrics of the XMoE code.
     """
 
     def __init__(
@@ -60,13 +74,25 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         report_accuracy: bool = False,
         moe_loss_coeff: float = 0.01,
         moe_z_loss_coeff: float = 0.0,
+        moe_loss_combine: str = "sum",
+        moe_cmr_loss_coeff: float = 0.01,
+        moe_cmr_budget: float = 0.8,
     ) -> None:
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
-        for name, value in (("moe-loss-coeff", moe_loss_coeff), ("moe-z-loss-coeff", moe_z_loss_coeff)):
+        for name, value in (
+            ("moe-loss-coeff", moe_loss_coeff),
+            ("moe-z-loss-coeff", moe_z_loss_coeff),
+            ("moe-cmr-loss-coeff", moe_cmr_loss_coeff),
+        ):
             if not value >= 0:
                 raise UserError(f"--{name} {value} is out of range: it must be at least 0")
+        if not 0 <= moe_cmr_budget <= 1:
+            raise UserError(f"--moe-cmr-budget {moe_cmr_budget} is out of range: it must be in [0, 1]")
         self.moe_loss_coeff = moe_loss_coeff
         self.moe_z_loss_coeff = moe_z_loss_coeff
+        self.averaged = moe_loss_combine == "average"
+        self.moe_cmr_loss_coeff = moe_cmr_loss_coeff
+        self.moe_cmr_budget = moe_cmr_budget
 
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
         """Computes the loss of one batch.
@@ -87,13 +113,20 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         if self.report_accuracy:
             correct, total = self.compute_accuracy(model, net_output, sample)
             logging_output |= {"n_correct": correct.data, "total": total.data}
-        for stack, records in net_output[1].get("routing", {}).items():
+        routing = net_output[1].get("routing", {})
+        layers = sum(len(records) for records in routing.values())
+        for stack, records in routing.items():
             balance = _total(records, "balance_loss", loss)
             z_loss = _total(records, "z_loss", loss)
-            loss = loss + (self.moe_loss_coeff * balance + self.moe_z_loss_coeff * z_loss) * sample_size
+            share = sample_size / layers if self.averaged and layers else sample_size
+            loss = loss + (self.moe_loss_coeff * balance + self.moe_z_loss_coeff * z_loss) * share
             logging_output |= _sums(STACKS[stack], records, loss)
             logging_output[f"{STACKS[stack]}_balance_loss"] = balance.detach() * sample_size
             logging_output[f"{STACKS[stack]}_z_loss"] = z_loss.detach() * sample_size
+        gated = [record for records in routing.values() for record in records if record.gate is not None]
+        if gated:
+            mean_gate = _total(gated, "gate", loss) / _total(gated, "tokens", loss).clamp(min=1)
+            loss = loss + self.moe_cmr_loss_coeff * (mean_gate - self.moe_cmr_budget).abs() * sample_size
         return loss, sample_size, logging_output
 
     @classmethod
@@ -110,9 +143,10 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
 
             for key in ("balance_loss", "z_loss"):
                 metrics.log_scalar(f"{prefix}_{key}", total(key) / sample_size, sample_size, round=4)
-            for key in sorted({name for _, above, below, _ in RATIOS for name in (above, below)}):
+            shown = [ratio for ratio in RATIOS if f"{prefix}_{ratio[1]}" in logging_outputs[0]]
+            for key in sorted({name for _, above, below, _ in shown for name in (above, below)}):
                 metrics.log_scalar(f"_{prefix}_{key}", total(key))  # a leading underscore hides it
-            for name, above, below, digits in RATIOS:
+            for name, above, below, digits in shown:
                 ratio = partial(_ratio, above=f"_{prefix}_{above}", below=f"_{prefix}_{below}", digits=digits)
                 metrics.log_derived(f"{prefix}_{name}", ratio)
 
@@ -128,8 +162,10 @@ def _total(records: Sequence[RoutingStats], name: str, like: Tensor) -> Tensor:
 
 def _sums(prefix: str, records: Sequence[RoutingStats], like: Tensor) -> dict[str, Tensor]:
     """Sums over the layers of a stack; the load's coefficient of variation is weighted by tokens."""
-    names = ("tokens", "wanted", "received", "first_dropped", "top1_prob")
-    sums = {f"{prefix}_{name}": _total(records, name, like) for name in names}
+    names = ["tokens", "wanted", "received", "passes", "first_dropped", "top1_prob"]
+    if any(record.gate is not None for record in records):
+        names.append("gate")
+    sums = {f"{prefix}_{name}": _total(records, name, like).detach() for name in names}
     sums[f"{prefix}_load_cv"] = sum((_load_cv(record) * record.tokens for record in records), like.new_zeros(()))
     return sums
 

@@ -74,16 +74,20 @@ def _experts(report: Report) -> list[str]:
     if not report.layers:
         return ["## Experts", "No MoE layers: every token passes through the same feed-forward networks."]
     rows = [
-        (f"`{use.layer}`", str(use.experts), f"{use.mean_experts:.2f}", f"{use.computation_saved:.1%}",
-         f"{use.first_dropped / use.tokens:.1%}", f"{max(use.first_choices) / use.tokens:.1%}")
+        (f"`{use.layer}`", str(use.experts), f"{use.mean_experts:.2f}", f"{use.requested_capacity:.2f}",
+         f"{use.computation_saved:.1%}", f"{use.first_dropped / use.passes:.1%}",
+         f"{max(use.first_choices) / use.passes:.1%}")
         for use in report.layers
     ]  # fmt: skip
-    rows.append(("**all**", "", "", f"**{report.computation_saved:.1%}**", "", ""))
-    header = ("layer", "experts", "experts a token", "computation saved", "first choice dropped", "busiest expert")
+    rows.append(("**all**", "", "", "", f"**{report.computation_saved:.1%}**", "", ""))
+    header = (
+        *("layer", "experts", "experts a token", "strata a token (RC)"),
+        *("computation saved", "first choice dropped", "busiest expert"),
+    )
     return [
         "## Experts",
         "Measured on the test set with the references as decoder inputs. *Busiest expert* is the largest share of"
-        " tokens that have one expert as their first choice.",
+        " tokens that have one expert as their first choice. *RC* is the requested capacity, 1 without strata.",
         _table(header, rows),
     ]
 

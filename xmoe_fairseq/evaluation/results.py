@@ -108,6 +108,7 @@ class Report:
                     **asdict(use),
                     "experts": use.experts,
                     "mean_experts": use.mean_experts,
+                    "requested_capacity": use.requested_capacity,
                     "computation_saved": use.computation_saved,
                 }
                 for use in self.layers

@@ -16,7 +16,7 @@ from ..moe.statistics import RoutingStats
 
 Routing = Mapping[str, Sequence[RoutingStats]]
 
-_SUMS = ("tokens", "wanted", "received", "first_dropped", "top1_prob", "expert_load", "first_choices")
+_SUMS = ("tokens", "wanted", "received", "first_dropped", "top1_prob", "expert_load", "first_choices", "passes")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class LayerUsage:
     top1_prob: float
     expert_load: tuple[int, ...]
     first_choices: tuple[int, ...]
+    passes: int
+
+    @property
+    def requested_capacity(self) -> float:
+        """Strata a token passes, on average: 1 in a layer that is not stratified (RC of Xu et al. 2023)."""
+        return self.passes / self.tokens
 
     @property
     def experts(self) -> int:
@@ -99,6 +105,7 @@ def _layer_usage(layer: str, total: Mapping[str, Tensor]) -> LayerUsage:
         top1_prob=total["top1_prob"].item(),
         expert_load=counts("expert_load"),
         first_choices=counts("first_choices"),
+        passes=count("passes"),
     )
 
 

@@ -1,6 +1,6 @@
 """The architectures ``xmoe_transformer*``; importing this folder registers them with fairseq."""
 
 from . import presets
-from .model import XMoETransformerModel
+from .model import MoETransformerModel
 
-__all__ = ["XMoETransformerModel", "presets"]
+__all__ = ["MoETransformerModel", "presets"]

@@ -13,23 +13,54 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, Trans
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import router_options
-from ..moe import ROUTERS, Experts, MoELayer
+from ..config import router_options, strata
+from ..moe import (
+    ROUTERS,
+    ConditionalMoE,
+    ExpertOutputMasking,
+    Experts,
+    MoELayer,
+    Router,
+    StackedMoE,
+    StratifiedMoE,
+)
 from .recorder import RoutingRecorder
 
 
-def build_moe(cfg: TransformerConfig, stack: str) -> MoELayer:
-    """Builds one MoE layer as the options say; stack is ``encoder`` or ``decoder``."""
-    stack_cfg = getattr(cfg, stack)
-    router = ROUTERS[str(cfg.moe_router)](stack_cfg.embed_dim, cfg.moe_num_experts, router_options(cfg))
-    experts = Experts(
-        cfg.moe_num_experts,
-        stack_cfg.embed_dim,
-        stack_cfg.ffn_embed_dim // cfg.moe_split_ratio,
-        activation=utils.get_activation_fn(str(cfg.activation_fn)),
-        dropout=cfg.activation_dropout or cfg.relu_dropout or 0.0,
-    )
-    return MoELayer(router, experts)
+def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
+    """Builds what replaces a feed-forward network, as the options say.
+
+    Args:
+        cfg: a checked configuration.
+        stack: ``encoder`` or ``decoder``.
+    """
+    sizes = strata(cfg)
+    dim, hidden = getattr(cfg, stack).embed_dim, getattr(cfg, stack).ffn_embed_dim
+    network = {
+        "activation": utils.get_activation_fn(activation=str(cfg.activation_fn)),
+        "dropout": cfg.activation_dropout or cfg.relu_dropout or 0.0,
+    }
+
+    def router(num_experts: int) -> Router:
+        return ROUTERS[str(cfg.moe_router)](dim, num_experts, router_options(cfg))
+
+    def experts() -> Experts:
+        return Experts(cfg.moe_num_experts, dim, hidden // cfg.moe_split_ratio, **network)
+
+    masking = ExpertOutputMasking(cfg.moe_eom_rate) if cfg.moe_regularizer == "eom" else None
+    moe: nn.Module
+    if sizes:
+        visible = [sum(sizes[number:]) for number in range(len(sizes))]
+        released = cfg.smoe_form == "released"
+        moe = StratifiedMoE([router(count) for count in visible], experts(), sizes, released, masking)
+    elif cfg.moe_stack > 1:
+        moe = StackedMoE([MoELayer(router(cfg.moe_num_experts), experts(), masking) for _ in range(cfg.moe_stack)])
+    else:
+        moe = MoELayer(router(cfg.moe_num_experts), experts(), masking)
+    if cfg.moe_regularizer == "cmr":
+        norm = nn.LayerNorm(dim) if sizes else None
+        moe = ConditionalMoE(moe, dim, hidden, gate_dropout=cfg.moe_cmr_gate_dropout, norm=norm, **network)
+    return moe
 
 
 class MoEFeedForwardMixin:
@@ -39,7 +70,7 @@ class MoEFeedForwardMixin:
     used as it is. The padding mask, which it does not hand to ``fc1``, is set for the time of one call.
     """
 
-    moe: MoELayer
+    moe: nn.Module
     _padding_mask: Tensor | None = None
 
     def build_fc1(self, *args: Any) -> Any:
@@ -48,8 +79,10 @@ class MoEFeedForwardMixin:
     def build_fc2(self, *args: Any) -> nn.Module:
         return nn.Identity()
 
-    def install(self, moe: MoELayer, name: str, recorder: RoutingRecorder) -> None:
-        self.moe = moe
+    def install(self, cfg: TransformerConfig, stack: str, name: str, recorder: RoutingRecorder) -> None:
+        self.moe = build_moe(cfg, stack)
+        if strata(cfg):
+            self.final_layer_norm = nn.Identity()  # strata normalise their own input
         self.moe_name = name
         self.recorder = recorder
         self.activation_fn = nn.Identity()
@@ -58,7 +91,7 @@ class MoEFeedForwardMixin:
     def _feed_forward(self, x: Tensor) -> Tensor:
         """x: (length, batch, d)"""
         mask = None if self._padding_mask is None else self._padding_mask.transpose(0, 1)
-        y, plan = self.moe(x, mask)
+        y, plan = self.moe(x, mask, self.recorder.tokens.transpose(0, 1))
         self.recorder.add(self.moe_name, plan.stats)
         return y
 
@@ -68,7 +101,7 @@ class MoETransformerEncoderLayer(MoEFeedForwardMixin, TransformerEncoderLayerBas
 
     def __init__(self, cfg: TransformerConfig, name: str, recorder: RoutingRecorder) -> None:
         super().__init__(cfg)
-        self.install(build_moe(cfg, "encoder"), name, recorder)
+        self.install(cfg, "encoder", name, recorder)
 
     def forward(self, x: Tensor, encoder_padding_mask: Tensor | None, attn_mask: Tensor | None = None) -> Tensor:
         """x: (length, batch, d); encoder_padding_mask: (batch, length) bool, true for padding."""
@@ -84,7 +117,7 @@ class MoETransformerDecoderLayer(MoEFeedForwardMixin, TransformerDecoderLayerBas
 
     def __init__(self, cfg: TransformerConfig, no_encoder_attn: bool, name: str, recorder: RoutingRecorder) -> None:
         super().__init__(cfg, no_encoder_attn)
-        self.install(build_moe(cfg, "decoder"), name, recorder)
+        self.install(cfg, "decoder", name, recorder)
 
     def forward(self, x: Tensor, *args: Any, self_attn_padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """x: (length, batch, d); self_attn_padding_mask: (batch, length) bool, true for padding."""

@@ -1,8 +1,9 @@
-"""The model behind ``xmoe_transformer*``."""
+"""The model behind ``xmoe_transformer*``, ``smoe_transformer*`` and ``moe_transformer*``."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+import dataclasses
+from argparse import ArgumentParser, _StoreFalseAction
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,20 +15,31 @@ from ..errors import UserError
 from .stacks import MoETransformerDecoder, MoETransformerEncoder
 
 
-class XMoETransformerModel(TransformerModelBase):
+def _flags(model: type) -> set[str]:
+    """Names the options of a model's dataclass."""
+    config = getattr(model, "__dataclass")  # written plainly, Python would mangle the name
+    return {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config)}
+
+
+class MoETransformerModel(TransformerModelBase):
     """fairseq's transformer with MoE layers.
 
     Beside the decoder's output, ``forward`` gives a dictionary whose ``routing`` holds, for ``encoder`` and
-    ``decoder``, the statistics of each MoE layer that ran. Source: Yang et al. 2024 (XMoE).
+    ``decoder``, the statistics of each MoE layer that ran. Sources: Yang et al. 2024 (XMoE),
+    Xu et al. 2023 (SMoE).
     """
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
         """Adds the options of the preset's dataclass; its parent would add fairseq's nested ones."""
         super(TransformerModelBase, cls).add_args(parser)
+        # fairseq makes a flag turn off what is on by default; naming what a preset has anyway must not do that.
+        for action in parser._actions:
+            if isinstance(action, _StoreFalseAction) and action.option_strings[0] in _flags(cls):
+                action.const = True
 
     @classmethod
-    def build_model(cls, cfg: Any, task: Any) -> XMoETransformerModel:
+    def build_model(cls, cfg: Any, task: Any) -> MoETransformerModel:
         """Builds a model from a flat configuration.
 
         Raises:

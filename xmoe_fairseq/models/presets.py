@@ -1,7 +1,8 @@
 """The named architectures as data: each is a model with other defaults, by command line and in YAML alike.
 
 A name says what differs from ``xmoe_transformer``: ``top2`` the router, ``e64`` experts, ``s2`` the split
-ratio, ``i6`` the interval, ``encoder`` that only the encoder has experts.
+ratio, ``i6`` the interval, ``encoder`` that only the encoder has experts. ``m4``, ``m15`` and ``opus100`` name the
+benchmark of the SMoE paper's tables that a row stands in.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 
 from fairseq.models import register_model
 
-from ..config import XMoETransformerConfig
-from .model import XMoETransformerModel
+from ..config import MoETransformerConfig
+from .model import MoETransformerModel
 
 _BIG = {
     "encoder_embed_dim": 1024,
@@ -45,6 +46,38 @@ def _released(
     }
 
 
+_PAPER = {  # what all rows of the SMoE paper's tables share
+    "encoder_normalize_before": True,
+    "decoder_normalize_before": True,
+    "dropout": 0.3,
+    "attention_dropout": 0.1,
+    "moe_split_ratio": 1,
+    "moe_min_capacity": 0,
+}
+_GSHARD = {"moe_router": "gshard", "moe_second_expert": "sampling", "moe_capacity_factor": 2.0}
+_SWITCH = {"moe_router": "switch", "moe_capacity_factor": 1.0}
+_M4 = _PAPER | {"moe_num_experts": 8}
+_M15 = _BIG | _PAPER | {"moe_num_experts": 16}
+
+
+def _baselines(name: str, size: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a table that are not stratified."""
+    return {
+        f"moe_transformer_{name}_dense": size | {"moe_placement": "none"},
+        f"moe_transformer_{name}": size | _GSHARD,
+        f"moe_transformer_{name}_switch": size | _SWITCH,
+        f"moe_transformer_{name}_eom": size | _GSHARD | {"moe_regularizer": "eom"},
+        f"moe_transformer_{name}_cmr": size | _GSHARD | {"moe_regularizer": "cmr"},
+    }
+
+
+def _stratified(name: str, size: dict[str, Any], *rows: str) -> dict[str, dict[str, Any]]:
+    """The rows of a table that are: ``4-12`` becomes ``smoe_transformer_NAME_4_12``."""
+    return {f"smoe_transformer_{name}_{row.replace('-', '_')}": size | _GSHARD | {"moe_strata": row} for row in rows}
+
+
+_SMALL = _TINY | {"encoder_normalize_before": True, "decoder_normalize_before": True, "moe_split_ratio": 1}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "xmoe_transformer": {},
     "xmoe_transformer_big": _BIG,
@@ -62,17 +95,31 @@ PRESETS: dict[str, dict[str, Any]] = {
     "xmoe_transformer_top1_e12_i6": _released(12, 1, interval=6),  # transformer_moe_ep12_int6_top1_cf1_ecf1
     "xmoe_transformer_top1_e32_i6": _released(32, 1, interval=6),  # transformer_moe_ep32_int6_top1_cf1_ecf1
     "xmoe_transformer_iwslt_de_en_e4": _IWSLT | _released(4, 1, router="threshold"),  # transformer_moe_iwslt_de_en
+    # The baselines and the stratified models of Xu et al. 2023.
+    "moe_transformer": _M4 | _GSHARD,
+    "moe_transformer_tiny": _SMALL | _GSHARD,
+    "smoe_transformer": _M4 | _GSHARD | {"moe_strata": "4-4"},
+    "smoe_transformer_tiny": _SMALL | _GSHARD | {"moe_strata": "2-2-2-2"},
+    **_baselines("m4", _M4),
+    "moe_transformer_m4_stack_2x4": _M4 | _GSHARD | {"moe_stack": 2, "moe_num_experts": 4},
+    "moe_transformer_m4_stack_4x2": _M4 | _GSHARD | {"moe_stack": 4, "moe_num_experts": 2},
+    **_stratified("m4", _M4, "4-4", "2-2-2-2"),
+    **_baselines("m15", _M15),
+    "moe_transformer_m15_e32": _M15 | _GSHARD | {"moe_num_experts": 32},
+    **_stratified("m15", _M15, "4-12", "12-4", "8-8", "4-4-8", "8-4-4", "4-4-4-4"),
+    **_baselines("opus100", _M15),
+    **_stratified("opus100", _M15, "4-12", "4-4-4-4"),
 }
 
 
 def _register(name: str, defaults: dict[str, Any]) -> None:
-    own = {field.name: field for field in dataclasses.fields(XMoETransformerConfig)}
+    own = {field.name: field for field in dataclasses.fields(MoETransformerConfig)}
     changed = [
         (key, own[key].type, dataclasses.field(default=value, metadata=own[key].metadata))
         for key, value in defaults.items()
     ]
-    config = dataclasses.make_dataclass(f"{name}_config", changed, bases=(XMoETransformerConfig,))
-    model = type(name, (XMoETransformerModel,), {"__doc__": XMoETransformerModel.__doc__})
+    config = dataclasses.make_dataclass(f"{name}_config", changed, bases=(MoETransformerConfig,))
+    model = type(name, (MoETransformerModel,), {"__doc__": MoETransformerModel.__doc__})
     register_model(name, dataclass=config)(model)
 
 

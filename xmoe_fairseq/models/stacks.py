@@ -26,9 +26,9 @@ class MoETransformerEncoder(TransformerEncoderBase):
             return super().build_encoder_layer(cfg)
         return wrap_layer(MoETransformerEncoderLayer(cfg, f"encoder.{self._built}", self.recorder), cfg)
 
-    def forward_scriptable(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        with self.recorder.recording() as records:
-            out = super().forward_scriptable(*args, **kwargs)
+    def forward_scriptable(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with self.recorder.recording(src_tokens) as records:
+            out = super().forward_scriptable(src_tokens, *args, **kwargs)
         return out | {"routing": {"encoder": records} if "encoder" in placed(self.cfg) else {}}
 
 
@@ -48,10 +48,19 @@ class MoETransformerDecoder(TransformerDecoderBase):
         return wrap_layer(layer, cfg)
 
     def extract_features_scriptable(
-        self, prev_output_tokens: Tensor, encoder_out: dict[str, Any] | None, *args: Any, **kwargs: Any
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: dict[str, Any] | None,
+        incremental_state: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        with self.recorder.recording() as records:
-            x, extra = super().extract_features_scriptable(prev_output_tokens, encoder_out, *args, **kwargs)
+        # Step by step, the layers see the last token only.
+        tokens = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
+        with self.recorder.recording(tokens) as records:
+            x, extra = super().extract_features_scriptable(
+                prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
+            )
         # Beam search reorders the encoder's output by key and leaves the statistics out.
         routing = dict(encoder_out.get("routing", {})) if encoder_out is not None else {}
         if "decoder" in placed(self.cfg):

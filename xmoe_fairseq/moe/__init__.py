@@ -21,18 +21,25 @@ Five lines are enough::
 
 from .experts import Experts
 from .layer import MoELayer
+from .regularizers import ConditionalMoE, ExpertOutputMasking, StackedMoE
 from .routers import ROUTERS, Router, RouterOptions, ThresholdRouter, TopKRouter
 from .routing import RoutingPlan
 from .statistics import RoutingStats
+from .stratified import StratifiedMoE, StratifiedPlan
 
 __all__ = [
     "ROUTERS",
+    "ConditionalMoE",
+    "ExpertOutputMasking",
     "Experts",
     "MoELayer",
     "Router",
     "RouterOptions",
     "RoutingPlan",
     "RoutingStats",
+    "StackedMoE",
+    "StratifiedMoE",
+    "StratifiedPlan",
     "ThresholdRouter",
     "TopKRouter",
 ]

@@ -18,24 +18,33 @@ class MoELayer(nn.Module):
     Args:
         router: decides which experts a token takes.
         experts: computes them.
+        regularizer: applied to the layer's output, such as `ExpertOutputMasking`.
     """
 
-    def __init__(self, router: Router, experts: Experts) -> None:
+    def __init__(self, router: Router, experts: Experts, regularizer: nn.Module | None = None) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
+        self.regularizer = regularizer or nn.Identity()
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, RoutingPlan]:
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None
+    ) -> tuple[Tensor, RoutingPlan]:
         """Computes ``y = sum over chosen e of p_e FFN_e(x)`` for every token.
 
         Args:
             x: (..., d).
             padding_mask: (...) bool, true for padding; such rows are not routed and come out as zeros.
+            tokens: (...) int64 ids of the tokens; only the hash router needs them.
 
         Returns:
             y: (..., d), and the plan over the flattened rows.
         """
-        flat = x.reshape(-1, x.shape[-1])
-        plan = self.router(flat, None if padding_mask is None else padding_mask.reshape(-1))
-        rows = self.experts(dispatch(flat, plan), plan.group_sizes)
-        return combine(rows, plan).reshape(x.shape), plan
+        plan = self.router(x.reshape(-1, x.shape[-1]), flat(padding_mask), flat(tokens))
+        rows = self.experts(dispatch(x.reshape(-1, x.shape[-1]), plan), plan.group_sizes)
+        return self.regularizer(combine(rows, plan)).reshape(x.shape), plan
+
+
+def flat(values: Tensor | None) -> Tensor | None:
+    """Makes one dimension of (...), if there are values."""
+    return None if values is None else values.reshape(-1)

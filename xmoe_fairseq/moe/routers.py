@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .routing import RoutingPlan, make_plan, rank
+from .routing import RankedProbs, RoutingPlan, assign, make_plan, rank, real_tokens
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class RouterOptions:
         capacity_factor: in training, an expert takes at most this multiple of the mean load per expert
             if every token took one; 0 drops nothing. Evaluation never drops.
         min_capacity: tokens that an expert may always take, at least 0.
+        second_expert: how GShard takes the second expert in training: ``gate``, the second most probable, or
+            ``sampling``, at random by probability. Evaluation always takes the most probable.
     """
 
     threshold: float = 0.9
     top_k: int = 2
     capacity_factor: float = 0.0
     min_capacity: int = 4
+    second_expert: str = "gate"
 
 
 class Router(nn.Module):
@@ -41,6 +45,9 @@ class Router(nn.Module):
     Raises:
         ValueError: an option is out of range.
     """
+
+    # Whether a token's weights are divided by their sum after dropping.
+    normalize = False
 
     def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
         super().__init__()
@@ -65,22 +72,42 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
-        """Routes x: (T, d); padding_mask: (T,) bool, true for padding."""
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> RoutingPlan:
+        """Routes hidden states.
+
+        Args:
+            x: (T, d).
+            padding_mask: (T,) bool, true for padding.
+            tokens: (T,) int64 ids of the tokens; only a router that goes by them needs them.
+        """
+        return self.plan(self.logits(x), padding_mask)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Maps x: (T, d) to (T, E), in float32 at least."""
         with torch.autocast(device_type=x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            return self.plan(F.linear(x.to(dtype), self.weight.to(dtype)), padding_mask)
+            return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
         """Routes by given logits: (T, E); padding_mask: (T,) bool, true for padding."""
-        ranked = rank(logits)
+        ranked = self.rank(logits)
+        limited = self.training and self.options.capacity_factor > 0
         return make_plan(
             ranked,
             self.choose(ranked.sorted.detach()),
             padding_mask,
-            capacity_factor=self.options.capacity_factor if self.training else 0.0,
-            min_capacity=self.options.min_capacity,
+            capacity=self.capacity if limited else None,
+            normalize=self.normalize,
         )
+
+    def rank(self, logits: Tensor) -> RankedProbs:
+        """Orders the experts of each token."""
+        return rank(logits)
+
+    def capacity(self, real: Tensor) -> Tensor:
+        """Gives the most tokens an expert takes, from the number of real tokens: () each."""
+        mean = real.double() / self.weight.shape[0]
+        return (mean * self.options.capacity_factor).ceil().clamp(min=self.options.min_capacity)
 
     def extra_repr(self) -> str:
         return f"experts={self.weight.shape[0]}, {self.options}"
@@ -128,4 +155,107 @@ class TopKRouter(Router):
         return (ranks < self.options.top_k).expand(sorted_probs.shape)
 
 
-ROUTERS: dict[str, type[Router]] = {"threshold": ThresholdRouter, "topk": TopKRouter}
+class GShardRouter(TopKRouter):
+    """A token takes its two most probable experts; their weights are divided by their sum after dropping.
+
+    An expert takes at most ``capacity_factor * ceil(real tokens / E)`` tokens in training. Source: Lepikhin et
+    al. 2021 (GShard), and Xu et al. 2023 (SMoE), which uses it in every stratum. With k = 1 it is `SwitchRouter`.
+    """
+
+    normalize = True
+
+    def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
+        if options.second_expert not in ("gate", "sampling"):
+            raise ValueError(f"second_expert {options.second_expert!r} is unknown: choose gate or sampling")
+        # A last stratum may have one expert only.
+        super().__init__(dim, num_experts, replace(options, top_k=min(2, num_experts)))
+
+    def rank(self, logits: Tensor) -> RankedProbs:
+        ranked = rank(logits)
+        if not self.training or self.options.second_expert == "gate":
+            return ranked
+        # The largest of log-probabilities plus Gumbel noise is a draw by probability.
+        noise = -torch.empty_like(logits).exponential_().log()
+        noisy = (logits.detach() + noise).scatter(1, ranked.order[:, :1], torch.inf)
+        order = noisy.argsort(dim=-1, descending=True, stable=True)
+        return RankedProbs(logits, ranked.probs, ranked.probs.gather(1, order), order)
+
+    def capacity(self, real: Tensor) -> Tensor:
+        mean = (real.double() / self.weight.shape[0]).ceil()
+        return (mean * self.options.capacity_factor).ceil().clamp(min=self.options.min_capacity)
+
+
+class SwitchRouter(GShardRouter):
+    """A token takes its most probable expert, weighted by the raw probability. Source: Fedus et al. 2022 (Switch)."""
+
+    normalize = False
+
+    def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
+        super().__init__(dim, num_experts, options)
+        self.options = replace(self.options, top_k=1)
+
+
+class HashRouter(Router):
+    """The token's id alone decides its expert, with weight 1; nothing is learnt, dropped or balanced.
+
+    Source: Roller et al. 2021 (Hash Layers), with a fixed random table.
+    """
+
+    def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
+        super().__init__(dim, num_experts, options)
+        del self.weight
+        self.num_experts = num_experts
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> RoutingPlan:
+        if tokens is None:
+            raise ValueError("the hash router goes by token ids: give tokens")
+        # Knuth's multiplicative hash, of 32 bits: neighbouring ids get unrelated experts.
+        expert = ((tokens * 2654435761) % 2**32) * self.num_experts // 2**32
+        return assign(expert, x.new_ones(x.shape[0], dtype=torch.float32), self.num_experts, padding_mask)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}"
+
+
+class BalancedRouter(Router):
+    """In training every expert gets equally many tokens, by the assignment of the highest total score.
+
+    A token's weight is the sigmoid of its logit. In evaluation a token takes its best expert, whatever the others
+    take. There is no balance loss. Source: Lewis et al. 2021 (BASE layers); the assignment is SciPy's, on the CPU.
+    """
+
+    def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
+        num_experts = logits.shape[1]
+        expert = logits.argmax(-1)
+        if self.training:
+            keep = real_tokens(padding_mask, logits)
+            expert = expert.masked_scatter(keep, balanced_assignment(logits.detach()[keep]))
+        weight = logits.gather(1, expert.unsqueeze(-1)).squeeze(-1).sigmoid()
+        return assign(expert, weight, num_experts, padding_mask)
+
+
+def balanced_assignment(scores: Tensor) -> Tensor:
+    """Assigns each row an expert, none more than ceil(T / E), so that the sum of scores is the highest possible.
+
+    Args:
+        scores: (T, E).
+
+    Returns:
+        (T,) int64.
+    """
+    tokens, experts = scores.shape
+    places = -(-tokens // experts)
+    # Every expert stands as often as it has places.
+    table = scores.double().cpu().repeat_interleave(places, dim=1).numpy()
+    _, column = linear_sum_assignment(table, maximize=True)
+    return torch.from_numpy(column).to(scores.device) // max(places, 1)
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "threshold": ThresholdRouter,
+    "topk": TopKRouter,
+    "gshard": GShardRouter,
+    "switch": SwitchRouter,
+    "hash": HashRouter,
+    "balanced": BalancedRouter,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ class RoutingPlan:
         weight: (R,) float, the pair's share in the token's output; carries the router's gradient.
         group_sizes: (E,) int64, pairs of each expert: the first ``group_sizes[0]`` pairs are
             expert 0's, and so on. Experts without tokens have 0.
+        first: (T,) int64, each token's first choice, whether or not it was dropped; arbitrary for padding.
         num_tokens: T, the rows of the layer's input, padding included.
         stats: sums for losses and logs.
     """
@@ -27,6 +29,7 @@ class RoutingPlan:
     token: Tensor
     weight: Tensor
     group_sizes: Tensor
+    first: Tensor
     num_tokens: int
     stats: RoutingStats
 
@@ -59,8 +62,8 @@ def make_plan(
     ranked: RankedProbs,
     chosen: Tensor,
     padding_mask: Tensor | None = None,
-    capacity_factor: float = 0.0,
-    min_capacity: int = 4,
+    capacity: Callable[[Tensor], Tensor] | None = None,
+    normalize: bool = False,
 ) -> RoutingPlan:
     """Turns the choice of ranks into a plan, and drops what exceeds the experts' capacity.
 
@@ -68,30 +71,64 @@ def make_plan(
         ranked: probabilities and their order, (T, E) each.
         chosen: (T, E) bool; ``chosen[t, r]`` says that token t takes the expert of its rank r.
         padding_mask: (T,) bool, true for padding, which is neither routed nor counted.
-        capacity_factor: 0 drops nothing; otherwise an expert takes at most
-            ``max(ceil(real tokens / E * capacity_factor), min_capacity)`` tokens.
-        min_capacity: tokens an expert may always take.
+        capacity: gives the most tokens an expert takes, from the number of real tokens; none drops nothing.
+        normalize: divide a token's weights by their sum after dropping.
     """
     tokens, num_experts = chosen.shape
-    keep = ~padding_mask if padding_mask is not None else chosen.new_ones(tokens)
+    keep = real_tokens(padding_mask, ranked.probs)
     real = keep.sum()
     chosen = chosen & keep.unsqueeze(-1)
     wanted = torch.zeros_like(chosen).scatter(1, ranked.order, chosen)
     received = wanted
-    if capacity_factor > 0:
-        capacity = (real.double() / num_experts * capacity_factor).ceil().clamp(min=min_capacity)
-        received = wanted & (_place_in_expert(ranked, wanted) < capacity)
+    if capacity is not None:
+        received = wanted & (_place_in_expert(ranked, wanted) < capacity(real))
 
     # Row-major order of the transposed mask is sorted by expert: no sort is needed to group tokens.
     expert, token = received.t().nonzero(as_tuple=True)
     weight = ranked.probs.reshape(-1).index_select(0, token * num_experts + expert)
+    if normalize:
+        weight = weight / weight.new_zeros(tokens).index_add(0, token, weight).index_select(0, token)
     return RoutingPlan(
         token=token,
         weight=weight,
         group_sizes=received.sum(0),
+        first=ranked.order[:, 0],
         num_tokens=tokens,
         stats=_statistics(ranked, wanted, received, keep, real),
     )
+
+
+def assign(expert: Tensor, weight: Tensor, num_experts: int, padding_mask: Tensor | None = None) -> RoutingPlan:
+    """Makes the plan in which each real token takes the one expert it is told, without auxiliary losses.
+
+    Args:
+        expert: (T,) int64.
+        weight: (T,) share of the expert's output.
+        num_experts: E.
+        padding_mask: (T,) bool, true for padding.
+    """
+    keep = real_tokens(padding_mask, weight)
+    one_hot = torch.nn.functional.one_hot(expert, num_experts).bool() & keep.unsqueeze(-1)
+    _, token = one_hot.t().nonzero(as_tuple=True)
+    real, load, none = keep.sum(), one_hot.sum(0), weight.new_zeros(())
+    stats = RoutingStats(
+        tokens=real,
+        wanted=real,
+        received=real,
+        first_dropped=torch.zeros_like(real),
+        top1_prob=weight.detach().masked_fill(~keep, 0.0).sum(),
+        expert_load=load,
+        first_choices=load,
+        passes=real,
+        balance_loss=none,
+        z_loss=none,
+    )
+    return RoutingPlan(token, weight.index_select(0, token), load, expert, len(expert), stats)
+
+
+def real_tokens(padding_mask: Tensor | None, like: Tensor) -> Tensor:
+    """Says which of the rows of ``like`` are no padding: (T,) bool."""
+    return ~padding_mask if padding_mask is not None else like.new_ones(like.shape[0], dtype=torch.bool)
 
 
 def _place_in_expert(ranked: RankedProbs, wanted: Tensor) -> Tensor:
@@ -122,6 +159,7 @@ def _statistics(ranked: RankedProbs, wanted: Tensor, received: Tensor, keep: Ten
         top1_prob=ranked.sorted[:, 0].detach().masked_fill(~keep, 0.0).sum(),
         expert_load=received.sum(0),
         first_choices=first_choices,
+        passes=real,
         balance_loss=balance_loss(probs, first_choices, real),
         z_loss=z_loss(ranked.logits, keep, real),
     )

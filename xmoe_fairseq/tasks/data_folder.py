@@ -32,8 +32,11 @@ def read_languages(data: str, benchmark: Benchmark) -> list[str]:
             )
     with open(os.path.join(data, "langs.txt"), encoding="utf-8") as lines:
         languages = [line.strip() for line in lines if line.strip()]
-    if not languages or languages[0] != "en" or len(set(languages)) < len(languages) or len(languages) < 2:
-        raise UserError(f"{data}/langs.txt must list en and then other languages, each once; it lists {languages}")
+    english = benchmark.english
+    if not languages or languages[0] != english or len(set(languages)) < len(languages) or len(languages) < 2:
+        raise UserError(
+            f"{data}/langs.txt must list {english} and then other languages, each once; it lists {languages}"
+        )
     if benchmark.languages and tuple(languages[1:]) != benchmark.languages:
         raise UserError(
             f"{data} was not made for {benchmark.name}: its languages are {','.join(languages[1:])}, the benchmark's "
@@ -42,7 +45,30 @@ def read_languages(data: str, benchmark: Benchmark) -> list[str]:
     return languages[1:]
 
 
-def check_split(data: str, split: str, lang_pairs: Iterable[str]) -> None:
+def read_groups(data: str, benchmark: Benchmark) -> dict[str, list[str]]:
+    """Gives the languages of each resource group: the benchmark's own, or those in ``groups.tsv`` beside the folder.
+
+    Raises:
+        UserError: the benchmark has none and the file is missing or damaged.
+    """
+    if benchmark.groups:
+        return {group: list(members) for group, members in benchmark.groups.items()}
+    path = os.path.join(os.path.dirname(os.path.abspath(data)), "groups.tsv")
+    if not os.path.isfile(path):
+        raise UserError(
+            f"there is no {path}, which names the group of each language: make it with data_prep/prepare.sh"
+        )
+    groups: dict[str, list[str]] = {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            fields = line.rstrip("\n").split("\t")
+            if len(fields) < 2 or not all(fields[:2]):
+                raise UserError(f"{path}, line {number}: expected LANGUAGE<tab>GROUP, found {line.rstrip()!r}")
+            groups.setdefault(fields[1], []).append(fields[0])
+    return groups
+
+
+def check_split(data: str, split: str, lang_pairs: Iterable[str], english: str) -> None:
     """Checks that both sides of every direction are there and have the same, positive number of lines.
 
     Raises:
@@ -50,15 +76,16 @@ def check_split(data: str, split: str, lang_pairs: Iterable[str]) -> None:
     """
     for pair in lang_pairs:
         source, target = pair.split("-")
-        other = source if target == "en" else target
-        sizes = {lang: _length(os.path.join(data, f"{split}.en-{other}.{lang}")) for lang in ("en", other)}
-        if sizes["en"] != sizes[other]:
+        other = source if target == english else target
+        name = os.path.join(data, f"{split}.{english}-{other}")
+        sizes = {lang: _length(f"{name}.{lang}") for lang in (english, other)}
+        if sizes[english] != sizes[other]:
             raise UserError(
-                f"{data}/{split}.en-{other} is misaligned: {sizes['en']} lines in en, {sizes[other]} in {other}; "
+                f"{name} is misaligned: {sizes[english]} lines in {english}, {sizes[other]} in {other}; "
                 "prepare the data again"
             )
-        if not sizes["en"]:
-            raise UserError(f"{data}/{split}.en-{other} is empty: prepare the data again")
+        if not sizes[english]:
+            raise UserError(f"{name} is empty: prepare the data again")
 
 
 def _length(prefix: str) -> int:

@@ -13,7 +13,8 @@ from omegaconf import II, OmegaConf
 from ..benchmarks import BENCHMARKS, Benchmark, directions
 from ..errors import UserError
 from .batching import PooledOrder
-from .data_folder import check_split, read_languages
+from .data_folder import check_split, read_groups, read_languages
+from .data_manager import DataManager, split_name
 from .stock_options import stock_dataclass, stock_namespace
 
 # These follow from the data folder, which is made for one benchmark.
@@ -37,6 +38,13 @@ class MultilingualConfig(_StockOptions):
             "1 or more, or 0 to sort the whole corpus by length as stock fairseq does"
         },
     )
+    valid_lines: int = dataclasses.field(
+        default=0,
+        metadata={
+            "help": "lines of each development set that validation reads while training, the first ones; 0 for all. "
+            "--valid-subset valid,valid@high,valid@low also logs the loss of the languages of these groups"
+        },
+    )
     seed: int = II("common.seed")
     train_subset: str = II("dataset.train_subset")
     dataset_impl: Optional[str] = II("dataset.dataset_impl")
@@ -50,6 +58,13 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
     """
 
     benchmark: ClassVar[Benchmark]
+
+    def __init__(self, args: Namespace, langs: list[str], dicts: Any, training: bool) -> None:
+        super().__init__(args, langs, dicts, training)
+        # Stock setup_data_manager names its class; what it made so far is only options.
+        self.data_manager = DataManager(args, self.lang_pairs, langs, dicts, self.sampling_method)
+        # Generation translates every line.
+        self.data_manager.valid_lines = args.valid_lines if training else 0
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
@@ -68,15 +83,17 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         dictionary = os.path.join(args.data, "dict.txt")
         if args.batch_pool_size < 0:
             raise UserError(f"--batch-pool-size {args.batch_pool_size} is out of range: it must be at least 0")
-        args.langs = ["en", *languages]
+        if args.valid_lines < 0:
+            raise UserError(f"--valid-lines {args.valid_lines} is out of range: it must be at least 0")
+        args.langs = [cls.benchmark.english, *languages]
         args.source_dict = args.target_dict = dictionary
-        args.lang_pairs = args.lang_pairs or ",".join(directions(languages))
+        args.lang_pairs = args.lang_pairs or ",".join(directions(languages, cls.benchmark.english))
         cls._check_directions(args, languages)
         return super().setup_task(args, **kwargs)
 
     @classmethod
     def _check_directions(cls, args: Namespace, languages: list[str]) -> None:
-        known = directions(languages)
+        known = directions(languages, cls.benchmark.english)
         wanted = args.lang_pairs.split(",")
         if (args.source_lang is None) != (args.target_lang is None):
             raise UserError("--source-lang and --target-lang go together: give both or none")
@@ -92,13 +109,26 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
             raise UserError(f"--lang-pairs {args.lang_pairs} names a direction twice: name each once")
 
     def load_dataset(self, split: str, *args: Any, **kwargs: Any) -> None:
-        """Loads a split of all the task's directions.
+        """Loads a split of all the task's directions; ``valid@high`` takes those of one group of languages.
 
         Raises:
-            UserError: a file is missing, empty, damaged, or its two sides differ in length.
+            UserError: a file is missing, empty, damaged, or its two sides differ in length;
+                the group is unknown or none of its languages is trained.
         """
-        check_split(self.args.data, split, self.lang_pairs)
+        name, group = split_name(split)
+        wanted = self._directions_of(split, group) if group is not None else list(self.lang_pairs)
+        self.data_manager.directions_of[split] = wanted
+        check_split(self.args.data, name, wanted, self.benchmark.english)
         super().load_dataset(split, *args, **kwargs)
+
+    def _directions_of(self, split: str, group: str) -> list[str]:
+        groups = read_groups(self.args.data, self.benchmark)
+        if group not in groups:
+            raise UserError(f"there is no group {group!r} for the subset {split}: choose from {', '.join(groups)}")
+        found = [pair for pair in self.lang_pairs if not set(groups[group]).isdisjoint(pair.split("-"))]
+        if not found:
+            raise UserError(f"the subset {split} is empty: none of {', '.join(self.lang_pairs[:8])} is of that group")
+        return found
 
     def create_batch_sampler_func(self, *args: Any, seed: int = 1, **kwargs: Any) -> Any:
         """Lets training batches be cut from pools of random sentences; see ``--batch-pool-size``."""
@@ -124,13 +154,13 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
 
 
 def _register(benchmark: Benchmark) -> type[MultilingualTask]:
-    temperature = dataclasses.field(
-        default=benchmark.sampling_temperature,
-        metadata=MultilingualConfig.__dataclass_fields__["sampling_temperature"].metadata,
-    )
+    stock = MultilingualConfig.__dataclass_fields__
     config = dataclasses.make_dataclass(
         f"multilingual_{benchmark.name}_config",
-        [("sampling_temperature", float, temperature)],
+        [
+            (name, kind, dataclasses.field(default=getattr(benchmark, name), metadata=stock[name].metadata))
+            for name, kind in (("sampling_temperature", float), ("valid_lines", int))
+        ],
         bases=(MultilingualConfig,),
     )
     name = f"multilingual_{benchmark.name}"

@@ -1,0 +1,103 @@
+"""Taking single files out of tar and zip archives without trusting what the archives say."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
+
+from xmoe_fairseq.errors import UserError
+
+# The name of a member -> where to put it, or None for one that is not needed.
+Choose = Callable[[str], Path | None]
+CHUNK = 1 << 20
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error)
+
+
+def extract(archive: Path, choose: Choose) -> set[Path]:
+    """Writes the chosen members of an archive, only to the places that ``choose`` names, and returns these.
+
+    Args:
+        archive: a tar, compressed by gzip or not, or a zip.
+        choose: decides by the name of a member, without a ``./`` before it.
+
+    Raises:
+        UserError: the archive is damaged, or a member's name leads out of the folder, or a chosen one is a link
+            or there twice.
+    """
+    written: set[Path] = set()
+    try:
+        members = _zip_members if zipfile.is_zipfile(archive) else _tar_members
+        for name, stream in members(archive, choose):
+            target = choose(name)
+            assert target is not None  # only chosen members come
+            if target in written:
+                raise UserError(f"{archive} holds {name} twice: get the archive again, or another one")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "wb") as file:
+                shutil.copyfileobj(stream, file, CHUNK)
+            written.add(target)
+    except DAMAGE as error:
+        raise UserError(f"{archive} is damaged or no archive ({error}): delete it and get it again") from error
+    return written
+
+
+def extract_all(archive: Path, wanted: Mapping[str, Path], depth: int) -> None:
+    """Extracts members known by the last ``depth`` parts of their names; several names may stand for one file.
+
+    Raises:
+        UserError: as `extract`, or a file is not in the archive.
+    """
+    written = extract(archive, lambda name: wanted.get("/".join(name.split("/")[-depth:])))
+    for member, path in wanted.items():
+        if path not in written:
+            raise UserError(f"{archive} has no {member}: get it again, or another archive with --url or --archive")
+
+
+def _tar_members(archive: Path, choose: Choose) -> Iterator[tuple[str, IO[bytes]]]:
+    # tarfile's own reading of compressed streams neither notices a missing end nor compares checksums.
+    with _unpacked(archive) as content:
+        # As a stream: to go back in a compressed file means to read it again.
+        with tarfile.open(fileobj=content, mode="r|") as tar:
+            for member in tar:
+                name = _checked(archive, member.name)
+                if member.isdir() or choose(name) is None:
+                    continue
+                stream = tar.extractfile(member) if member.isreg() else None
+                if stream is None:
+                    raise UserError(f"{archive}: {name} is a link or device, not a file: get another archive")
+                yield name, stream
+        while content.read(CHUNK):
+            pass
+
+
+def _unpacked(archive: Path) -> IO[bytes]:
+    with open(archive, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(archive, "rb")) if compressed else open(archive, "rb")
+
+
+def _zip_members(archive: Path, choose: Choose) -> Iterator[tuple[str, IO[bytes]]]:
+    with zipfile.ZipFile(archive) as packed:
+        for member in packed.infolist():
+            name = _checked(archive, member.filename)
+            if member.is_dir() or choose(name) is None:
+                continue
+            # The upper half holds the Unix mode; 0o12 in its first four bits is a symbolic link.
+            if member.external_attr >> 28 == 0o12:
+                raise UserError(f"{archive}: {name} is a link or device, not a file: get another archive")
+            with packed.open(member) as stream:
+                yield name, stream
+
+
+def _checked(archive: Path, name: str) -> str:
+    """Gives a member's name without ``./`` before it."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise UserError(f"{archive}: the name {name!r} leads out of the archive: do not use this archive")
+    return str(path)

@@ -1,0 +1,116 @@
+"""The encoder-decoder architectures by name: what they are, and building them without memory for their weights."""
+
+from __future__ import annotations
+
+import difflib
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import torch
+from fairseq import models, options
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models.transformer import TransformerModel
+from torch import nn
+
+from .errors import UserError
+from .models.presets import PRESETS
+
+# fairseq's own symbols (start, padding, end, unknown) and one piece.
+MIN_VOCAB = 5
+
+
+def architectures() -> dict[str, str]:
+    """Describes each of this plugin's architectures and of stock fairseq's Transformers in a line, by name."""
+    stock = [name for name, model in models.ARCH_MODEL_REGISTRY.items() if model is TransformerModel]
+    return {name: describe(_defaults(name)) for name in (*PRESETS, *stock)}
+
+
+def _defaults(arch: str) -> Any:
+    """The options that an architecture has unless told otherwise."""
+    if arch in PRESETS:
+        return models.MODEL_DATACLASS_REGISTRY[arch]()
+    values = Namespace()
+    models.ARCH_CONFIG_REGISTRY[arch](values)
+    return values
+
+
+def describe(cfg: Any) -> str:
+    """Says in one line what model a flat configuration gives."""
+    layers = f"{cfg.encoder_layers}+{cfg.decoder_layers or cfg.encoder_layers} layers"
+    size = f"d {cfg.encoder_embed_dim}, feed-forward {cfg.encoder_ffn_embed_dim}, {layers}"
+    if str(getattr(cfg, "moe_placement", "none")) == "none":  # stock models have no such option
+        return f"dense; {size}"
+    return f"{'; '.join(_experts(cfg))}; {size}"
+
+
+def _experts(cfg: Any) -> Iterator[str]:
+    router = str(cfg.moe_router)
+    taken = {
+        "threshold": f"threshold {cfg.moe_threshold:g}",
+        "topk": f"top {cfg.moe_top_k}",
+        "gshard": "top 2 (GShard)",
+        "switch": "top 1 (Switch)",
+    }.get(router, f"{router} router")
+    family = "SMoE" if cfg.moe_strata else "XMoE" if router == "threshold" else "MoE"
+    number = f"strata of {cfg.moe_strata}" if cfg.moe_strata else cfg.moe_num_experts
+    yield f"{family}: {number} experts of hidden size {cfg.encoder_ffn_embed_dim // cfg.moe_split_ratio}, {taken}"
+    if cfg.moe_stack > 1:
+        yield f"{cfg.moe_stack} stacked"
+    if str(cfg.moe_regularizer) != "none":
+        yield str(cfg.moe_regularizer).upper()
+    where = "both stacks" if str(cfg.moe_placement) == "both" else f"the {cfg.moe_placement}"
+    yield f"1 layer in {cfg.moe_interval} of {where}"
+
+
+def build_on_meta(arch: str, vocab: int, model_options: Sequence[str] = ()) -> nn.Module:
+    """Builds what ``fairseq-train --arch ARCH`` would, on PyTorch's meta device: shapes without memory.
+
+    Args:
+        arch: a name of `architectures`.
+        vocab: rows of the embeddings, special symbols included; source and target share the dictionary.
+        model_options: words of the command line, such as ``--moe-num-experts 8``.
+
+    Raises:
+        UserError: the architecture is unknown, the vocabulary too small, or an option is refused.
+    """
+    check_arch(arch)
+    if vocab < MIN_VOCAB:
+        raise UserError(f"--vocab {vocab} is too small: a dictionary has 4 special symbols and at least one piece")
+    cfg = _parse(arch, model_options)
+    dictionary = Dictionary()
+    for number in range(vocab - len(dictionary)):
+        dictionary.add_symbol(f"piece{number}")
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    try:
+        with torch.device("meta"):
+            return models.build_model(cfg, task)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--arch {arch} cannot be built: {error}") from error
+
+
+def check_arch(arch: str) -> None:
+    """Refuses what is no encoder-decoder Transformer.
+
+    Raises:
+        UserError: names architectures of similar names.
+    """
+    known = architectures()
+    if arch not in known:
+        near = difflib.get_close_matches(arch, known, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"--arch {arch} is no known architecture: {hint}xmoe info --list names all")
+
+
+def _parse(arch: str, model_options: Sequence[str]) -> Any:
+    """Parses options as ``fairseq-train`` does, and gives the model's part."""
+    parser = options.get_training_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"--arch {arch}: {message}")
+
+    parser.error = refuse  # one line instead of fairseq's hundreds of options
+    words = ["no-data", "--arch", arch, *model_options]
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words)).model

@@ -1,0 +1,150 @@
+"""Parameters, and operations of a forward pass, of a model with experts: counted from its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from .experts import Experts
+from .layer import MoELayer
+from .routers import BalancedRouter, HashRouter, Router, ThresholdRouter, TopKRouter
+from .stratified import StratifiedMoE
+
+
+@dataclass(frozen=True)
+class ExpertSite:
+    """One set of experts in a model.
+
+    Attributes:
+        name: the module's path in the model.
+        experts: the set.
+        low, high: the fewest and the most experts that a token takes of it; equal where their number is fixed.
+    """
+
+    name: str
+    experts: Experts
+    low: int
+    high: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.experts.fc1_weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters, shared ones counted once.
+
+    Attributes:
+        total: of the model.
+        expert: in experts, biases included.
+        active: all outside of experts, and those of the experts that a token takes on average.
+    """
+
+    total: int
+    expert: int
+    active: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """The terms of one token's forward pass, a multiplication and an addition counting as two.
+
+    ``layers + experts + output + attention = 2 N + 2 n sum_a d_a``: Kaplan et al. 2020 (Scaling laws for neural
+    language models), eq. 2.2, where N are the parameters in matrices that the token is multiplied with and a runs
+    over the attention modules. Embeddings are looked up and cost nothing; biases, norms and softmax are left out.
+
+    Attributes:
+        layers: 2 x the matrices of attention, dense feed-forward networks, routers and gates.
+        experts: 2 x the matrices of the experts that a token takes on average.
+        output: 2 x the matrix onto the vocabulary.
+        attention: scores over n positions and the sum that they weight, ``2 n d`` a module: half of the positions
+            of a full product, as under a causal mask.
+    """
+
+    layers: float
+    experts: float
+    output: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.layers + self.experts + self.output + self.attention
+
+
+def expert_sites(model: nn.Module) -> list[ExpertSite]:
+    """Finds every set of experts, in the order of the modules."""
+    sites = []
+    for name, module in model.named_modules():
+        if isinstance(module, MoELayer):
+            low, high = _choices(module.router, module.experts)
+        elif isinstance(module, StratifiedMoE):
+            # The first stratum sees the last one's experts, so that a token may leave after it.
+            ranges = [_choices(router, module.experts) for router in module.routers]
+            low, high = ranges[0][0], sum(most for _, most in ranges)
+        else:
+            continue
+        sites.append(ExpertSite(name, module.experts, low, high))
+    return sites
+
+
+def _choices(router: nn.Module, experts: Experts) -> tuple[int, int]:
+    """The fewest and the most experts that a router gives a token in evaluation."""
+    if isinstance(router, HashRouter | BalancedRouter):
+        return 1, 1
+    if isinstance(router, TopKRouter):
+        return router.options.top_k, router.options.top_k
+    seen = router.weight.shape[0] if isinstance(router, Router) else experts.fc1_weight.shape[0]
+    if isinstance(router, ThresholdRouter):
+        return (seen if router.options.threshold == 1 else 1), (1 if router.options.threshold == 0 else seen)
+    return 1, seen
+
+
+def count_parameters(model: nn.Module, taken: Mapping[str, float]) -> Parameters:
+    """Counts parameters.
+
+    Args:
+        model: on any device, meta too.
+        taken: by the name of each of `expert_sites`, the experts that a token takes on average. A token that passes
+            more experts than there are uses some of them twice.
+    """
+    sizes = {site.name: sum(p.numel() for p in site.experts.parameters()) for site in expert_sites(model)}
+    used = sum(
+        sizes[site.name] * min(taken[site.name], site.num_experts) / site.num_experts for site in expert_sites(model)
+    )
+    total, expert = sum(p.numel() for p in model.parameters()), sum(sizes.values())
+    return Parameters(total, expert, round(total - expert + used))
+
+
+def count_flops(
+    model: nn.Module,
+    taken: Mapping[str, float],
+    output: nn.Module | None,
+    attention_dims: Iterable[int],
+    context: float,
+) -> Flops:
+    """Counts the operations of a token that passes every layer once.
+
+    Args:
+        model: on any device, meta too.
+        taken: by the name of each of `expert_sites`, the experts that a token takes on average.
+        output: the module onto the vocabulary, where it is to be told apart.
+        attention_dims: the width of the queries of each attention module.
+        context: n, the positions that a token may attend to.
+    """
+    in_output = sum(p.numel() for p in _matrices(output)) if output is not None else 0
+    in_experts = sum(
+        sum(p.numel() for p in (site.experts.fc1_weight, site.experts.fc2_weight)) * taken[site.name] / site.num_experts
+        for site in expert_sites(model)
+    )
+    elsewhere = sum(p.numel() for p in _matrices(model)) - in_output
+    return Flops(2 * elsewhere, 2 * in_experts, 2 * in_output, 2 * context * sum(attention_dims))
+
+
+def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Gives what a token is multiplied with outside of experts; a matrix shared by two modules comes twice."""
+    for module in model.modules():
+        if not isinstance(module, (nn.Embedding, Experts)):
+            yield from (p for p in module.parameters(recurse=False) if p.dim() >= 2)

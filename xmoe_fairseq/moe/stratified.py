@@ -1,0 +1,134 @@
+"""The stratified mixture of experts (SMoE): a token passes as many strata of experts as it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .dispatch import combine, dispatch
+from .experts import Experts
+from .layer import flat
+from .routers import Router
+from .routing import RoutingPlan, real_tokens
+from .statistics import RoutingStats
+
+
+@dataclass(frozen=True)
+class StratifiedPlan:
+    """What the strata did in one call.
+
+    Attributes:
+        plans: one a stratum, over the tokens that entered it.
+        passes: (T,) int64, the strata each token was computed in (its requested capacity); 0 for padding.
+        stats: over all strata.
+    """
+
+    plans: list[RoutingPlan]
+    passes: Tensor
+    stats: RoutingStats
+
+
+class StratifiedMoE(nn.Module):
+    """A block of L strata of experts, its LayerNorms and residual connections included.
+
+    A token enters stratum 1. In stratum i, ``x' = LayerNorm_i(x)`` is routed among the experts of this and all later
+    strata, ``x <- x + sum_e G_e FFN_e(x')``, and the token goes on to the stratum after that of its first choice;
+    after the last stratum it leaves. Only the tokens of a stratum are computed there.
+
+    Source: Xu et al. 2023 (SMoE), section 3 and eq. 7. The authors' released code differs: from stratum 2 on its
+    residual is the normalised x, and a token that leaves is normalised once more (``released``).
+
+    Args:
+        routers: one a stratum; router i over the experts of the strata i..L.
+        experts: all of them, in the order of the strata.
+        sizes: experts in each stratum.
+        released: compute what the authors' code computes.
+        regularizer: applied to the output of each stratum, such as `ExpertOutputMasking`.
+
+    Raises:
+        ValueError: routers, sizes and experts do not fit together.
+    """
+
+    def __init__(
+        self,
+        routers: Sequence[Router],
+        experts: Experts,
+        sizes: Sequence[int],
+        released: bool = False,
+        regularizer: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        total, _, dim = experts.fc1_weight.shape
+        if len(routers) != len(sizes) or sum(sizes) != total or min(sizes) < 1:
+            raise ValueError(f"strata of {list(sizes)} experts and {len(routers)} routers do not fit {total} experts")
+        self.routers = nn.ModuleList(routers)
+        self.experts = experts
+        self.sizes = tuple(sizes)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in sizes)
+        self.exit_norm = nn.LayerNorm(dim) if released else None
+        self.regularizer = regularizer or nn.Identity()
+        self.stratum: Tensor  # of each expert
+        self.register_buffer(
+            "stratum", torch.repeat_interleave(torch.tensor(self.sizes), output_size=total), persistent=False
+        )
+
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None
+    ) -> tuple[Tensor, StratifiedPlan]:
+        """Computes what the block adds to x; the caller adds it.
+
+        Args:
+            x: (..., d), not normalised.
+            padding_mask: (...) bool, true for padding; such rows are not routed and come out as zeros.
+            tokens: (...) int64 ids of the tokens; only the hash router needs them.
+
+        Returns:
+            (..., d), and what the strata did over the flattened rows.
+        """
+        start = x.reshape(-1, x.shape[-1])
+        ids = flat(tokens)
+        keep = real_tokens(flat(padding_mask), start)
+        # The stratum each token enters next; past the last one for padding.
+        place = torch.where(keep, 0, len(self.sizes))
+        passes = torch.zeros_like(place)
+        state, plans = start, []
+        for number, (router, norm) in enumerate(zip(self.routers, self.norms, strict=True)):
+            rows = (place == number).nonzero().squeeze(-1)
+            entering = state.index_select(0, rows)
+            normed = norm(entering)
+            plan = router(normed, tokens=None if ids is None else ids.index_select(0, rows))
+            y = self._compute(normed, plan, sum(self.sizes[:number]))
+            plans.append(plan)
+            residual = normed if self.exit_norm is not None and number > 0 else entering
+            state = state.index_copy(0, rows, (residual + y).to(state.dtype))
+            place = place.index_copy(0, rows, self.stratum[plan.first + sum(self.sizes[:number])] + 1)
+            passes = passes.index_add(0, rows, torch.ones_like(rows))
+        if self.exit_norm is not None:
+            state = torch.where(keep.unsqueeze(-1), self.exit_norm(state), state)
+        stats = self._statistics(plans, keep.sum(), passes.sum())
+        return (state - start).reshape(x.shape), StratifiedPlan(plans, passes, stats)
+
+    def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int) -> Tensor:
+        """Runs the visible experts, those of earlier strata having no rows."""
+        sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
+        return self.regularizer(combine(self.experts(dispatch(normed, plan), sizes), plan))
+
+    def _statistics(self, plans: Sequence[RoutingPlan], tokens: Tensor, passes: Tensor) -> RoutingStats:
+        total = sum(self.sizes)
+        stats = [plan.stats for plan in plans]
+        entered = torch.stack([one.tokens > 0 for one in stats]).sum().clamp(min=1)
+        counted: dict[str, Any] = {
+            name: torch.stack([getattr(one, name) for one in stats]).sum()
+            for name in ("wanted", "received", "first_dropped", "top1_prob", "balance_loss", "z_loss")
+        }
+        for name in ("balance_loss", "z_loss"):
+            counted[name] = counted[name] / entered  # the mean of the strata that received a token
+        for name in ("expert_load", "first_choices"):
+            loads = [getattr(one, name) for one in stats]
+            counted[name] = torch.stack([F.pad(load, (total - len(load), 0)) for load in loads]).sum(0)
+        return RoutingStats(tokens=tokens, passes=passes, **counted)

@@ -1,0 +1,61 @@
+"""Development sets for validation: only their first lines, and the languages of one group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from fairseq.data import BaseWrapperDataset
+from fairseq.data.multilingual.multilingual_data_manager import MultilingualDatasetManager
+
+VALID = "valid"
+
+
+def split_name(subset: str) -> tuple[str, str | None]:
+    """Takes the name of a subset apart: ``valid@high`` is of the files ``valid`` and the group ``high``."""
+    name, at, group = subset.partition("@")
+    return name, group if at else None
+
+
+class FirstLines(BaseWrapperDataset):
+    """The first lines of a text, or all where it has fewer."""
+
+    def __init__(self, dataset: Any, lines: int) -> None:
+        super().__init__(dataset)
+        self.lines = min(lines, len(dataset))
+
+    def __len__(self) -> int:
+        return self.lines
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each line."""
+        return self.dataset.sizes[: self.lines]
+
+
+class DataManager(MultilingualDatasetManager):
+    """fairseq's manager of the files of all directions, for subsets of directions and of lines.
+
+    Attributes:
+        valid_lines: lines of each development set that are read; 0 for all.
+        directions_of: the directions in each subset.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.valid_lines = 0
+        self.directions_of: dict[str, list[str]] = {}
+
+    def get_split_data_param_list(self, split: str, epoch: int, shard_epoch: int | None = None) -> list[dict[str, Any]]:
+        """Lists what is to be loaded for a subset, in the files of its split."""
+        wanted = self.directions_of[split]
+        every = super().get_split_data_param_list(split_name(split)[0], epoch, shard_epoch=shard_epoch)
+        return [one for one in every if f"{one['src']}-{one['tgt']}" in wanted]
+
+    def load_lang_dataset(self, data_path: str, split: str, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """Loads both sides of one direction, of a development set only the first lines."""
+        source, target, alignment = super().load_lang_dataset(data_path, split, *args, **kwargs)
+        if split == VALID and self.valid_lines:
+            source, target = FirstLines(source, self.valid_lines), FirstLines(target, self.valid_lines)
+            alignment = FirstLines(alignment, self.valid_lines) if alignment is not None else None
+        return source, target, alignment
