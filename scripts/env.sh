@@ -40,3 +40,16 @@ _make_env || exit 1
 # shellcheck disable=SC1091
 source "$_root/.venv/bin/activate"
 export PYTHONPATH=$_root${PYTHONPATH:+:$PYTHONPATH}
+
+# same_settings FOLDER TEXT: notes the settings of a run, and refuses to go on with a run made with others.
+same_settings() {
+    local file=$1/settings.txt
+    mkdir -p "$1"
+    if [[ ! -f $file ]]; then
+        printf '%s\n' "$2" > "$file.tmp"
+        mv "$file.tmp" "$file"
+    elif [[ $(cat "$file") != "$2" ]]; then
+        echo "error: $1 was made with other settings ($(cat "$file")), now they are ($2): choose another folder or delete it" >&2
+        exit 1
+    fi
+}

@@ -17,7 +17,7 @@ UPDATES=${UPDATES:-1000}
 # More threads than this only wait for each other in so small a model.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}
-mkdir -p "$RUN"
+same_settings "$RUN" "DATA=$DATA UPDATES=$UPDATES PREPARE=${PREPARE:-} TRAIN=${TRAIN:-}"
 
 # stage NAME COMMAND...: runs the command unless it was finished before, and notes the seconds it took.
 stage() {

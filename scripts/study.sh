@@ -47,7 +47,7 @@ train() {
         --log-file "$STUDY/$name/train.log"
 }
 
-mkdir -p "$STUDY"
+same_settings "$STUDY" "UPDATES=$UPDATES VOCAB=$VOCAB BEAM=$BEAM SEED=$SEED"
 if [[ ! -d $DATA/bin ]]; then
     : "${INPUT:?set INPUT to the folder with the text}"
     bash data_prep/prepare.sh --benchmark local --input "$INPUT" --out "$DATA" --vocab-size "$VOCAB"

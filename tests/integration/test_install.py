@@ -102,3 +102,9 @@ def test_quickstart_writes_a_report_and_skips_what_is_done(tmp_path: Path) -> No
     again = quickstart()
     assert again.count("done before") == 10
     assert (tmp_path / "run/report.md").read_text() == page
+    other = {**environment, "UPDATES": "21"}  # must not pass off the old results as those of other settings
+    command = ["bash", str(ROOT / "scripts/quickstart.sh")]
+    refused = subprocess.run(command, env=other, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "was made with other settings" in refused.stderr.strip().split("\n")[-1]
+    assert (tmp_path / "run/report.md").read_text() == page
