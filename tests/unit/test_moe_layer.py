@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, Router, RouterOptions, ThresholdRouter, TopKRouter
-from xmoe_fairseq.moe.dispatch import combine, dispatch
 
 OPTIONS = [
     ("threshold", RouterOptions(threshold=0.0)),
@@ -148,26 +147,6 @@ def test_plan_properties(
     else:
         limit = max(math.ceil(real / experts * capacity), minimum)
         assert int(plan.group_sizes.max()) <= limit
-
-
-@given(tokens=st.integers(0, 20), experts=st.integers(1, 6), threshold=st.floats(0, 1), seed=st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
-def test_dispatch_and_combine_are_the_weighted_copies_of_each_token(
-    tokens: int, experts: int, threshold: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(tokens, experts, generator=generator, dtype=torch.double)
-    x = torch.randn(tokens, 3, generator=generator, dtype=torch.double)
-    plan = ThresholdRouter(2, experts, RouterOptions(threshold=threshold)).plan(logits)
-    rows = dispatch(x, plan)
-    assert rows.shape == (int(plan.stats.received), 3)
-    # Each expert multiplies its rows by its number: a row in the wrong group would show.
-    number = torch.repeat_interleave(torch.arange(experts), plan.group_sizes).double() + 1
-    probs = torch.softmax(logits, -1)
-    chosen = torch.zeros_like(probs, dtype=torch.bool)
-    chosen[plan.token, (number - 1).long()] = True
-    factor = (probs * chosen * (torch.arange(experts) + 1)).sum(-1, keepdim=True)
-    torch.testing.assert_close(combine(rows * number[:, None], plan), x * factor)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])

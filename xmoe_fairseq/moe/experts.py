@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .grouped import grouped_linear
+from .kernels import KERNELS, ExpertWeights
+from .pairs import Pairs
 
 
 class Experts(nn.Module):
@@ -50,25 +51,23 @@ class Experts(nn.Module):
         ):
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def forward(self, x: Tensor, group_sizes: Tensor) -> Tensor:
-        """Runs each expert on its rows.
+    def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
+        """Adds up each token's weighted experts.
 
         Args:
-            x: (R, d), rows grouped by expert.
-            group_sizes: (E,) int64, adding up to R.
+            x: (T, d).
+            pairs: which token goes to which expert.
 
         Returns:
-            (R, d), in the autocast precision where one is set.
+            (T, d), in the autocast precision where one is set.
         """
-        weights: list[Tensor] = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
+        weights = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not look into custom autograd functions.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, *weights = (tensor.to(dtype) for tensor in (x, *weights))
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-        sizes = group_sizes.tolist()
-        hidden = self.dropout(self.activation(grouped_linear(x, fc1_weight, fc1_bias, sizes)))
-        return grouped_linear(hidden, fc2_weight, fc2_bias, sizes)
+        dropout = self.dropout.p if self.training else 0.0
+        return KERNELS["fused"](x, pairs, ExpertWeights(*weights), self.activation, dropout)
 
     def extra_repr(self) -> str:
         experts, hidden, dim = self.fc1_weight.shape

@@ -1,10 +1,9 @@
-"""The mixture-of-experts layer: router, dispatch, experts, combine."""
+"""The mixture-of-experts layer: a router and the experts it chooses from."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .dispatch import combine, dispatch
 from .experts import Experts
 from .routers import Router
 from .routing import RoutingPlan
@@ -40,9 +39,9 @@ class MoELayer(nn.Module):
         Returns:
             y: (..., d), and the plan over the flattened rows.
         """
-        plan = self.router(x.reshape(-1, x.shape[-1]), flat(padding_mask), flat(tokens))
-        rows = self.experts(dispatch(x.reshape(-1, x.shape[-1]), plan), plan.group_sizes)
-        return self.regularizer(combine(rows, plan)).reshape(x.shape), plan
+        rows = x.reshape(-1, x.shape[-1])
+        plan = self.router(rows, flat(padding_mask), flat(tokens))
+        return self.regularizer(self.experts(rows, plan)).reshape(x.shape), plan
 
 
 def flat(values: Tensor | None) -> Tensor | None:

@@ -9,26 +9,20 @@ import torch
 from torch import Tensor
 
 from .losses import balance_loss, z_loss
+from .pairs import Pairs
 from .statistics import RoutingStats
 
 
 @dataclass(frozen=True)
-class RoutingPlan:
-    """The chosen (token, expert) pairs of one call, sorted by expert, then by token.
+class RoutingPlan(Pairs):
+    """The chosen pairs of one call, and what else a router has to say.
 
     Attributes:
-        token: (R,) int64, the row of the layer's input.
-        weight: (R,) float, the pair's share in the token's output; carries the router's gradient.
-        group_sizes: (E,) int64, pairs of each expert: the first ``group_sizes[0]`` pairs are
-            expert 0's, and so on. Experts without tokens have 0.
         first: (T,) int64, each token's first choice, whether or not it was dropped; arbitrary for padding.
         num_tokens: T, the rows of the layer's input, padding included.
         stats: sums for losses and logs.
     """
 
-    token: Tensor
-    weight: Tensor
-    group_sizes: Tensor
     first: Tensor
     num_tokens: int
     stats: RoutingStats

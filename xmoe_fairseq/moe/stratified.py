@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dispatch import combine, dispatch
 from .experts import Experts
 from .layer import flat
+from .pairs import Pairs
 from .routers import Router
 from .routing import RoutingPlan, real_tokens
 from .statistics import RoutingStats
@@ -116,7 +116,7 @@ class StratifiedMoE(nn.Module):
     def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int) -> Tensor:
         """Runs the visible experts, those of earlier strata having no rows."""
         sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
-        return self.regularizer(combine(self.experts(dispatch(normed, plan), sizes), plan))
+        return self.regularizer(self.experts(normed, Pairs(plan.token, plan.weight, sizes)))
 
     def _statistics(self, plans: Sequence[RoutingPlan], tokens: Tensor, passes: Tensor) -> RoutingStats:
         total = sum(self.sizes)

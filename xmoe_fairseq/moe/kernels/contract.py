@@ -1,0 +1,51 @@
+"""What every kernel computes, and from what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..pairs import Pairs
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The stacked parameters of E feed-forward networks.
+
+    Attributes:
+        fc1_weight: (E, h, d).
+        fc1_bias: (E, h).
+        fc2_weight: (E, d, h).
+        fc2_bias: (E, d).
+    """
+
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+
+class ExpertKernel(Protocol):
+    """``y[t] = sum over the pairs (t, e) of weight * (W2_e act(W1_e x[t] + b1_e) + b2_e)``.
+
+    A token's outputs are added in the order of the experts, whatever else is in the batch; a token without
+    a pair gets zeros. Its gradients are those of `loop`.
+    """
+
+    def __call__(
+        self, x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0
+    ) -> Tensor:
+        """Computes y: (T, d).
+
+        Args:
+            x: (T, d), of the weights' dtype.
+            pairs: which token goes where.
+            weights: of all experts.
+            activation: elementwise function.
+            dropout: probability of zeroing a hidden unit; 0 outside of training.
+        """

@@ -1,0 +1,23 @@
+"""What a kernel is told: which token goes to which expert with which weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The chosen (token, expert) pairs of one call, sorted by expert, then by token.
+
+    Attributes:
+        token: (R,) int64, the row of the layer's input.
+        weight: (R,) float, the pair's share in the token's output; carries the router's gradient.
+        group_sizes: (E,) int64, pairs of each expert: the first ``group_sizes[0]`` pairs are
+            expert 0's, and so on. Experts without tokens have 0.
+    """
+
+    token: Tensor
+    weight: Tensor
+    group_sizes: Tensor
