@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, Router, RouterOptions, ThresholdRouter, TopKRouter
+from xmoe_fairseq.moe.pairs import Pairs
 
 OPTIONS = [
     ("threshold", RouterOptions(threshold=0.0)),
@@ -65,7 +66,7 @@ def naive(layer: MoELayer, kind: str, x: Tensor, padding: Tensor | None = None) 
         y = torch.zeros_like(token)
         for i in taken:
             hidden = torch.tanh(e.fc1_weight[i].double() @ token + e.fc1_bias[i].double())
-            y = y + probs[i] * (e.fc2_weight[i].double() @ hidden + e.fc2_bias[i].double())
+            y = y + probs[i] * (e.fc2_weight[i].double().t() @ hidden + e.fc2_bias[i].double())
         rows.append(y)
     loss = len(w) * (firsts / max(real, 1) * probs_sum / max(real, 1)).sum()
     return torch.stack(rows), loss, pairs
@@ -246,7 +247,7 @@ def test_one_expert_is_the_dense_feed_forward() -> None:
     layer = make_layer(experts=1, hidden=8)
     x = torch.randn(11, 6)
     e = layer.experts
-    dense = torch.tanh(x @ e.fc1_weight[0].t() + e.fc1_bias[0]) @ e.fc2_weight[0].t() + e.fc2_bias[0]
+    dense = torch.tanh(x @ e.fc1_weight[0].t() + e.fc1_bias[0]) @ e.fc2_weight[0] + e.fc2_bias[0]
     torch.testing.assert_close(layer(x)[0], dense)
 
 
@@ -311,7 +312,8 @@ def test_bad_options(kind: str, options: RouterOptions, experts: int, message: s
         ROUTERS[kind](8, experts, options)
 
 
-def test_group_sizes_must_cover_the_rows() -> None:
-    experts = Experts(2, 4, 4)
+@pytest.mark.parametrize("sizes", [[1, 1], [2, 1, 1]])
+def test_group_sizes_must_fit_pairs_and_experts(sizes: list[int]) -> None:
+    pairs = Pairs(torch.arange(len(sizes) - 1), torch.ones(len(sizes) - 1), torch.tensor(sizes))
     with pytest.raises(ValueError, match="do not fit"):
-        experts(torch.randn(3, 4), torch.tensor([1, 1]))
+        Experts(2, 4, 4)(torch.randn(3, 4), pairs)

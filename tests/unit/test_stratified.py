@@ -76,7 +76,7 @@ def naive_block(block: StratifiedMoE, kind: str, x: Tensor, padding: Tensor) -> 
             for local, weight in taken.items():
                 i = local + starts[stratum]
                 hidden = torch.tanh(e.fc1_weight[i] @ normed + e.fc1_bias[i])
-                value = value + weight * (e.fc2_weight[i] @ hidden + e.fc2_bias[i])
+                value = value + weight * (e.fc2_weight[i].t() @ hidden + e.fc2_bias[i])
             first = next(iter(taken)) + starts[stratum]
             stratum = next(i for i in range(len(block.sizes)) if first < starts[i + 1]) + 1
             depth += 1

@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from .contract import Activation, ExpertKernel, ExpertWeights
 from .fused import fused
+from .grouped_mm import grouped_mm
 from .loop import loop
+from .memory import Buffers
 
-KERNELS: dict[str, ExpertKernel] = {"fused": fused, "loop": loop}
+KERNELS: dict[str, ExpertKernel] = {"fused": fused, "grouped_mm": grouped_mm, "loop": loop}
+CHOICES = ("auto", *KERNELS)
 
-__all__ = ["KERNELS", "Activation", "ExpertKernel", "ExpertWeights"]
+
+def choose(name: str, x: Tensor, hidden: int) -> ExpertKernel:
+    """Finds a kernel by its name, or for ``auto`` the fastest for a device and dtype.
+
+    Args:
+        name: of `KERNELS`, or ``auto``.
+        x: (T, d), what it will be given.
+        hidden: h.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in CHOICES:
+        raise ValueError(f"there is no kernel {name!r}: choose one of {', '.join(CHOICES)}")
+    if name != "auto":
+        return KERNELS[name]
+    aligned = x.shape[-1] % 8 == 0 and hidden % 8 == 0
+    return grouped_mm if aligned and _groups_stay_on_the_device(x) else fused
+
+
+def _groups_stay_on_the_device(x: Tensor) -> bool:
+    # Other dtypes and older GPUs read the groups back in every product; `fused` does it once a layer.
+    return (
+        x.dtype == torch.bfloat16
+        and x.is_cuda
+        and hasattr(F, "grouped_mm")
+        and torch.cuda.get_device_capability(x.device)[0] >= 9
+    )
+
+
+__all__ = ["CHOICES", "KERNELS", "Activation", "Buffers", "ExpertKernel", "ExpertWeights", "choose"]

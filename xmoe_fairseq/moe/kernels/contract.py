@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..pairs import Pairs
+from .memory import Buffers
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -20,18 +21,20 @@ class ExpertWeights:
     Attributes:
         fc1_weight: (E, h, d).
         fc1_bias: (E, h).
-        fc2_weight: (E, d, h).
+        fc2_weight: (E, h, d), so that a hidden unit is a row of both matrices.
         fc2_bias: (E, d).
+        buffers: memory that kernels may keep between calls; none keeps nothing.
     """
 
     fc1_weight: Tensor
     fc1_bias: Tensor
     fc2_weight: Tensor
     fc2_bias: Tensor
+    buffers: Buffers | None = None
 
 
 class ExpertKernel(Protocol):
-    """``y[t] = sum over the pairs (t, e) of weight * (W2_e act(W1_e x[t] + b1_e) + b2_e)``.
+    """``y[t] = sum over the pairs (t, e) of weight * (W2_e^T act(W1_e x[t] + b1_e) + b2_e)``.
 
     A token's outputs are added in the order of the experts, whatever else is in the batch; a token without
     a pair gets zeros. Its gradients are those of `loop`.

@@ -18,6 +18,6 @@ def loop(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation
         token, share = (part[start : start + size] for part in (pairs.token, pairs.weight))
         start += size
         hidden = activation(F.linear(x[token], weights.fc1_weight[expert], weights.fc1_bias[expert]))
-        out = F.linear(F.dropout(hidden, dropout), weights.fc2_weight[expert], weights.fc2_bias[expert])
+        out = F.linear(F.dropout(hidden, dropout), weights.fc2_weight[expert].t(), weights.fc2_bias[expert])
         y = y.index_add(0, token, out * share.to(out.dtype).unsqueeze(-1))
     return y

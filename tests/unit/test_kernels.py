@@ -1,0 +1,173 @@
+"""Every kernel against the loop and finite differences, over drawn shapes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from xmoe_fairseq.moe import Experts
+from xmoe_fairseq.moe.kernels import KERNELS, Buffers, ExpertWeights, choose
+from xmoe_fairseq.moe.pairs import Pairs
+
+FAST = [name for name in KERNELS if name != "loop"]
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
+
+
+def draw(sizes: list[int], tokens: int, unused: int = 0, dtype: torch.dtype = torch.float32) -> Pairs:
+    """Pairs with these group sizes, over random tokens; unused rows at the end point to token 0."""
+    token = [torch.randperm(tokens)[:size].sort().values for size in sizes]
+    token = torch.cat([*token, torch.zeros(unused, dtype=torch.long)])
+    weight = torch.rand(len(token), dtype=dtype)
+    weight[len(token) - unused :] = 0
+    return Pairs(token, weight.requires_grad_(), torch.tensor(sizes))
+
+
+def make_weights(experts: int, dim: int, hidden: int, dtype: torch.dtype = torch.float32) -> ExpertWeights:
+    shapes = (experts, hidden, dim), (experts, hidden), (experts, hidden, dim), (experts, dim)
+    return ExpertWeights(*(torch.randn(shape, dtype=dtype).mul_(0.3).requires_grad_() for shape in shapes), Buffers())
+
+
+def results(kernel: str, x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: str) -> list[Tensor]:
+    """The output and every gradient."""
+    y = KERNELS[kernel](x, pairs, weights, ACTIVATIONS[activation])
+    torch.manual_seed(1)
+    inputs = [x, pairs.weight, weights.fc1_weight, weights.fc1_bias, weights.fc2_weight, weights.fc2_bias]
+    return [y.detach(), *torch.autograd.grad(y, inputs, torch.randn(y.shape, dtype=torch.double).to(y.dtype))]
+
+
+sizes = st.lists(st.integers(0, 9), min_size=1, max_size=7)
+
+
+@pytest.mark.parametrize("kernel", FAST)
+@given(sizes=sizes, more=st.integers(0, 3), unused=st.integers(0, 5), activation=st.sampled_from(sorted(ACTIVATIONS)))
+@settings(max_examples=60, deadline=None)
+def test_equals_the_loop_with_all_gradients(
+    kernel: str, sizes: list[int], more: int, unused: int, activation: str
+) -> None:
+    torch.manual_seed(sum(sizes))
+    pairs = draw(sizes, max(sizes) + more, unused if max(sizes) + more else 0)
+    x = torch.randn(max(sizes) + more, 8, requires_grad=True)
+    weights = make_weights(len(sizes), 8, 12)
+    expected = results("loop", x, pairs, weights, activation)
+    for got, want in zip(results(kernel, x, pairs, weights, activation), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", FAST)
+@pytest.mark.parametrize("sizes", [[0, 0, 0], [0, 40, 0], [1, 0, 0], [13, 7, 29]])
+def test_bf16_is_as_near_as_the_loop_in_bf16(kernel: str, sizes: list[int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 16).bfloat16().requires_grad_()
+    pairs, weights = draw(sizes, 40), make_weights(3, 16, 24, torch.bfloat16)
+    exact = results(
+        "loop",
+        x.detach().double().requires_grad_(),
+        Pairs(pairs.token, pairs.weight.detach().double().requires_grad_(), pairs.group_sizes),
+        ExpertWeights(
+            *(w.detach().double().requires_grad_() for w in (weights.fc1_weight, weights.fc1_bias)),
+            *(w.detach().double().requires_grad_() for w in (weights.fc2_weight, weights.fc2_bias)),
+        ),
+        "relu",
+    )
+    # bf16 keeps 8 bits: each of the few roundings is at most 2^-8 of the largest value.
+    for got, want in zip(results(kernel, x, pairs, weights, "relu"), exact, strict=True):
+        scale = float(want.abs().max()) if want.numel() else 0.0
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=0.03 * scale + 1e-6)
+
+
+def test_no_gradient_of_the_input_is_made_where_none_is_wanted() -> None:
+    pairs, weights = draw([3, 4], 5), make_weights(2, 8, 8)
+    with torch.no_grad():
+        assert not KERNELS["fused"](torch.randn(5, 8), pairs, weights, F.relu).requires_grad
+    y = KERNELS["fused"](torch.randn(5, 8), pairs, weights, F.relu)
+    y.sum().backward()
+    assert weights.fc1_weight.grad is not None
+
+
+@pytest.mark.parametrize("kernel", FAST)
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_dropout_scales_what_it_leaves_and_its_gradient_is_that_of_the_same_draw(kernel: str, activation: str) -> None:
+    torch.manual_seed(0)
+    # One expert that copies through: the output shows which hidden units were left.
+    eye = torch.eye(64).unsqueeze(0)
+    weights = ExpertWeights(eye.clone().requires_grad_(), torch.zeros(1, 64), eye.clone(), torch.zeros(1, 64))
+    x = (torch.rand(200, 64) + 0.5).requires_grad_()
+    pairs = Pairs(torch.arange(200), torch.ones(200), torch.tensor([200]))
+    y = KERNELS[kernel](x, pairs, weights, ACTIVATIONS[activation], 0.25)
+    kept = y != 0
+    assert abs(float(kept.float().mean()) - 0.75) < 0.02
+    torch.testing.assert_close(y[kept], (ACTIVATIONS[activation](x) / 0.75)[kept])
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    z = x.detach().requires_grad_()
+    (want,) = torch.autograd.grad((ACTIVATIONS[activation](z) * kept / 0.75).sum(), z)
+    torch.testing.assert_close(grad, want)
+
+
+def test_float64_gradients_by_finite_differences() -> None:
+    torch.manual_seed(0)
+    token, sizes = torch.tensor([0, 2, 1, 2, 3]), torch.tensor([2, 0, 3])
+    weights = make_weights(3, 4, 6, torch.double)
+
+    def run(x: Tensor, weight: Tensor, *parts: Tensor) -> Tensor:
+        return KERNELS["fused"](x, Pairs(token, weight, sizes), ExpertWeights(*parts), torch.tanh)
+
+    x = torch.randn(4, 4, dtype=torch.double, requires_grad=True)
+    weight = torch.rand(5, dtype=torch.double, requires_grad=True)
+    parts = (weights.fc1_weight, weights.fc1_bias, weights.fc2_weight, weights.fc2_bias)
+    assert torch.autograd.gradcheck(run, (x, weight, *parts))
+
+
+def test_buffers_are_reused_only_when_free() -> None:
+    buffers, like, shape = Buffers(), torch.empty(0), (600, 500)
+    first = buffers.empty("a", shape, like)
+    address = first.data_ptr()
+    view = first[:3]
+    del first
+    second = buffers.empty("a", shape, like)
+    assert second.data_ptr() != address, "a view still holds the memory"
+    del view
+    address = second.data_ptr()
+    del second
+    third = buffers.empty("a", shape, like)
+    assert third.data_ptr() == address
+    assert third.shape == shape and third.dtype == torch.float32
+    for other in (copy.deepcopy(buffers), pickle.loads(pickle.dumps(buffers))):
+        assert other.empty("a", shape, like).data_ptr() != address
+
+
+def test_gradients_keep_their_values_while_they_are_held() -> None:
+    torch.manual_seed(0)
+    experts = Experts(4, 256, 512)
+    pairs = draw([5, 0, 7, 1], 20)
+    held = []
+    for _ in range(3):
+        experts(torch.randn(20, 256), pairs).square().sum().backward()
+        held.append((experts.fc1_weight.grad, experts.fc1_weight.grad.clone()))
+        experts.zero_grad()
+    for grad, value in held:
+        assert torch.equal(grad, value)
+        assert not grad[1].any(), "an expert without tokens has no gradient"
+
+
+def test_accumulated_gradients_are_the_sum() -> None:
+    torch.manual_seed(0)
+    experts, pairs = Experts(4, 256, 512), draw([5, 0, 7, 1], 20)
+    x = torch.randn(20, 256)
+    experts(x, pairs).square().sum().backward()
+    once = experts.fc2_weight.grad.clone()
+    experts(x, pairs).square().sum().backward()
+    torch.testing.assert_close(experts.fc2_weight.grad, 2 * once)
+
+
+def test_unknown_kernels_are_refused_and_the_cpu_gets_the_fused_one() -> None:
+    with pytest.raises(ValueError, match=r"no kernel 'triton'.*fused"):
+        choose("triton", torch.empty(1, 8), 8)
+    assert choose("auto", torch.empty(1, 8), 8) is KERNELS["fused"]
+    assert choose("loop", torch.empty(1, 8), 8) is KERNELS["loop"]
