@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,17 +97,27 @@ class StratifiedMoE(nn.Module):
         place = torch.where(keep, 0, len(self.sizes))
         passes = torch.zeros_like(place)
         state, plans = start, []
+        static = cast(Router, self.routers[0]).static(start)
         for number, (router, norm) in enumerate(zip(self.routers, self.norms, strict=True)):
-            rows = (place == number).nonzero().squeeze(-1)
-            entering = state.index_select(0, rows)
+            inside = place == number
+            # On a GPU all tokens are normalised and routed, those outside as padding: to list the others would
+            # take a number back from the device.
+            rows = None if static else inside.nonzero().squeeze(-1)
+            entering = state if rows is None else state.index_select(0, rows)
             normed = norm(entering)
-            plan = router(normed, tokens=None if ids is None else ids.index_select(0, rows))
+            plan = router(normed, ~inside if rows is None else None, _select(ids, rows))
             y = self._compute(normed, plan, sum(self.sizes[:number]))
             plans.append(plan)
             residual = normed if self.exit_norm is not None and number > 0 else entering
-            state = state.index_copy(0, rows, (residual + y).to(state.dtype))
-            place = place.index_copy(0, rows, self.stratum[plan.first + sum(self.sizes[:number])] + 1)
-            passes = passes.index_add(0, rows, torch.ones_like(rows))
+            leaving = self.stratum[plan.first + sum(self.sizes[:number])] + 1
+            passed = (residual + y).to(state.dtype)
+            if rows is None:
+                state = torch.where(inside.unsqueeze(-1), passed, state)
+                place = torch.where(inside, leaving, place)
+            else:
+                state = state.index_copy(0, rows, passed)
+                place = place.index_copy(0, rows, leaving)
+            passes = passes + inside
         if self.exit_norm is not None:
             state = torch.where(keep.unsqueeze(-1), self.exit_norm(state), state)
         stats = self._statistics(plans, keep.sum(), passes.sum())
@@ -132,3 +142,7 @@ class StratifiedMoE(nn.Module):
             loads = [getattr(one, name) for one in stats]
             counted[name] = torch.stack([F.pad(load, (total - len(load), 0)) for load in loads]).sum(0)
         return RoutingStats(tokens=tokens, passes=passes, **counted)
+
+
+def _select(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    return values if values is None or rows is None else values.index_select(0, rows)
