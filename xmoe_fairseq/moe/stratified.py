@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .experts import Experts
+from .kernels import ExpertWeights
 from .layer import flat
 from .pairs import Pairs
 from .routers import Router
@@ -97,6 +98,7 @@ class StratifiedMoE(nn.Module):
         place = torch.where(keep, 0, len(self.sizes))
         passes = torch.zeros_like(place)
         state, plans = start, []
+        weights = self.experts.weights(start.device)
         static = cast(Router, self.routers[0]).static(start)
         for number, (router, norm) in enumerate(zip(self.routers, self.norms, strict=True)):
             inside = place == number
@@ -106,7 +108,7 @@ class StratifiedMoE(nn.Module):
             entering = state if rows is None else state.index_select(0, rows)
             normed = norm(entering)
             plan = router(normed, ~inside if rows is None else None, _select(ids, rows))
-            y = self._compute(normed, plan, sum(self.sizes[:number]))
+            y = self._compute(normed, plan, sum(self.sizes[:number]), weights)
             plans.append(plan)
             residual = normed if self.exit_norm is not None and number > 0 else entering
             leaving = self.stratum[plan.first + sum(self.sizes[:number])] + 1
@@ -123,10 +125,10 @@ class StratifiedMoE(nn.Module):
         stats = self._statistics(plans, keep.sum(), passes.sum())
         return (state - start).reshape(x.shape), StratifiedPlan(plans, passes, stats)
 
-    def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int) -> Tensor:
+    def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int, weights: ExpertWeights) -> Tensor:
         """Runs the visible experts, those of earlier strata having no rows."""
         sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
-        return self.regularizer(self.experts(normed, Pairs(plan.token, plan.weight, sizes)))
+        return self.regularizer(self.experts(normed, Pairs(plan.token, plan.weight, sizes), weights))
 
     def _statistics(self, plans: Sequence[RoutingPlan], tokens: Tensor, passes: Tensor) -> RoutingStats:
         total = sum(self.sizes)
