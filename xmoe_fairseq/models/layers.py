@@ -93,7 +93,7 @@ class MoEFeedForwardMixin:
         """x: (length, batch, d)"""
         mask = None if self._padding_mask is None else self._padding_mask.transpose(0, 1)
         y, plan = self.moe(x, mask, self.recorder.tokens.transpose(0, 1))
-        self.recorder.add(self.moe_name, plan.stats)
+        self.recorder.add(self.moe_name, plan)
         return y
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,12 +21,17 @@ class RoutingPlan(Pairs):
     Attributes:
         first: (T,) int64, each token's first choice, whether or not it was dropped; arbitrary for padding.
         num_tokens: T, the rows of the layer's input, padding included.
-        stats: sums for losses and logs.
+        count: makes `stats`.
     """
 
     first: Tensor
     num_tokens: int
-    stats: RoutingStats
+    count: Callable[[], RoutingStats]
+
+    @cached_property
+    def stats(self) -> RoutingStats:
+        """Sums for losses and logs, made when they are first asked for: decoding never does."""
+        return self.count()
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def make_plan(
         group_sizes=received.sum(0),
         first=ranked.order[:, 0],
         num_tokens=tokens,
-        stats=_statistics(ranked, wanted, received, keep, real),
+        count=lambda: _statistics(ranked, wanted, received, keep, real),
     )
 
 
@@ -110,21 +116,25 @@ def assign(
     keep = real_tokens(padding_mask, weight)
     one_hot = torch.nn.functional.one_hot(expert, num_experts).bool() & keep.unsqueeze(-1)
     _, token, used = _grouped(one_hot, most)
-    real, load, none = keep.sum(), one_hot.sum(0), weight.new_zeros(())
-    stats = RoutingStats(
-        tokens=real,
-        wanted=real,
-        received=real,
-        first_dropped=torch.zeros_like(real),
-        top1_prob=weight.detach().masked_fill(~keep, 0.0).sum(),
-        expert_load=load,
-        first_choices=load,
-        passes=real,
-        balance_loss=none,
-        z_loss=none,
-    )
+    load = one_hot.sum(0)
+
+    def count() -> RoutingStats:
+        real, none = keep.sum(), weight.new_zeros(())
+        return RoutingStats(
+            tokens=real,
+            wanted=real,
+            received=real,
+            first_dropped=torch.zeros_like(real),
+            top1_prob=weight.detach().masked_fill(~keep, 0.0).sum(),
+            expert_load=load,
+            first_choices=load,
+            passes=real,
+            balance_loss=none,
+            z_loss=none,
+        )
+
     share = weight.index_select(0, token).masked_fill(~used, 0.0)
-    return RoutingPlan(token, share, load, expert, len(expert), stats)
+    return RoutingPlan(token, share, load, expert, len(expert), count)
 
 
 def _grouped(received: Tensor, most: int | None) -> tuple[Tensor, Tensor, Tensor]:

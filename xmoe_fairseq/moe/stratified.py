@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -26,12 +27,17 @@ class StratifiedPlan:
     Attributes:
         plans: one a stratum, over the tokens that entered it.
         passes: (T,) int64, the strata each token was computed in (its requested capacity); 0 for padding.
-        stats: over all strata.
+        count: makes `stats`.
     """
 
     plans: list[RoutingPlan]
     passes: Tensor
-    stats: RoutingStats
+    count: Callable[[], RoutingStats]
+
+    @cached_property
+    def stats(self) -> RoutingStats:
+        """Sums over all strata, made when they are first asked for."""
+        return self.count()
 
 
 class StratifiedMoE(nn.Module):
@@ -122,15 +128,15 @@ class StratifiedMoE(nn.Module):
             passes = passes + inside
         if self.exit_norm is not None:
             state = torch.where(keep.unsqueeze(-1), self.exit_norm(state), state)
-        stats = self._statistics(plans, keep.sum(), passes.sum())
-        return (state - start).reshape(x.shape), StratifiedPlan(plans, passes, stats)
+        count = partial(self._statistics, plans, keep, passes)
+        return (state - start).reshape(x.shape), StratifiedPlan(plans, passes, count)
 
     def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int, weights: ExpertWeights) -> Tensor:
         """Runs the visible experts, those of earlier strata having no rows."""
         sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
         return self.regularizer(self.experts(normed, Pairs(plan.token, plan.weight, sizes), weights))
 
-    def _statistics(self, plans: Sequence[RoutingPlan], tokens: Tensor, passes: Tensor) -> RoutingStats:
+    def _statistics(self, plans: Sequence[RoutingPlan], keep: Tensor, passes: Tensor) -> RoutingStats:
         total = sum(self.sizes)
         stats = [plan.stats for plan in plans]
         entered = torch.stack([one.tokens > 0 for one in stats]).sum().clamp(min=1)
@@ -143,7 +149,7 @@ class StratifiedMoE(nn.Module):
         for name in ("expert_load", "first_choices"):
             loads = [getattr(one, name) for one in stats]
             counted[name] = torch.stack([F.pad(load, (total - len(load), 0)) for load in loads]).sum(0)
-        return RoutingStats(tokens=tokens, passes=passes, **counted)
+        return RoutingStats(tokens=keep.sum(), passes=passes.sum(), **counted)
 
 
 def _select(values: Tensor | None, rows: Tensor | None) -> Tensor | None:

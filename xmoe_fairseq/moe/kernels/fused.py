@@ -70,8 +70,7 @@ def _groups(sizes: Sequence[int], *stacked: Tensor | None) -> Iterator[tuple[Any
 
 def _pieces(x: Tensor, hidden: int) -> int:
     """Says into how many pieces the hidden units are cut."""
-    # Two a thread: a thread that is held up then delays the others less.
-    pieces = 2 * torch.get_num_threads() if x.device.type == "cpu" else 1
+    pieces = torch.get_num_threads() if x.device.type == "cpu" else 1
     return pieces if hidden % pieces == 0 else 1
 
 
