@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from xmoe_fairseq.moe import Experts
+from xmoe_fairseq.moe import Experts, MoELayer, RouterOptions, ThresholdRouter
 from xmoe_fairseq.moe.kernels import KERNELS, Buffers, ExpertWeights, choose
 from xmoe_fairseq.moe.pairs import Pairs
 
@@ -187,3 +189,31 @@ def test_weights_used_twice_get_one_summed_gradient() -> None:
     for kernels in (["fused", "fused"], ["fused", "loop"], ["fused", "grouped_mm"]):
         for got, want in zip(gradients(kernels), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_distributed_data_parallel_sees_every_gradient(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        torch.manual_seed(0)
+        alone = MoELayer(ThresholdRouter(16, 4, RouterOptions(threshold=0.6)), Experts(4, 16, 32))
+        together = DistributedDataParallel(copy.deepcopy(alone))
+        x = torch.randn(30, 16)
+        for _ in range(2):  # the second pass finds gradients to add to
+            for layer in (alone, together):
+                layer(x)[0].square().sum().backward()
+        for one, other in zip(alone.parameters(), together.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_experts_compute_in_the_autocast_precision_and_keep_their_own_for_gradients() -> None:
+    torch.manual_seed(0)
+    experts, pairs, x = Experts(3, 16, 24), draw([4, 0, 9], 10), torch.randn(10, 16)
+    exact = experts(x, pairs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = experts(x, pairs)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.03 * float(exact.abs().max()))
+    y.float().sum().backward()
+    assert experts.fc1_weight.grad.dtype == torch.float32

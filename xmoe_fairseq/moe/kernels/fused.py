@@ -60,12 +60,12 @@ def fused(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activatio
 
 
 def _groups(sizes: Sequence[int], *stacked: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Yields each expert that has rows, with its rows of every argument."""
-    # Unused rows, beyond the last group, belong to none.
-    split = [(None,) * len(sizes) if rows is None else rows[: sum(sizes)].split(sizes) for rows in stacked]
+    """Yields each expert that has rows, with its rows of every argument; unused rows belong to none."""
+    start = 0
     for expert, size in enumerate(sizes):
         if size:
-            yield expert, size, *(rows[expert] for rows in split)
+            yield expert, size, *(None if rows is None else rows.narrow(0, start, size) for rows in stacked)
+        start += size
 
 
 def _pieces(x: Tensor, hidden: int) -> int:
@@ -93,8 +93,8 @@ class _Fused(torch.autograd.Function):
         experts, width, dim = fc1_weight.shape
         pieces = _pieces(x, width)
         cut = (experts, pieces, width // pieces, dim)
-        fc1, fc2 = fc1_weight.view(cut).mT.unbind(), fc2_weight.view(cut).unbind()
-        bias1 = fc1_bias.view(experts, pieces, 1, width // pieces).unbind()
+        fc1, fc2 = fc1_weight.view(cut).mT, fc2_weight.view(cut)
+        bias1 = fc1_bias.view(experts, pieces, 1, width // pieces)
         keep = any(ctx.needs_input_grad)
         kept = gradients.buffers.empty("hidden", (len(token), width), x) if keep else None
         factors = share.to(x.dtype).unsqueeze(-1)
@@ -120,7 +120,7 @@ class _Fused(torch.autograd.Function):
         experts, width, dim = fc1_weight.shape
         pieces, (needs_x, needs_share) = ctx.pieces, ctx.needs_input_grad[:2]
         cut = (experts, pieces, width // pieces, dim)
-        fc1, fc2 = fc1_weight.view(cut).unbind(), fc2_weight.view(cut).mT.unbind()
+        fc1, fc2 = fc1_weight.view(cut), fc2_weight.view(cut).mT
         grad_x = torch.zeros_like(x) if needs_x else None
         grad_share = torch.zeros_like(share)
         factors = share.to(x.dtype).unsqueeze(-1)
