@@ -82,6 +82,20 @@ def test_bf16_is_as_near_as_the_loop_in_bf16(kernel: str, sizes: list[int]) -> N
         torch.testing.assert_close(got.double(), want, rtol=0, atol=0.03 * scale + 1e-6)
 
 
+@pytest.mark.parametrize("kernel", FAST)
+@given(sizes=sizes, more=st.integers(0, 3), unused=st.integers(0, 5), activation=st.sampled_from(sorted(ACTIVATIONS)))
+@settings(max_examples=60, deadline=None)
+def test_equals_the_loop_where_no_gradients_are_recorded(
+    kernel: str, sizes: list[int], more: int, unused: int, activation: str
+) -> None:
+    torch.manual_seed(sum(sizes))
+    tokens = max(sizes) + more
+    pairs, weights = draw(sizes, tokens, unused if tokens else 0), make_weights(len(sizes), 8, 12)
+    with torch.no_grad():
+        arguments = (torch.randn(tokens, 8), pairs, ExpertWeights.of(*weights, Buffers()), ACTIVATIONS[activation])
+        torch.testing.assert_close(KERNELS[kernel](*arguments), KERNELS["loop"](*arguments), rtol=1e-5, atol=1e-5)
+
+
 def test_no_gradient_of_the_input_is_made_where_none_is_wanted() -> None:
     pairs, weights = draw([3, 4], 5), make_weights(2, 8, 8)
     with torch.no_grad():
@@ -172,6 +186,9 @@ def test_unknown_kernels_are_refused_and_the_cpu_gets_the_fused_one() -> None:
     with pytest.raises(ValueError, match=r"no kernel 'triton'.*fused"):
         choose("triton", torch.empty(1, 8), 8)
     assert choose("auto", torch.empty(1, 8), 8) is KERNELS["fused"]
+    with torch.no_grad():
+        assert choose("auto", torch.empty(1, 8), 8) is KERNELS["few"]
+        assert choose("auto", torch.empty(1000, 8), 8) is KERNELS["fused"]
     assert choose("loop", torch.empty(1, 8), 8) is KERNELS["loop"]
 
 

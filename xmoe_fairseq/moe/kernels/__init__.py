@@ -7,12 +7,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .contract import Activation, ExpertKernel, ExpertWeights
+from .few import few
 from .fused import fused
 from .grouped_mm import grouped_mm
 from .loop import loop
 from .memory import Buffers
 
-KERNELS: dict[str, ExpertKernel] = {"fused": fused, "grouped_mm": grouped_mm, "loop": loop}
+KERNELS: dict[str, ExpertKernel] = {"fused": fused, "few": few, "grouped_mm": grouped_mm, "loop": loop}
+# Up to so many tokens, measured where each expert had a few rows, `few` is faster than `fused`.
+FEW = 128
 CHOICES = ("auto", *KERNELS)
 
 
@@ -31,8 +34,9 @@ def choose(name: str, x: Tensor, hidden: int) -> ExpertKernel:
         raise ValueError(f"there is no kernel {name!r}: choose one of {', '.join(CHOICES)}")
     if name != "auto":
         return KERNELS[name]
-    aligned = x.shape[-1] % 8 == 0 and hidden % 8 == 0
-    return grouped_mm if aligned and _groups_stay_on_the_device(x) else fused
+    if x.shape[-1] % 8 == 0 and hidden % 8 == 0 and _groups_stay_on_the_device(x):
+        return grouped_mm
+    return few if len(x) <= FEW and not torch.is_grad_enabled() else fused
 
 
 def _groups_stay_on_the_device(x: Tensor) -> bool:

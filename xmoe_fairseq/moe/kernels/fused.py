@@ -68,7 +68,7 @@ def _groups(sizes: Sequence[int], *stacked: Tensor | None) -> Iterator[tuple[Any
         start += size
 
 
-def _pieces(x: Tensor, hidden: int) -> int:
+def pieces_of(x: Tensor, hidden: int) -> int:
     """Says into how many pieces the hidden units are cut."""
     pieces = torch.get_num_threads() if x.device.type == "cpu" else 1
     return pieces if hidden % pieces == 0 else 1
@@ -91,7 +91,7 @@ class _Fused(torch.autograd.Function):
         gradients: WeightGradients,
     ) -> Tensor:
         experts, width, dim = fc1_weight.shape
-        pieces = _pieces(x, width)
+        pieces = pieces_of(x, width)
         cut = (experts, pieces, width // pieces, dim)
         fc1, fc2 = fc1_weight.view(cut).mT, fc2_weight.view(cut)
         bias1 = fc1_bias.view(experts, pieces, 1, width // pieces)
