@@ -5,7 +5,8 @@ Some things of stock fairseq do not work today; `install` mends them, for this p
 * torch >= 2.6 reads checkpoints with an allow-list of classes, and fairseq's hold an ``argparse.Namespace``;
 * a checkpoint that cannot be read ends in a traceback;
 * a run that is killed while it writes a checkpoint, or whose disk is full, may leave none that is whole;
-* a run that is resumed may differ from one that was not: it makes an update too many, or samples other data;
+* a run that is resumed may differ from one that was not: it makes an update too many, samples other data, or starts
+  from rounded parameters;
 * ``--bf16`` is taken for a TPU, so it needs torch_xla even on a GPU or CPU.
 """
 
@@ -35,6 +36,8 @@ FAIRSEQ_VERSIONS = ("0.12.3",)
 
 # What --restore-file is unless it is given.
 LAST = "checkpoint_last.pt"
+# Beside exp_avg and others in the optimizer's state.
+MASTER = "fp32_param"
 
 
 def check_versions() -> None:
@@ -62,6 +65,7 @@ def install() -> None:
     from fairseq import checkpoint_utils, options
     from fairseq.data import SampledMultiEpochDataset
     from fairseq.file_io import PathManager
+    from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
     from fairseq.trainer import Trainer
 
     # A Namespace only holds values: restoring one calls nothing.
@@ -73,6 +77,8 @@ def install() -> None:
         (checkpoint_utils, "torch_persistent_save", _durable_saves),
         (PathManager, "copy", _durable_copies),
         (Trainer, "load_checkpoint", _newest_intact),
+        (_FP16OptimizerMixin, "state_dict", _with_masters),
+        (_FP16OptimizerMixin, "load_state_dict", _to_masters),
         (SampledMultiEpochDataset, "_next_virtual_epoch", _same_sample_when_resumed),
         (options, "parse_args_and_arch", _bf16_is_not_tpu),
     ):
@@ -205,6 +211,37 @@ def _local_path(path: str) -> str:
     if not os.path.isfile(local):
         raise UserError(f"there is no checkpoint {path}: check --path or --restore-file")
     return local
+
+
+def _with_masters(state_dict: Any) -> Any:
+    """With ``--fp16`` and ``--bf16``, stock fairseq saves the parameters rounded to 16 bits only; this adds those in
+    32 bits, which are what is trained, to the optimizer's state of each."""
+
+    @functools.wraps(state_dict)
+    def state(optimizer: Any) -> dict[str, Any]:
+        whole: dict[str, Any] = state_dict(optimizer)
+        for number, parameter in enumerate(_masters(optimizer)):
+            whole["state"][number] = {**whole["state"].get(number, {}), MASTER: parameter.data}
+        return whole
+
+    return state
+
+
+def _to_masters(load_state_dict: Any) -> Any:
+    @functools.wraps(load_state_dict)
+    def load(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        load_state_dict(optimizer, *args, **kwargs)
+        for parameter in _masters(optimizer):
+            saved = optimizer.optimizer.state[parameter].pop(MASTER, None)
+            if saved is not None:  # files of stock fairseq have none
+                parameter.data.copy_(saved)
+
+    return load
+
+
+def _masters(optimizer: Any) -> list[torch.Tensor]:
+    """Lists the parameters in 32 bits, by their numbers in the optimizer's state."""
+    return [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
 
 
 def _bf16_is_not_tpu(parse_args_and_arch: Any) -> Any:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from helpers_training import MODEL, Run, assert_same, train
 
 TINY = ("--share-all-embeddings", "--encoder-embed-dim", "32", "--dropout", "0.1")
@@ -69,7 +68,6 @@ NOISY = {
         *("--arch", "xmoe_transformer_tiny", *TINY, "--virtual-epoch-size", "250", "--activation-dropout", "0.2"),
         *("--sampling-temperature", "5", "--lr-scheduler", "cosine", "--lr-period-updates", "15"),
     ),
-    "plateau": ("--arch", "xmoe_transformer_tiny", *TINY, "--lr-scheduler", "reduce_lr_on_plateau", "--lr-patience", "0"),
     "bf16": ("--arch", "xmoe_transformer_tiny", *TINY, "--bf16"),
 }
 
