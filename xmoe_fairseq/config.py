@@ -15,6 +15,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
 
 from .moe import ROUTERS, RouterOptions
+from .moe.kernels import CHOICES
 
 _NESTED = ("encoder", "decoder", "quant_noise")
 # Unless told otherwise the decoder is as wide as the encoder, as in fairseq's own presets.
@@ -114,6 +115,9 @@ class MoETransformerConfig(FlatTransformerConfig):
     moe_eom_rate: float = _option(0.1, "eom: share of tokens masked", low=0, high=1)
     moe_cmr_gate_dropout: float = _option(
         0.1, "cmr: probability that a token's gate is closed in training", low=0, high=1
+    )
+    moe_kernel: ChoiceEnum(CHOICES) = _option(  # type: ignore[valid-type]
+        "auto", "how experts are computed; auto takes the fastest for the device and precision"
     )
     moe_top_k: int = _option(2, "topk router: experts a token", low=1, alias="--moe-k")
     moe_capacity_factor: float = _option(

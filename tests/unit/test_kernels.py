@@ -17,6 +17,7 @@ from xmoe_fairseq.moe.kernels import KERNELS, Buffers, ExpertWeights, choose
 from xmoe_fairseq.moe.pairs import Pairs
 
 FAST = [name for name in KERNELS if name != "loop"]
+Weights = tuple[Tensor, ...]
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
 
 
@@ -29,16 +30,16 @@ def draw(sizes: list[int], tokens: int, unused: int = 0, dtype: torch.dtype = to
     return Pairs(token, weight.requires_grad_(), torch.tensor(sizes))
 
 
-def make_weights(experts: int, dim: int, hidden: int, dtype: torch.dtype = torch.float32) -> ExpertWeights:
+def make_weights(experts: int, dim: int, hidden: int, dtype: torch.dtype = torch.float32) -> Weights:
     shapes = (experts, hidden, dim), (experts, hidden), (experts, hidden, dim), (experts, dim)
-    return ExpertWeights(*(torch.randn(shape, dtype=dtype).mul_(0.3).requires_grad_() for shape in shapes), Buffers())
+    return tuple(torch.randn(shape, dtype=dtype).mul_(0.3).requires_grad_() for shape in shapes)
 
 
-def results(kernel: str, x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: str) -> list[Tensor]:
+def results(kernel: str, x: Tensor, pairs: Pairs, weights: Weights, activation: str) -> list[Tensor]:
     """The output and every gradient."""
-    y = KERNELS[kernel](x, pairs, weights, ACTIVATIONS[activation])
+    y = KERNELS[kernel](x, pairs, ExpertWeights.of(*weights, Buffers()), ACTIVATIONS[activation])
     torch.manual_seed(1)
-    inputs = [x, pairs.weight, weights.fc1_weight, weights.fc1_bias, weights.fc2_weight, weights.fc2_bias]
+    inputs = [x, pairs.weight, *weights]
     return [y.detach(), *torch.autograd.grad(y, inputs, torch.randn(y.shape, dtype=torch.double).to(y.dtype))]
 
 
@@ -70,10 +71,7 @@ def test_bf16_is_as_near_as_the_loop_in_bf16(kernel: str, sizes: list[int]) -> N
         "loop",
         x.detach().double().requires_grad_(),
         Pairs(pairs.token, pairs.weight.detach().double().requires_grad_(), pairs.group_sizes),
-        ExpertWeights(
-            *(w.detach().double().requires_grad_() for w in (weights.fc1_weight, weights.fc1_bias)),
-            *(w.detach().double().requires_grad_() for w in (weights.fc2_weight, weights.fc2_bias)),
-        ),
+        tuple(weight.detach().double().requires_grad_() for weight in weights),
         "relu",
     )
     # bf16 keeps 8 bits: each of the few roundings is at most 2^-8 of the largest value.
@@ -85,10 +83,12 @@ def test_bf16_is_as_near_as_the_loop_in_bf16(kernel: str, sizes: list[int]) -> N
 def test_no_gradient_of_the_input_is_made_where_none_is_wanted() -> None:
     pairs, weights = draw([3, 4], 5), make_weights(2, 8, 8)
     with torch.no_grad():
-        assert not KERNELS["fused"](torch.randn(5, 8), pairs, weights, F.relu).requires_grad
-    y = KERNELS["fused"](torch.randn(5, 8), pairs, weights, F.relu)
+        assert not KERNELS["fused"](
+            torch.randn(5, 8), pairs, ExpertWeights.of(*weights, Buffers()), F.relu
+        ).requires_grad
+    y = KERNELS["fused"](torch.randn(5, 8), pairs, ExpertWeights.of(*weights, Buffers()), F.relu)
     y.sum().backward()
-    assert weights.fc1_weight.grad is not None
+    assert weights[0].grad is not None
 
 
 @pytest.mark.parametrize("kernel", FAST)
@@ -97,7 +97,8 @@ def test_dropout_scales_what_it_leaves_and_its_gradient_is_that_of_the_same_draw
     torch.manual_seed(0)
     # One expert that copies through: the output shows which hidden units were left.
     eye = torch.eye(64).unsqueeze(0)
-    weights = ExpertWeights(eye.clone().requires_grad_(), torch.zeros(1, 64), eye.clone(), torch.zeros(1, 64))
+    parts = (eye.clone().requires_grad_(), torch.zeros(1, 64), eye.clone(), torch.zeros(1, 64))
+    weights = ExpertWeights.of(*parts, Buffers())
     x = (torch.rand(200, 64) + 0.5).requires_grad_()
     pairs = Pairs(torch.arange(200), torch.ones(200), torch.tensor([200]))
     y = KERNELS[kernel](x, pairs, weights, ACTIVATIONS[activation], 0.25)
@@ -116,12 +117,11 @@ def test_float64_gradients_by_finite_differences() -> None:
     weights = make_weights(3, 4, 6, torch.double)
 
     def run(x: Tensor, weight: Tensor, *parts: Tensor) -> Tensor:
-        return KERNELS["fused"](x, Pairs(token, weight, sizes), ExpertWeights(*parts), torch.tanh)
+        return KERNELS["fused"](x, Pairs(token, weight, sizes), ExpertWeights.of(*parts, Buffers()), torch.tanh)
 
     x = torch.randn(4, 4, dtype=torch.double, requires_grad=True)
     weight = torch.rand(5, dtype=torch.double, requires_grad=True)
-    parts = (weights.fc1_weight, weights.fc1_bias, weights.fc2_weight, weights.fc2_bias)
-    assert torch.autograd.gradcheck(run, (x, weight, *parts))
+    assert torch.autograd.gradcheck(run, (x, weight, *weights))
 
 
 def test_buffers_are_reused_only_when_free() -> None:
@@ -171,3 +171,19 @@ def test_unknown_kernels_are_refused_and_the_cpu_gets_the_fused_one() -> None:
         choose("triton", torch.empty(1, 8), 8)
     assert choose("auto", torch.empty(1, 8), 8) is KERNELS["fused"]
     assert choose("loop", torch.empty(1, 8), 8) is KERNELS["loop"]
+
+
+def test_weights_used_twice_get_one_summed_gradient() -> None:
+    torch.manual_seed(0)
+    weights, x = make_weights(3, 8, 12), torch.randn(10, 8)
+    calls = [draw([4, 0, 2], 10), draw([0, 5, 1], 10)]
+
+    def gradients(kernels: list[str]) -> tuple[Tensor, ...]:
+        held = ExpertWeights.of(*weights, Buffers())
+        y = sum(KERNELS[kernel](x, pairs, held, F.gelu) for kernel, pairs in zip(kernels, calls, strict=True))
+        return torch.autograd.grad(y.square().sum(), weights)
+
+    expected = gradients(["loop", "loop"])
+    for kernels in (["fused", "fused"], ["fused", "loop"], ["fused", "grouped_mm"]):
+        for got, want in zip(gradients(kernels), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

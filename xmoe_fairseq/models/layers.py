@@ -40,12 +40,13 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
         "activation": utils.get_activation_fn(activation=str(cfg.activation_fn)),
         "dropout": cfg.activation_dropout or cfg.relu_dropout or 0.0,
     }
+    kernel = str(cfg.moe_kernel)
 
     def router(num_experts: int) -> Router:
         return ROUTERS[str(cfg.moe_router)](dim, num_experts, router_options(cfg))
 
     def experts() -> Experts:
-        return Experts(cfg.moe_num_experts, dim, hidden // cfg.moe_split_ratio, **network)
+        return Experts(cfg.moe_num_experts, dim, hidden // cfg.moe_split_ratio, **network, kernel=kernel)
 
     masking = ExpertOutputMasking(cfg.moe_eom_rate) if cfg.moe_regularizer == "eom" else None
     moe: nn.Module
@@ -92,7 +93,7 @@ class MoEFeedForwardMixin:
         """x: (length, batch, d)"""
         mask = None if self._padding_mask is None else self._padding_mask.transpose(0, 1)
         y, plan = self.moe(x, mask, self.recorder.tokens.transpose(0, 1))
-        self.recorder.add(self.moe_name, plan.stats)
+        self.recorder.add(self.moe_name, plan)
         return y
 
 

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
-from ..moe import RoutingStats
+from ..moe import RoutingPlan, RoutingStats, StratifiedPlan
 
 
 class RoutingRecorder:
@@ -26,21 +27,25 @@ class RoutingRecorder:
         self._records: list[RoutingStats] | None = None
 
     @contextmanager
-    def recording(self, tokens: Tensor) -> Iterator[list[RoutingStats]]:
+    def recording(self, tokens: Tensor, listen: bool = True) -> Iterator[list[RoutingStats]]:
         """Gives the list that fills up, in the order in which layers run, until the block ends.
 
         Args:
             tokens: (batch, length) ids of the tokens in the stack, for routers that go by them.
+            listen: whether statistics are wanted at all.
         """
         self.tokens = tokens
         records: list[RoutingStats] = []
-        self._records = records
+        self._records = records if listen else None
         try:
             yield records
         finally:
             self._records = None
 
-    def add(self, layer: str, stats: RoutingStats) -> None:
-        """Takes one layer's statistics, under the layer's name."""
-        if self._records is not None:
-            self._records.append(dataclasses.replace(stats, layer=layer))
+    def add(self, layer: str, plan: RoutingPlan | StratifiedPlan) -> None:
+        """Takes the statistics of one layer's plan, under the layer's name."""
+        # The second run under activation checkpointing must do what the first did, wanted or not.
+        if self._records is not None or torch.is_grad_enabled():
+            stats = dataclasses.replace(plan.stats, layer=layer)
+            if self._records is not None:
+                self._records.append(stats)

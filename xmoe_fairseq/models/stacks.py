@@ -55,9 +55,9 @@ class MoETransformerDecoder(TransformerDecoderBase):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        # Step by step, the layers see the last token only.
+        # Step by step, the layers see the last token only, and nobody asks what the routers did.
         tokens = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
-        with self.recorder.recording(tokens) as records:
+        with self.recorder.recording(tokens, listen=incremental_state is None) as records:
             x, extra = super().extract_features_scriptable(
                 prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
             )

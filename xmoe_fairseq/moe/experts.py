@@ -55,26 +55,30 @@ class Experts(nn.Module):
         ):
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
+    def forward(self, x: Tensor, pairs: Pairs, weights: ExpertWeights | None = None) -> Tensor:
         """Adds up each token's weighted experts.
 
         Args:
             x: (T, d).
             pairs: which token goes to which expert.
+            weights: what `weights` gave, where the experts run several times in a forward pass.
 
         Returns:
             (T, d), in the autocast precision where one is set.
         """
-        weights: list[Tensor] = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
-        if torch.is_autocast_enabled(x.device.type):
-            # Autocast does not look into custom autograd functions.
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, *weights = (tensor.to(dtype) for tensor in (x, *weights))
+        weights = weights or self.weights(x.device)
+        x = x.to(weights.fc1_weight.dtype)
         dropout = self.dropout.p if self.training else 0.0
-        kernel = choose(self.kernel, x, self.fc1_weight.shape[1])
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-        stacked = ExpertWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, self.memory)
-        return kernel(x, pairs, stacked, self.activation, dropout)
+        return choose(self.kernel, x, self.fc1_weight.shape[1])(x, pairs, weights, self.activation, dropout)
+
+    def weights(self, device: torch.device) -> ExpertWeights:
+        """Prepares the parameters for one forward pass, in the autocast precision where one is set for the device."""
+        parts: list[Tensor] = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
+        if torch.is_autocast_enabled(device.type):
+            # Autocast does not look into custom autograd functions.
+            parts = [part.to(torch.get_autocast_dtype(device.type)) for part in parts]
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = parts
+        return ExpertWeights.of(fc1_weight, fc1_bias, fc2_weight, fc2_bias, self.memory)
 
     def extra_repr(self) -> str:
         experts, hidden, dim = self.fc1_weight.shape

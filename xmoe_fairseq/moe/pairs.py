@@ -11,6 +11,8 @@ from torch import Tensor
 class Pairs:
     """The chosen (token, expert) pairs of one call, sorted by expert, then by token.
 
+    There may be more rows than pairs: those beyond the last group are unused and have weight 0.
+
     Attributes:
         token: (R,) int64, the row of the layer's input.
         weight: (R,) float, the pair's share in the token's output; carries the router's gradient.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .layer import flat
 from .routing import real_tokens
+from .statistics import RoutingStats
 
 
 class ExpertOutputMasking(nn.Module):
@@ -87,7 +88,7 @@ class ConditionalMoE(nn.Module):
             gate = gate * (torch.rand_like(gate) >= self.gate_dropout)
         keep = real_tokens(flat(padding_mask), gate.reshape(-1)).reshape(gate.shape)
         mixed = torch.lerp(shared, y.to(shared.dtype), gate.to(shared.dtype)) * keep
-        return mixed, replace(plan, stats=replace(plan.stats, gate=(gate * keep).sum()))
+        return mixed, replace(plan, count=lambda: replace(plan.stats, gate=(gate * keep).sum()))
 
 
 class StackedMoE(nn.Module):
@@ -104,14 +105,18 @@ class StackedMoE(nn.Module):
         self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         """Runs the layers; the plan is the last one's, with the statistics of all."""
-        seen = []
+        plans = []
         for layer in self.layers:
             x, plan = layer(x, padding_mask, tokens)
-            seen.append(plan.stats)
-        sums = {name: torch.stack([getattr(one, name) for one in seen]).sum() for name in _SUMMED}
-        loads = {name: torch.cat([getattr(one, name) for one in seen]) for name in ("expert_load", "first_choices")}
-        means = {name: sums.pop(name) / len(seen) for name in ("balance_loss", "z_loss")}
-        return x, replace(plan, stats=replace(seen[0], **sums, **loads, **means))
+            plans.append(plan)
+        return x, replace(plan, count=lambda: _together([one.stats for one in plans]))
+
+
+def _together(seen: list[RoutingStats]) -> RoutingStats:
+    sums: dict[str, Any] = {name: torch.stack([getattr(one, name) for one in seen]).sum() for name in _SUMMED}
+    loads: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in seen]) for name in ("expert_load", "first_choices")}
+    means = {name: sums.pop(name) / len(seen) for name in ("balance_loss", "z_loss")}
+    return replace(seen[0], **sums, **loads, **means)
 
 
 _SUMMED = ("wanted", "received", "first_dropped", "top1_prob", "passes", "balance_loss", "z_loss")

@@ -25,6 +25,8 @@ class RouterOptions:
         min_capacity: tokens that an expert may always take, at least 0.
         second_expert: how GShard takes the second expert in training: ``gate``, the second most probable, or
             ``sampling``, at random by probability. Evaluation always takes the most probable.
+        static: make plans whose size follows from the input's, where a bound is known, so that nothing is read
+            back from the device; none does so on devices other than the CPU.
     """
 
     threshold: float = 0.9
@@ -32,6 +34,7 @@ class RouterOptions:
     capacity_factor: float = 0.0
     min_capacity: int = 4
     second_expert: str = "gate"
+    static: bool | None = None
 
 
 class Router(nn.Module):
@@ -98,7 +101,18 @@ class Router(nn.Module):
             padding_mask,
             capacity=self.capacity if limited else None,
             normalize=self.normalize,
+            most=self.most_pairs(len(logits)) if self.static(logits) else None,
         )
+
+    def static(self, like: Tensor) -> bool:
+        """Says whether plans have a size known beforehand."""
+        return like.device.type != "cpu" if self.options.static is None else self.options.static
+
+    def most_pairs(self, tokens: int) -> int | None:
+        """Bounds the pairs that T tokens make, without looking at them; none where they may be all."""
+        if not (self.training and self.options.capacity_factor > 0):
+            return None
+        return self.weight.shape[0] * min(int(self.capacity(torch.tensor(tokens))), tokens)
 
     def rank(self, logits: Tensor) -> RankedProbs:
         """Orders the experts of each token."""
@@ -153,6 +167,11 @@ class TopKRouter(Router):
     def choose(self, sorted_probs: Tensor) -> Tensor:
         ranks = torch.arange(sorted_probs.shape[-1], device=sorted_probs.device)
         return (ranks < self.options.top_k).expand(sorted_probs.shape)
+
+    def most_pairs(self, tokens: int) -> int | None:
+        by_capacity = super().most_pairs(tokens)
+        wanted = tokens * self.options.top_k
+        return wanted if by_capacity is None else min(wanted, by_capacity)
 
 
 class GShardRouter(TopKRouter):
@@ -211,7 +230,8 @@ class HashRouter(Router):
             raise ValueError("the hash router goes by token ids: give tokens")
         # Knuth's multiplicative hash, of 32 bits: neighbouring ids get unrelated experts.
         expert = ((tokens * 2654435761) % 2**32) * self.num_experts // 2**32
-        return assign(expert, x.new_ones(x.shape[0], dtype=torch.float32), self.num_experts, padding_mask)
+        weight = x.new_ones(x.shape[0], dtype=torch.float32)
+        return assign(expert, weight, self.num_experts, padding_mask, len(x) if self.static(x) else None)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}"
@@ -231,7 +251,7 @@ class BalancedRouter(Router):
             keep = real_tokens(padding_mask, logits)
             expert = expert.masked_scatter(keep, balanced_assignment(logits.detach()[keep]))
         weight = logits.gather(1, expert.unsqueeze(-1)).squeeze(-1).sigmoid()
-        return assign(expert, weight, num_experts, padding_mask)
+        return assign(expert, weight, num_experts, padding_mask, len(weight) if self.static(weight) else None)
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,12 +21,17 @@ class RoutingPlan(Pairs):
     Attributes:
         first: (T,) int64, each token's first choice, whether or not it was dropped; arbitrary for padding.
         num_tokens: T, the rows of the layer's input, padding included.
-        stats: sums for losses and logs.
+        count: makes `stats`.
     """
 
     first: Tensor
     num_tokens: int
-    stats: RoutingStats
+    count: Callable[[], RoutingStats]
+
+    @cached_property
+    def stats(self) -> RoutingStats:
+        """Sums for losses and logs, made when they are first asked for: decoding never does."""
+        return self.count()
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ def make_plan(
     padding_mask: Tensor | None = None,
     capacity: Callable[[Tensor], Tensor] | None = None,
     normalize: bool = False,
+    most: int | None = None,
 ) -> RoutingPlan:
     """Turns the choice of ranks into a plan, and drops what exceeds the experts' capacity.
 
@@ -67,6 +74,8 @@ def make_plan(
         padding_mask: (T,) bool, true for padding, which is neither routed nor counted.
         capacity: gives the most tokens an expert takes, from the number of real tokens; none drops nothing.
         normalize: divide a token's weights by their sum after dropping.
+        most: a bound of the number of pairs. The plan then has that many, the unused ones last and with weight
+            0, and no number is read back from the device; none makes a plan of exactly the chosen pairs.
     """
     tokens, num_experts = chosen.shape
     keep = real_tokens(padding_mask, ranked.probs)
@@ -77,22 +86,24 @@ def make_plan(
     if capacity is not None:
         received = wanted & (_place_in_expert(ranked, wanted) < capacity(real))
 
-    # Row-major order of the transposed mask is sorted by expert: no sort is needed to group tokens.
-    expert, token = received.t().nonzero(as_tuple=True)
-    weight = ranked.probs.reshape(-1).index_select(0, token * num_experts + expert)
+    expert, token, used = _grouped(received, most)
+    weight = ranked.probs.reshape(-1).index_select(0, token * num_experts + expert).masked_fill(~used, 0.0)
     if normalize:
-        weight = weight / weight.new_zeros(tokens).index_add(0, token, weight).index_select(0, token)
+        total = weight.new_zeros(tokens).index_add(0, token, weight).index_select(0, token)
+        weight = weight / total.masked_fill(~used, 1.0)
     return RoutingPlan(
         token=token,
         weight=weight,
         group_sizes=received.sum(0),
         first=ranked.order[:, 0],
         num_tokens=tokens,
-        stats=_statistics(ranked, wanted, received, keep, real),
+        count=lambda: _statistics(ranked, wanted, received, keep, real),
     )
 
 
-def assign(expert: Tensor, weight: Tensor, num_experts: int, padding_mask: Tensor | None = None) -> RoutingPlan:
+def assign(
+    expert: Tensor, weight: Tensor, num_experts: int, padding_mask: Tensor | None = None, most: int | None = None
+) -> RoutingPlan:
     """Makes the plan in which each real token takes the one expert it is told, without auxiliary losses.
 
     Args:
@@ -100,24 +111,40 @@ def assign(expert: Tensor, weight: Tensor, num_experts: int, padding_mask: Tenso
         weight: (T,) share of the expert's output.
         num_experts: E.
         padding_mask: (T,) bool, true for padding.
+        most: as in `make_plan`.
     """
     keep = real_tokens(padding_mask, weight)
     one_hot = torch.nn.functional.one_hot(expert, num_experts).bool() & keep.unsqueeze(-1)
-    _, token = one_hot.t().nonzero(as_tuple=True)
-    real, load, none = keep.sum(), one_hot.sum(0), weight.new_zeros(())
-    stats = RoutingStats(
-        tokens=real,
-        wanted=real,
-        received=real,
-        first_dropped=torch.zeros_like(real),
-        top1_prob=weight.detach().masked_fill(~keep, 0.0).sum(),
-        expert_load=load,
-        first_choices=load,
-        passes=real,
-        balance_loss=none,
-        z_loss=none,
-    )
-    return RoutingPlan(token, weight.index_select(0, token), load, expert, len(expert), stats)
+    _, token, used = _grouped(one_hot, most)
+    load = one_hot.sum(0)
+
+    def count() -> RoutingStats:
+        real, none = keep.sum(), weight.new_zeros(())
+        return RoutingStats(
+            tokens=real,
+            wanted=real,
+            received=real,
+            first_dropped=torch.zeros_like(real),
+            top1_prob=weight.detach().masked_fill(~keep, 0.0).sum(),
+            expert_load=load,
+            first_choices=load,
+            passes=real,
+            balance_loss=none,
+            z_loss=none,
+        )
+
+    share = weight.index_select(0, token).masked_fill(~used, 0.0)
+    return RoutingPlan(token, share, load, expert, len(expert), count)
+
+
+def _grouped(received: Tensor, most: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists the pairs of a choice (T, E) by expert, then by token: the expert, the token, and whether it is one."""
+    # Row-major order of the transposed mask is sorted by expert: no sort is needed to group tokens.
+    if most is None:
+        expert, token = received.t().nonzero(as_tuple=True)
+        return expert, token, torch.ones_like(token, dtype=torch.bool)
+    expert, token = torch.nonzero_static(received.t(), size=most, fill_value=0).unbind(-1)
+    return expert, token, torch.arange(most, device=token.device) < received.sum()
 
 
 def real_tokens(padding_mask: Tensor | None, like: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .experts import Experts
+from .kernels import ExpertWeights
 from .layer import flat
 from .pairs import Pairs
 from .routers import Router
@@ -25,12 +27,17 @@ class StratifiedPlan:
     Attributes:
         plans: one a stratum, over the tokens that entered it.
         passes: (T,) int64, the strata each token was computed in (its requested capacity); 0 for padding.
-        stats: over all strata.
+        count: makes `stats`.
     """
 
     plans: list[RoutingPlan]
     passes: Tensor
-    stats: RoutingStats
+    count: Callable[[], RoutingStats]
+
+    @cached_property
+    def stats(self) -> RoutingStats:
+        """Sums over all strata, made when they are first asked for."""
+        return self.count()
 
 
 class StratifiedMoE(nn.Module):
@@ -97,28 +104,39 @@ class StratifiedMoE(nn.Module):
         place = torch.where(keep, 0, len(self.sizes))
         passes = torch.zeros_like(place)
         state, plans = start, []
+        weights = self.experts.weights(start.device)
+        static = cast(Router, self.routers[0]).static(start)
         for number, (router, norm) in enumerate(zip(self.routers, self.norms, strict=True)):
-            rows = (place == number).nonzero().squeeze(-1)
-            entering = state.index_select(0, rows)
+            inside = place == number
+            # On a GPU all tokens are normalised and routed, those outside as padding: to list the others would
+            # take a number back from the device.
+            rows = None if static else inside.nonzero().squeeze(-1)
+            entering = state if rows is None else state.index_select(0, rows)
             normed = norm(entering)
-            plan = router(normed, tokens=None if ids is None else ids.index_select(0, rows))
-            y = self._compute(normed, plan, sum(self.sizes[:number]))
+            plan = router(normed, ~inside if rows is None else None, _select(ids, rows))
+            y = self._compute(normed, plan, sum(self.sizes[:number]), weights)
             plans.append(plan)
             residual = normed if self.exit_norm is not None and number > 0 else entering
-            state = state.index_copy(0, rows, (residual + y).to(state.dtype))
-            place = place.index_copy(0, rows, self.stratum[plan.first + sum(self.sizes[:number])] + 1)
-            passes = passes.index_add(0, rows, torch.ones_like(rows))
+            leaving = self.stratum[plan.first + sum(self.sizes[:number])] + 1
+            passed = (residual + y).to(state.dtype)
+            if rows is None:
+                state = torch.where(inside.unsqueeze(-1), passed, state)
+                place = torch.where(inside, leaving, place)
+            else:
+                state = state.index_copy(0, rows, passed)
+                place = place.index_copy(0, rows, leaving)
+            passes = passes + inside
         if self.exit_norm is not None:
             state = torch.where(keep.unsqueeze(-1), self.exit_norm(state), state)
-        stats = self._statistics(plans, keep.sum(), passes.sum())
-        return (state - start).reshape(x.shape), StratifiedPlan(plans, passes, stats)
+        count = partial(self._statistics, plans, keep, passes)
+        return (state - start).reshape(x.shape), StratifiedPlan(plans, passes, count)
 
-    def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int) -> Tensor:
+    def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int, weights: ExpertWeights) -> Tensor:
         """Runs the visible experts, those of earlier strata having no rows."""
         sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
-        return self.regularizer(self.experts(normed, Pairs(plan.token, plan.weight, sizes)))
+        return self.regularizer(self.experts(normed, Pairs(plan.token, plan.weight, sizes), weights))
 
-    def _statistics(self, plans: Sequence[RoutingPlan], tokens: Tensor, passes: Tensor) -> RoutingStats:
+    def _statistics(self, plans: Sequence[RoutingPlan], keep: Tensor, passes: Tensor) -> RoutingStats:
         total = sum(self.sizes)
         stats = [plan.stats for plan in plans]
         entered = torch.stack([one.tokens > 0 for one in stats]).sum().clamp(min=1)
@@ -131,4 +149,8 @@ class StratifiedMoE(nn.Module):
         for name in ("expert_load", "first_choices"):
             loads = [getattr(one, name) for one in stats]
             counted[name] = torch.stack([F.pad(load, (total - len(load), 0)) for load in loads]).sum(0)
-        return RoutingStats(tokens=tokens, passes=passes, **counted)
+        return RoutingStats(tokens=keep.sum(), passes=passes.sum(), **counted)
+
+
+def _select(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    return values if values is None or rows is None else values.index_select(0, rows)

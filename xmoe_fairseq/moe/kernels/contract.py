@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..pairs import Pairs
+from .gradients import WeightGradients, collect
 from .memory import Buffers
 
 Activation = Callable[[Tensor], Tensor]
@@ -23,14 +24,23 @@ class ExpertWeights:
         fc1_bias: (E, h).
         fc2_weight: (E, h, d), so that a hidden unit is a row of both matrices.
         fc2_bias: (E, d).
-        buffers: memory that kernels may keep between calls; none keeps nothing.
+        gradients: where a kernel's backward pass may add the weights' gradients, instead of returning them.
     """
 
     fc1_weight: Tensor
     fc1_bias: Tensor
     fc2_weight: Tensor
     fc2_bias: Tensor
-    buffers: Buffers | None = None
+    gradients: WeightGradients
+
+    @classmethod
+    def of(
+        cls, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, buffers: Buffers
+    ) -> ExpertWeights:
+        """Prepares parameters for one forward pass, in which they may be used several times."""
+        gradients = WeightGradients(buffers)
+        parts = collect(gradients, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
+        return cls(**parts, gradients=gradients)
 
 
 class ExpertKernel(Protocol):

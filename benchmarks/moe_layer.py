@@ -1,0 +1,214 @@
+"""What an MoE layer costs beside the dense feed-forward network of equal active work, which nothing can beat.
+
+python benchmarks/moe_layer.py                    every case on the CPU, some minutes
+python benchmarks/moe_layer.py --quick            small sizes, under a minute
+python benchmarks/moe_layer.py --device cuda      on a GPU, in bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+from cases import DIM, HIDDEN, Case, dense, inference, make_case, training
+from peers import fairscale_top2, one_hot, padded_loop, transformers_nllb
+from rows import Row, finish, parser, ratio, seconds
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, StratifiedMoE
+
+
+def output(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)[0]
+
+
+class Benchmark:
+    """One size of every case.
+
+    Args:
+        args: see `rows.parser`.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device, self.quick, self.kernel = args.device, args.quick, args.kernel
+        self.rounds = 3 if args.quick else args.rounds
+        self.tokens = 1024 if args.quick else 4096
+
+    def compare(self, case: str, over: object, under: object, goal: str = "", scale: float = 1.0) -> Row:
+        """Times two functions; the ratio is divided by ``scale``, the work of the first over that of the second."""
+        times = seconds({"over": over, "under": under}, self.rounds, self.device)  # type: ignore[dict-item]
+        return ratio(case, [value / scale for value in times["over"]], times["under"], goal)
+
+    def make(self, tokens: int | None = None, **options: float) -> Case:
+        return make_case(tokens or self.tokens, device=self.device, kernel=self.kernel, **options)  # type: ignore
+
+    def against_dense(self, name: str, case: Case, goal: str, backward: bool = True) -> Row:
+        network = dense(case)
+        scale = case.pairs * HIDDEN / (len(case.x) * network[0].out_features)  # type: ignore[index, operator]
+        if backward:
+            over = training(lambda x: output(case.layer, x), case.layer, case.x)
+            under = training(network, network, case.x)
+        else:
+            over, under = inference(lambda x: output(case.layer, x), case.x), inference(network, case.x)
+        return self.compare(f"{name} (fullest expert {case.fullest:.1f} x the mean)", over, under, goal, scale)
+
+    def training(self) -> Iterator[Row]:
+        sizes = {"cpu": [self.tokens], "cuda": [16384, 65536]}[self.device]
+        goals = {"cpu": ("<= 1.15", "<= 1.2"), "cuda": ("<= 1.25", "<= 1.25")}[self.device]
+        for tokens in sizes:
+            for name, skew, goal in (("balanced", 0.0, goals[0]), ("skewed", 10.0, goals[1])):
+                label = f"forward + backward, T {tokens}, {name}"
+                yield self.against_dense(label, self.make(tokens, skew=skew), goal)
+
+    def forward(self) -> Iterator[Row]:
+        for name, skew in (("balanced", 0.0), ("skewed", 10.0)):
+            label = f"forward, T {self.tokens}, {name}"
+            yield self.against_dense(label, self.make(skew=skew), "<= 1.1", backward=False)
+
+    def decoding(self) -> Iterator[Row]:
+        """Batches in turn, so that no weight is still in the cache from the round before."""
+        for tokens in (1, 4, 16, 64):
+            case = self.make(1024)
+            case.layer.eval()
+            batches = case.x.detach().split(tokens)[: 8 if tokens > 4 else 64]
+            with torch.no_grad():
+                loads = [case.layer(batch)[1].group_sizes.nonzero().squeeze(-1).tolist() for batch in batches]
+            experts = case.layer.experts
+
+            def read(loads: list[list[int]] = loads, experts: Experts = experts) -> None:
+                with torch.no_grad():
+                    for chosen in loads:
+                        for expert in chosen:
+                            experts.fc1_weight[expert].sum()
+                            experts.fc2_weight[expert].sum()
+
+            def decode(batches: tuple[Tensor, ...] = batches, layer: MoELayer = case.layer) -> None:
+                with torch.no_grad():
+                    for batch in batches:
+                        layer(batch)
+
+            yield self.compare(f"decoding, T {tokens}, against reading the chosen experts", decode, read, "<= 1.3")
+
+    def growth(self) -> Iterator[Row]:
+        few, many = 8, 128 if self.quick else 512
+        for tokens in {"cpu": [self.tokens, 4 * self.tokens], "cuda": [65536]}[self.device]:
+            cases = [self.make(tokens, experts=experts) for experts in (many, few)]
+            runs = [training(lambda x, c=case: output(c.layer, x), case.layer, case.x) for case in cases]
+            group = cases[0].pairs / many
+            label = f"E {few} -> {many}, T {tokens} (groups of {group:.0f}), forward + backward"
+            yield self.compare(label, *runs, "<= 1.3", cases[0].pairs / cases[1].pairs)
+            del cases, runs
+
+    def threshold(self) -> Iterator[Row]:
+        cases = [self.make(mean=mean) for mean in (2.0, 4.0)]
+        runs = [training(lambda x, c=case: output(c.layer, x), case.layer, case.x) for case in cases]
+        yield self.compare("threshold lowered from 4 to 2 experts a token", *runs, "<= 0.6")
+
+    def strata(self) -> Iterator[Row]:
+        torch.manual_seed(0)
+        sizes, dtype = (16, 16, 16, 16), torch.bfloat16 if self.device == "cuda" else torch.float32
+        routers = [ROUTERS["gshard"](DIM, sum(sizes[i:]), RouterOptions()) for i in range(len(sizes))]
+        block = StratifiedMoE(routers, Experts(64, DIM, HIDDEN, kernel=self.kernel), sizes).to(self.device, dtype)
+        x = torch.randn(self.tokens, DIM, device=self.device, dtype=dtype, requires_grad=True)
+        pairs = int(block(x)[1].stats.received)
+        network = dense(Case(block, x, 2 * len(x), 1.0))  # type: ignore[arg-type]
+        over, under = training(lambda x: output(block, x), block, x), training(network, network, x)
+        label = f"SMoE 16-16-16-16, {pairs / len(x):.1f} experts a token, forward + backward"
+        yield self.compare(label, over, under, "<= 1.3", pairs / (2 * len(x)))
+
+    def router(self) -> Iterator[Row]:
+        case = self.make()
+        whole = training(lambda x: output(case.layer, x), case.layer, case.x)
+
+        def route() -> None:
+            case.layer.zero_grad(set_to_none=True)
+            plan = case.layer.router(case.x)
+            (plan.weight.sum() + plan.stats.balance_loss).backward()
+
+        yield self.compare("router, losses and statistics, share of the layer", route, whole, "<= 0.1")
+
+    def peers(self) -> Iterator[Row]:
+        case = self.make(self.tokens)
+        ours = training(lambda x: output(case.layer, x), case.layer, case.x)
+        for name, make, goal in (
+            ("released XMoE's method (padded loop, drops)", padded_loop, ">= 2"),
+            ("one-hot einsum", one_hot, ">= 4"),
+            ("fairscale MOELayer, top-2", fairscale_top2, ">= 1"),
+            ("transformers NLLB-MoE block, top-2", transformers_nllb, ">= 1"),
+        ):
+            run = make(case.layer, case.x)
+            if run is None:
+                print(f"{name}: the package is not installed, no row", file=sys.stderr)
+                continue
+            module = nn.ModuleList([run.module, case.layer])  # type: ignore[attr-defined]
+            yield self.compare(f"{name}, its time over ours", training(run, module, case.x), ours, goal)
+
+    def memory(self) -> Iterator[Row]:
+        peaks = {}
+        for kind in ("moe", "dense"):
+            command = [sys.executable, __file__, "--peak", kind, "--device", self.device, "--kernel", self.kernel]
+            answer = subprocess.run([*command, *["--quick"] * self.quick], check=True, capture_output=True, text=True)
+            peaks[kind] = float(answer.stdout.split()[-1])
+        value = peaks["moe"] / peaks["dense"]
+        yield Row(f"peak memory beyond parameters and gradients, {peaks['moe']:.0f} MiB", value, value, value, "<= 1.2")
+
+    def all(self) -> Iterator[Row]:
+        parts = [self.training, self.forward, self.decoding, self.threshold, self.strata, self.router]
+        parts += [self.peers, self.memory, self.growth]
+        for part in tqdm(parts, unit="part"):
+            yield from part()
+
+
+def peak(benchmark: Benchmark, kind: str) -> float:
+    """Measures the most memory of three training steps beyond what stays: parameters and gradients, in MiB."""
+    case = benchmark.make()
+    if kind == "dense":
+        network = dense(case)
+        step = training(network, network, case.x)
+        parameters, case.layer = list(network.parameters()), nn.Identity()  # type: ignore[assignment]
+    else:
+        step = training(lambda x: output(case.layer, x), case.layer, case.x)
+        parameters = list(case.layer.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in parameters)
+    if benchmark.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            step()
+        return (torch.cuda.max_memory_allocated() - before - gradients) / 2**20
+    # The system's own count of resident memory, of which the highest mark can be reset.
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = _status("VmRSS")
+    for _ in range(3):
+        step()
+    return (_status("VmHWM") - before) / 1024 - gradients / 2**20
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name + ":"))
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    options = parser("MoE layer against dense feed-forward of equal active work")
+    options.add_argument("--kernel", default="auto", help="kernel of the experts")
+    options.add_argument("--rounds", type=int, default=9, help="rounds, of which the quartiles are shown")
+    options.add_argument("--only", nargs="*", help="names of the parts to measure")
+    options.add_argument("--peak", choices=("moe", "dense"), help=argparse.SUPPRESS)
+    args = options.parse_args()
+    benchmark = Benchmark(args)
+    if args.peak:
+        print(peak(benchmark, args.peak))
+        return
+    parts = [getattr(benchmark, name) for name in args.only] if args.only else [benchmark.all]
+    finish([row for part in parts for row in part()], args)
+
+
+if __name__ == "__main__":
+    main()

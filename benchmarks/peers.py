@@ -1,0 +1,125 @@
+"""Other ways to compute the same: the methods of the released codes, and two packages, where they are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xmoe_fairseq.moe import MoELayer
+
+Run = Callable[[Tensor], Tensor]
+
+
+def padded_loop(layer: MoELayer, x: Tensor, capacity_factor: float = 2.0) -> Run:
+    """The method of the released XMoE code: a buffer of capacity rows an expert, and a loop over the experts.
+
+    Every row of the buffer is multiplied, whatever the threshold; pairs beyond the capacity are dropped.
+    """
+    experts = layer.experts
+    capacity = int(capacity_factor * len(x) / len(experts.fc1_weight))
+    networks = _networks(layer)
+
+    def run(x: Tensor) -> Tensor:
+        plan = layer.router(x)
+        expert = torch.repeat_interleave(torch.arange(len(plan.group_sizes), device=x.device), plan.group_sizes)
+        starts = plan.group_sizes.cumsum(0) - plan.group_sizes
+        place = torch.arange(len(expert), device=x.device) - starts[expert]
+        fits = place < capacity
+        slot = (expert * capacity + place)[fits]
+        token = plan.token[fits]
+        buffer = x.new_zeros(len(networks) * capacity, x.shape[1]).index_copy(0, slot, x[token])
+        out = torch.cat([net(rows) for net, rows in zip(networks, buffer.split(capacity), strict=True)])
+        y = torch.zeros_like(x)
+        return y.index_add(0, token, out[slot] * plan.weight[fits].to(x.dtype).unsqueeze(-1))
+
+    run.module = networks  # type: ignore[attr-defined]
+    return run
+
+
+def one_hot(layer: MoELayer, x: Tensor) -> Run:
+    """The method of fairscale, fairseq's moe branch and the released SMoE code: tokens x experts x capacity."""
+    networks = _networks(layer)
+
+    def run(x: Tensor) -> Tensor:
+        plan = layer.router(x)
+        sizes = plan.group_sizes
+        expert = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), sizes)
+        place = torch.arange(len(expert), device=x.device) - (sizes.cumsum(0) - sizes)[expert]
+        shape = (len(x), len(sizes), int(sizes.max()))
+        combine = x.new_zeros(shape).index_put((plan.token, expert, place), plan.weight.to(x.dtype))
+        buffer = torch.einsum("tec,td->ecd", (combine != 0).to(x.dtype), x)
+        out = torch.stack([net(rows) for net, rows in zip(networks, buffer, strict=True)])
+        return torch.einsum("tec,ecd->td", combine, out)
+
+    run.module = networks  # type: ignore[attr-defined]
+    return run
+
+
+def fairscale_top2(layer: MoELayer, x: Tensor) -> Run | None:
+    """fairscale's MOELayer with its top-2 gate, over one process; None where it is not installed."""
+    if importlib.util.find_spec("fairscale") is None:
+        return None
+    from fairscale.nn.moe import MOELayer, Top2Gate
+
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if x.is_cuda else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), world_size=1, rank=0)
+    networks = _networks(layer)
+    module = MOELayer(Top2Gate(x.shape[1], len(networks)), networks).to(x.device, x.dtype)
+
+    def run(x: Tensor) -> Tensor:
+        return module(x.unsqueeze(1)).squeeze(1)
+
+    run.module = module  # type: ignore[attr-defined]
+    return run
+
+
+def transformers_nllb(layer: MoELayer, x: Tensor) -> Run | None:
+    """transformers' NLLB-MoE block, top-2; None where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import NllbMoeConfig
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
+
+    experts, hidden, dim = layer.experts.fc1_weight.shape
+    config = NllbMoeConfig(
+        d_model=dim, num_experts=experts, expert_capacity=len(x), router_dtype="float32", activation_dropout=0.0
+    )
+    module = NllbMoeSparseMLP(config, ffn_dim=hidden).to(x.device, x.dtype)
+
+    def run(x: Tensor) -> Tensor:
+        out = module(x.unsqueeze(0))
+        return (out[0] if isinstance(out, tuple) else out).squeeze(0)
+
+    run.module = module  # type: ignore[attr-defined]
+    return run
+
+
+def _networks(layer: MoELayer) -> nn.ModuleList:
+    """Copies the stacked experts into one module each."""
+    experts, hidden, dim = layer.experts.fc1_weight.shape
+    networks = nn.ModuleList(_Network(dim, hidden) for _ in range(experts))
+    networks.to(layer.experts.fc1_weight.device, layer.experts.fc1_weight.dtype)
+    with torch.no_grad():
+        for number, net in enumerate(networks):
+            assert isinstance(net, _Network)
+            net.fc1.weight.copy_(layer.experts.fc1_weight[number])
+            net.fc1.bias.copy_(layer.experts.fc1_bias[number])
+            net.fc2.weight.copy_(layer.experts.fc2_weight[number].t())
+            net.fc2.bias.copy_(layer.experts.fc2_bias[number])
+    return networks
+
+
+class _Network(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(x)))
