@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # otherwise imported by every process, when it builds its optimizer: two seconds each
 from helpers import ROOT, TRAIN_ARGS
 
 MODEL = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--encoder-embed-dim", "32", "--dropout", "0.1")
 OPTIONS = ("--user-dir", "xmoe_fairseq", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "4", "--seed", "3")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["helpers_training"])
+# All that takes long to import; torch.optim imports torch._dynamo late. The tests' own modules are not found there.
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "fairseq_cli.train", "xmoe_fairseq"])
 
 
 class Run:

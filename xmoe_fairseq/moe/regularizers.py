@@ -114,7 +114,9 @@ class StackedMoE(nn.Module):
 
 def _together(seen: list[RoutingStats]) -> RoutingStats:
     sums: dict[str, Any] = {name: torch.stack([getattr(one, name) for one in seen]).sum() for name in _SUMMED}
-    loads: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in seen]) for name in ("expert_load", "first_choices")}
+    loads: dict[str, Any] = {
+        name: torch.cat([getattr(one, name) for one in seen]) for name in ("expert_load", "first_choices")
+    }
     means = {name: sums.pop(name) / len(seen) for name in ("balance_loss", "z_loss")}
     return replace(seen[0], **sums, **loads, **means)
 
