@@ -115,9 +115,9 @@ def _newest_intact(load_checkpoint: Any) -> Any:
                 try:
                     reading.check(other)
                 except reading.DamagedCheckpoint as also:
-                    logger.warning(str(also))
+                    logger.warning(also.message)
                     continue
-                logger.warning(f"{error}; going on from {other}, the most trained intact one of the folder")
+                logger.warning(f"{error.message}; going on from {other}, the most trained intact one of the folder")
                 return load_checkpoint(trainer, other, *args, **kwargs)
             raise
 
