@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import info
+from .checkpoints import command
 from .errors import UserError
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"info": info.main}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"info": info.main, "checkpoint": command.main}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:11} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         (
             "usage: xmoe COMMAND ...",

@@ -1,9 +1,12 @@
 """Everything that depends on a version: what is supported, and what stock fairseq needs to run on it.
 
-Three things of stock fairseq do not work today; `install` mends them, for this process only:
+Some things of stock fairseq do not work today; `install` mends them, for this process only:
 
 * torch >= 2.6 reads checkpoints with an allow-list of classes, and fairseq's hold an ``argparse.Namespace``;
 * a checkpoint that cannot be read ends in a traceback;
+* a run that is killed while it writes a checkpoint, or whose disk is full, may leave none that is whole;
+* a run that is resumed may differ from one that was not: it makes an update too many, samples other data, or starts
+  from rounded parameters;
 * ``--bf16`` is taken for a TPU, so it needs torch_xla even on a GPU or CPU.
 """
 
@@ -14,20 +17,27 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
-import pickle
 import sys
-import zipfile
 from typing import Any
 
 import torch
 
+from .checkpoints import reading, saving, shards
 from .errors import UserError
+
+logger = logging.getLogger(__name__)
 
 FAIRSEQ_PACKAGE = "fairseq-fixed==0.12.3.1"
 MIN_PYTHON = (3, 11)
 MIN_TORCH = (2, 6)
 FAIRSEQ_VERSIONS = ("0.12.3",)
+
+# What --restore-file is unless it is given.
+LAST = "checkpoint_last.pt"
+# Beside exp_avg and others in the optimizer's state.
+MASTER = "fp32_param"
 
 
 def check_versions() -> None:
@@ -53,12 +63,23 @@ def check_versions() -> None:
 def install() -> None:
     """Mends what the module's description lists; calling it again changes nothing."""
     from fairseq import checkpoint_utils, options
+    from fairseq.data import SampledMultiEpochDataset
+    from fairseq.file_io import PathManager
+    from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
+    from fairseq.trainer import Trainer
 
     # A Namespace only holds values: restoring one calls nothing.
     torch.serialization.add_safe_globals([argparse.Namespace])
     for module, name, wrapper in (
-        (checkpoint_utils, "load_checkpoint_to_cpu", _readable_errors),
+        (checkpoint_utils, "load_checkpoint", _ends_when_trained),
+        (checkpoint_utils, "load_checkpoint_to_cpu", _whole_checkpoints),
         (checkpoint_utils, "load_model_ensemble_and_task", _missing_files),
+        (checkpoint_utils, "torch_persistent_save", _durable_saves),
+        (PathManager, "copy", _durable_copies),
+        (Trainer, "load_checkpoint", _newest_intact),
+        (_FP16OptimizerMixin, "state_dict", _with_masters),
+        (_FP16OptimizerMixin, "load_state_dict", _to_masters),
+        (SampledMultiEpochDataset, "_next_virtual_epoch", _same_sample_when_resumed),
         (options, "parse_args_and_arch", _bf16_is_not_tpu),
     ):
         stock = getattr(module, name)
@@ -66,13 +87,101 @@ def install() -> None:
             setattr(module, name, wrapper(stock))
 
 
-def _readable_errors(load_checkpoint_to_cpu: Any) -> Any:
+def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
     @functools.wraps(load_checkpoint_to_cpu)
     def load(path: str, *args: Any, **kwargs: Any) -> Any:
-        _check_checkpoint_file(path)
-        return load_checkpoint_to_cpu(path, *args, **kwargs)
+        local = _local_path(path)
+        reading.check(local)
+        state = load_checkpoint_to_cpu(path, *args, **kwargs)
+        shards.join(state, local)
+        return state
 
     return load
+
+
+def _newest_intact(load_checkpoint: Any) -> Any:
+    """Goes on from the most trained intact file where ``checkpoint_last.pt`` is damaged; a file that was named is not
+    replaced by another one."""
+
+    @functools.wraps(load_checkpoint)
+    def load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load_checkpoint(trainer, filename, *args, **kwargs)
+        except reading.DamagedCheckpoint as error:
+            options = trainer.cfg.checkpoint
+            if filename != os.path.join(options.save_dir, options.restore_file) or options.restore_file != LAST:
+                raise
+            for other in reading.others_by_updates(filename):
+                try:
+                    reading.check(other)
+                except reading.DamagedCheckpoint as also:
+                    logger.warning(also.message)
+                    continue
+                logger.warning(f"{error.message}; going on from {other}, the most trained intact one of the folder")
+                return load_checkpoint(trainer, other, *args, **kwargs)
+            raise
+
+    return load
+
+
+def _ends_when_trained(load_checkpoint: Any) -> Any:
+    """Stock fairseq, started again after its last update, would make one update more before it looks."""
+
+    @functools.wraps(load_checkpoint)
+    def load(cfg: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if trainer.data_parallel_rank == 0:
+            for name in saving.remove_leftovers(cfg.save_dir):
+                logger.info(f"removed {name}, which an earlier run had not finished writing")
+        loaded = load_checkpoint(cfg, trainer, *args, **kwargs)
+        updates, most = trainer.get_num_updates(), trainer.cfg.optimization.max_update
+        if most and updates >= most:
+            logger.info(f"nothing is left to train: the checkpoint has {updates} updates, --max-update is {most}")
+            raise SystemExit(0)
+        return loaded
+
+    return load
+
+
+def _durable_saves(torch_persistent_save: Any) -> Any:
+    """Stock fairseq renames a file that may not be on the disk yet, and tries again within the same file."""
+    from fairseq.file_io import PathManager
+
+    @functools.wraps(torch_persistent_save)
+    def save(obj: Any, filename: str, async_write: bool = False) -> None:
+        if async_write or not PathManager.supports_rename(filename):
+            torch_persistent_save(obj, filename, async_write)
+        else:
+            saving.save(obj, filename)
+
+    return save
+
+
+def _durable_copies(copy: Any) -> Any:
+    """Stock fairseq makes ``checkpoint_last.pt`` by copying over the old one, which is lost if that is cut short."""
+    from fairseq.file_io import PathManager
+
+    @functools.wraps(copy)
+    def durable(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+        if not (PathManager.supports_rename(src_path) and PathManager.supports_rename(dst_path)):
+            return copy(src_path, dst_path, overwrite)
+        saving.copy(src_path, dst_path)
+        return dst_path
+
+    return durable
+
+
+def _same_sample_when_resumed(next_virtual_epoch: Any) -> Any:
+    """With ``--virtual-epoch-size``, stock fairseq draws a sample in the first epoch of each pass over the data; when
+    resumed within a pass, it would draw another one."""
+
+    @functools.wraps(next_virtual_epoch)
+    def advance(dataset: Any, epoch: int) -> None:
+        first = epoch - (epoch - 1) % dataset.num_virtual_epochs
+        if dataset._random_global_indices is None and first != epoch:
+            next_virtual_epoch(dataset, first)
+        next_virtual_epoch(dataset, epoch)
+
+    return advance
 
 
 def _missing_files(load_model_ensemble_and_task: Any) -> Any:
@@ -104,42 +213,35 @@ def _local_path(path: str) -> str:
     return local
 
 
-def _check_checkpoint_file(path: str) -> None:
-    """Reads the file once without its tensors' data being copied, only to name what is wrong with it.
+def _with_masters(state_dict: Any) -> Any:
+    """With ``--fp16`` and ``--bf16``, stock fairseq saves the parameters rounded to 16 bits only; this adds those in
+    32 bits, which are what is trained, to the optimizer's state of each."""
 
-    Raises:
-        UserError: the file is missing, truncated, no checkpoint, or would run code when read.
-    """
-    path = _local_path(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "global" in str(error).lower():
-            raise UserError(
-                f"checkpoint {path} is refused, because reading it would load or run code outside the allow-list "
-                f"({_cause(error)}); nothing was run. Use a file from a source you trust that holds "
-                "only tensors and plain values"
-            ) from error
-        raise UserError(_damaged(path, error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(_damaged(path, error)) from error
-    if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{path} is no fairseq checkpoint: it holds no 'model'. Check the file name")
+    @functools.wraps(state_dict)
+    def state(optimizer: Any) -> dict[str, Any]:
+        whole: dict[str, Any] = state_dict(optimizer)
+        for number, parameter in enumerate(_masters(optimizer)):
+            whole["state"][number] = {**whole["state"].get(number, {}), MASTER: parameter.data}
+        return whole
+
+    return state
 
 
-def _damaged(path: str, error: Exception) -> str:
-    size = os.path.getsize(path)
-    return (
-        f"checkpoint {path} ({size} bytes) is truncated or damaged ({_cause(error)}): use another one, "
-        "such as checkpoint_last.pt or checkpoint_best.pt of the same folder"
-    )
+def _to_masters(load_state_dict: Any) -> Any:
+    @functools.wraps(load_state_dict)
+    def load(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        load_state_dict(optimizer, *args, **kwargs)
+        for parameter in _masters(optimizer):
+            saved = optimizer.optimizer.state[parameter].pop(MASTER, None)
+            if saved is not None:  # files of stock fairseq have none
+                parameter.data.copy_(saved)
+
+    return load
 
 
-def _cause(error: Exception) -> str:
-    """The part of torch's message that names the cause; the rest is advice to turn the check off."""
-    paragraphs = [" ".join(part.split()) for part in str(error).split("\n\n") if part.strip()]
-    causes = [part for part in paragraphs if not part.startswith(("Weights only load failed", "Check the doc"))]
-    return (causes or paragraphs or [type(error).__name__])[0].split(". ")[0][:200].rstrip(".")
+def _masters(optimizer: Any) -> list[torch.Tensor]:
+    """Lists the parameters in 32 bits, by their numbers in the optimizer's state."""
+    return [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
 
 
 def _bf16_is_not_tpu(parse_args_and_arch: Any) -> Any:

@@ -15,4 +15,5 @@ class UserError(SystemExit):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"xmoe_fairseq: error: {' '.join(message.split())}")
+        self.message = " ".join(message.split())
+        super().__init__(f"xmoe_fairseq: error: {self.message}")

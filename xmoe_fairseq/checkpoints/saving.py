@@ -1,0 +1,121 @@
+"""Files that are whole or not there, whenever the program is killed and however full the disk is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ..errors import UserError
+
+Writer = Callable[[IO[bytes]], Any]
+
+TEMPORARY = ".tmp"
+_COPY_BYTES = 1 << 24
+# A disk shared with others may have room again a moment later.
+_TRIES, _PAUSE = 3, 2.5
+
+
+def write(writers: Mapping[str, Writer]) -> None:
+    """Writes files under temporary names beside them, and then gives all of them their names, in the order given.
+
+    Args:
+        writers: by path, what writes the file's bytes.
+
+    Raises:
+        UserError: a file cannot be written, such as on a full disk; none is left behind, and those of before are whole.
+    """
+    temporary = {path: path + TEMPORARY for path in writers}
+    try:
+        for path, writer in writers.items():
+            _write_one(path, temporary[path], writer)
+        for path in writers:
+            os.replace(temporary[path], path)
+            _sync_folder(os.path.dirname(path) or ".")
+    finally:
+        for name in temporary.values():
+            Path(name).unlink(missing_ok=True)
+
+
+def _write_one(path: str, temporary: str, writer: Writer) -> None:
+    try:
+        with open(temporary, "wb") as file:
+            writer(file)
+            file.flush()
+            os.fsync(file.fileno())  # a machine that fails after the rename must find the bytes too
+    except Exception as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        raise UserError(_not_written(path, temporary, cause)) from error
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """Finds the error of the operating system behind torch's, which says only where it met it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _not_written(path: str, temporary: str, cause: OSError) -> str:
+    folder = os.path.dirname(path) or "."
+    written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+    before = f"; the {path} of before ({os.path.getsize(path)} bytes) is whole" if os.path.isfile(path) else ""
+    return (
+        f"{path} could not be written: {cause.strerror} after {written} bytes, "
+        f"{free} bytes are free in {folder}{before}. "
+        "Make room or give another folder, and start the same command again; training goes on from its last checkpoint"
+    )
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes a rename last; only POSIX systems open folders."""
+    if os.name != "posix":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def save(state: Any, path: str) -> None:
+    """Writes a checkpoint as ``torch.save`` does.
+
+    Raises:
+        UserError: it could not be written, several times.
+    """
+    for remaining in reversed(range(_TRIES)):
+        try:
+            return write({path: lambda file: torch.save(state, file)})
+        except UserError:
+            if not remaining:
+                raise
+            time.sleep(_PAUSE)
+
+
+def copy(source: str, target: str) -> None:
+    """Copies a file; whoever opens the target finds the old or the new one.
+
+    Raises:
+        UserError: the target cannot be written.
+    """
+    with open(source, "rb") as file:
+        write({target: lambda out: shutil.copyfileobj(file, out, _COPY_BYTES)})
+
+
+def remove_leftovers(folder: str) -> list[str]:
+    """Removes what a killed training left half-written in its folder, and names it."""
+    if not os.path.isdir(folder):
+        return []
+    found = [name for name in sorted(os.listdir(folder)) if re.fullmatch(r"checkpoint.*\.pt\.tmp", name)]
+    for name in found:
+        os.remove(os.path.join(folder, name))
+    return found

@@ -1,0 +1,168 @@
+"""A checkpoint in several files: ``NAME.pt`` without experts, and ``NAME.experts-k-of-K.pt`` with a block of them each.
+
+Every tensor of experts is stacked ``(E, ...)``: in the model, in its moving average, and in the optimizer's state.
+`split` leaves the empty slice ``(0, ...)`` in its place, so that the order of all entries is kept, and lists
+where the places are; each shard holds its rows of all of them in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .reading import SHARD, SHARD_SET, DamagedCheckpoint, check_sums, read_shard
+
+Place = list[Any]  # keys from the state down to a tensor
+Concatenate = Callable[[list[Tensor]], Tensor]
+
+_EXPERTS = re.compile(r"(.*\.)?experts\.fc[12]_(weight|bias)")
+
+
+def is_expert(name: str) -> bool:
+    """Says whether a parameter is stacked by experts."""
+    return _EXPERTS.fullmatch(name) is not None
+
+
+def shard_path(path: str, number: int, shards: int) -> str:
+    """Names the file of one block of experts, beside ``NAME.pt``."""
+    return f"{path.removesuffix('.pt')}.experts-{number}-of-{shards}.pt"
+
+
+def fingerprint(path: str) -> str:
+    """Gives what tells the shards of one checkpoint from those of any other."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expert_places(state: dict[str, Any]) -> list[Place]:
+    """Lists where a whole checkpoint holds tensors of experts."""
+    places: list[Place] = [["model", name] for name in state["model"] if is_expert(name)]
+    for average in ("ema", "ema_fp32_params"):
+        places += [["extra_state", average, name] for name in state["extra_state"].get(average, ()) if is_expert(name)]
+    experts = {name: len(state["model"][name]) for name in state["model"] if is_expert(name)}
+    moments = (state.get("last_optimizer_state") or {}).get("state", {})
+    for number, name in optimizer_names(state).items():
+        for key, value in moments.get(number, {}).items():
+            if name in experts and isinstance(value, Tensor) and value.dim() and len(value) == experts[name]:
+                places.append(["last_optimizer_state", "state", number, key])
+    return places
+
+
+def optimizer_names(state: dict[str, Any]) -> dict[int, str]:
+    """Finds the parameter of each number in the optimizer's state; none where it is one flat vector.
+
+    torch numbers the parameters in the order of the model's, where buffers and the second names of tied
+    parameters stand between them: those are recognised by their shapes.
+    """
+    optimizer = state.get("last_optimizer_state") or {}
+    numbers = [number for group in optimizer.get("param_groups", ()) for number in group["params"]]
+    shapes = {number: _moment_shape(optimizer["state"].get(number, {})) for number in numbers}
+    seen: set[int] = set()
+    parameters = iter(
+        (name, tensor.shape)
+        for name, tensor in state["model"].items()
+        if not (tensor.data_ptr() in seen or seen.add(tensor.data_ptr()))  # type: ignore[func-returns-value]
+    )
+    names = {}
+    for number in numbers:
+        name = next((name for name, shape in parameters if shapes[number] in (None, shape)), None)
+        if name is None:
+            return {}
+        names[number] = name
+    return names
+
+
+def _moment_shape(moments: dict[str, Any]) -> torch.Size | None:
+    """The shape of a parameter, known from the optimizer's averages of its gradients."""
+    return next((value.shape for value in moments.values() if isinstance(value, Tensor) and value.dim()), None)
+
+
+def split(state: dict[str, Any], shards: int, name: str, source: str) -> Iterator[dict[str, Any]]:
+    """Takes the experts out of a checkpoint, block by block; at the end the state is that of ``NAME.pt``.
+
+    Args:
+        state: a whole checkpoint, which is changed.
+        shards: K; where it does not divide the experts, the first blocks have one more.
+        name: ``NAME.pt``.
+        source: the checkpoint's `fingerprint`.
+
+    Yields:
+        The states of the shards' files.
+
+    Raises:
+        UserError: the checkpoint has fewer experts than shards, or none.
+    """
+    places = expert_places(state)
+    tensors = [_holder(state, place)[place[-1]] for place in places]
+    fewest = min(map(len, tensors), default=0)
+    if not 1 <= shards <= fewest:
+        raise UserError(f"--shards {shards} is out of range: the checkpoint has {fewest} experts, one a shard at most")
+    for number in range(shards):
+        blocks = [_own_rows(tensor, *_rows(len(tensor), number, shards)) for tensor in tensors]
+        yield {SHARD: {"name": name, "source": source, "number": number, "shards": shards, "tensors": blocks}}
+    for place, tensor in zip(places, tensors, strict=True):
+        _holder(state, place)[place[-1]] = tensor[:0].clone()
+    state[SHARD_SET] = {"source": source, "shards": shards, "experts": fewest, "places": places}
+
+
+def _rows(experts: int, number: int, shards: int) -> tuple[int, int]:
+    """Gives where a shard's block of experts starts and stops."""
+    each, more = divmod(experts, shards)
+    start = number * each + min(number, more)
+    return start, start + each + (number < more)
+
+
+def _own_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Takes rows as a tensor of their own bytes: torch would save the whole of what a slice is cut from, and a
+    copy would need memory."""
+    rows = tensor.contiguous()[start:stop]
+    first, size = rows.storage_offset() * rows.element_size(), rows.numel() * rows.element_size()
+    storage = rows.untyped_storage()[first : first + size]
+    return torch.empty(0, dtype=rows.dtype).set_(storage, 0, rows.shape, rows.stride())
+
+
+def join(state: dict[str, Any], path: str, concatenate: Concatenate = torch.cat) -> None:
+    """Puts the experts of all shards into the state of ``NAME.pt``; does nothing to a whole checkpoint.
+
+    Args:
+        state: is changed.
+        path: of ``NAME.pt``, beside which the shards are.
+        concatenate: the blocks of one tensor.
+
+    Raises:
+        DamagedCheckpoint: a shard is missing, damaged, or of another checkpoint.
+    """
+    if SHARD_SET not in state:
+        return
+    wanted = state.pop(SHARD_SET)
+    shards = [_read_one(path, number, wanted) for number in range(wanted["shards"])]
+    for index, place in enumerate(wanted["places"]):
+        _holder(state, place)[place[-1]] = concatenate([shard["tensors"][index] for shard in shards])
+
+
+def _read_one(path: str, number: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    shards = wanted["shards"]
+    file = shard_path(path, number, shards)
+    if not os.path.isfile(file):
+        raise DamagedCheckpoint(f"{file} is missing: {path} needs all of its {shards} shards beside it")
+    shard = read_shard(file)
+    if shard is None or (shard["source"], shard["number"], shard["shards"]) != (wanted["source"], number, shards):
+        raise DamagedCheckpoint(
+            f"{file} is not shard {number} of {path}, but of another checkpoint: shard that one again, or copy its "
+            "files together"
+        )
+    check_sums(file)
+    return shard
+
+
+def _holder(state: dict[str, Any], place: Sequence[Any]) -> dict[Any, Any]:
+    for key in place[:-1]:
+        state = state[key]
+    return state
