@@ -6,12 +6,13 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fairseq.modules import MultiheadAttention
 from torch import nn
 
 from .architectures import architectures, build_on_meta, describe
+from .arguments import CommandParser
 from .errors import UserError
 from .evaluation.usage import LayerUsage, measure
 from .info_page import Info, MoELayerInfo, columns, render
@@ -56,19 +57,12 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(info.as_json(), indent=2) if args.json else render(info))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="xmoe info",
         usage="xmoe info --arch NAME --vocab ENTRIES [options] [model options]\n       xmoe info --list [--json]",
         description="Parameters and FLOPs a token of an architecture, from the model that fairseq would build.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--list", action="store_true", help="name all architectures, with a line on each, and stop")
     parser.add_argument("--arch", metavar="NAME", help="an architecture of this plugin, or fairseq's transformer*")

@@ -167,7 +167,8 @@ def test_flops_are_those_that_pytorch_counts(words: tuple[str, ...], toy_data: P
     taken = info.measured(model, usage)
     flops = count_flops(model, taken, model.decoder.output_projection, widths, length)
     # fairseq multiplies what the causal mask hides as well: twice the attention term.
-    expected = sentences * length * (flops.total + flops.attention)
+    # A whole number, in floating-point steps: experts a token are a fraction.
+    expected = round(sentences * length * (flops.total + flops.attention))
     # A token that skips strata skips their routers, whose products are all counted.
     strata = [module for module in model.modules() if isinstance(module, StratifiedMoE)]
     skipped = sum(2 * router.weight.numel() for module in strata for router in list(module.routers)[1:])

@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import CommandParser
 from ..errors import UserError
 from . import reading, saving, shards
 from .average import average, newest
@@ -45,17 +46,11 @@ def main(argv: Sequence[str]) -> None:
     args.run(args)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="xmoe checkpoint",
         description="Says what a checkpoint holds; splits, joins and averages checkpoints.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(required=True, metavar="info|consolidate|shard|average")
 
