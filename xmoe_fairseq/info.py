@@ -157,14 +157,19 @@ def _experts(usage: Iterable[LayerUsage]) -> str:
     return ", ".join(f"{use.layer} of {use.experts} experts" for use in usage) or "none"
 
 
+def model_flops(model: Any, taken: Mapping[str, float], context: float) -> Flops:
+    """Counts the operations of a token in an encoder-decoder model; the arguments are those of `count_flops`."""
+    output = getattr(model.decoder, "output_projection", None)  # an adaptive softmax has none
+    widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
+    return count_flops(model, taken, output, widths, context)
+
+
 def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, float], assumption: str) -> Info:
     """Counts a model; taken: by site, the experts that a token takes on average."""
     sites = expert_sites(model)
-    output = getattr(model.decoder, "output_projection", None)  # an adaptive softmax has none
-    widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
 
     def flops(experts: Mapping[str, float]) -> Flops:
-        return count_flops(model, experts, output, widths, args.context)
+        return model_flops(model, experts, args.context)
 
     return Info(
         arch=args.arch,
