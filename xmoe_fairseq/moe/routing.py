@@ -64,6 +64,7 @@ def make_plan(
     capacity: Callable[[Tensor], Tensor] | None = None,
     normalize: bool = False,
     most: int | None = None,
+    most_each: int | None = None,
 ) -> RoutingPlan:
     """Turns the choice of ranks into a plan, and drops what exceeds the experts' capacity.
 
@@ -75,6 +76,7 @@ def make_plan(
         normalize: divide a token's weights by their sum after dropping.
         most: a bound of the number of pairs. The plan then has that many, the unused ones last and with weight
             0, and no number is read back from the device; none makes a plan of exactly the chosen pairs.
+        most_each: a bound of the pairs of one expert, if one is known.
     """
     tokens, num_experts = chosen.shape
     keep = real_tokens(padding_mask, ranked.probs)
@@ -97,6 +99,7 @@ def make_plan(
         first=ranked.order[:, 0],
         num_tokens=tokens,
         count=lambda: _statistics(ranked, wanted, received, keep, real),
+        most_each=most_each,
     )
 
 

@@ -70,7 +70,7 @@ class StratifiedMoE(nn.Module):
         regularizer: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        total, _, dim = experts.fc1_weight.shape
+        total, dim = experts.num_experts, experts.fc1_weight.shape[2]
         if len(routers) != len(sizes) or sum(sizes) != total or min(sizes) < 1:
             raise ValueError(f"strata of {list(sizes)} experts and {len(routers)} routers do not fit {total} experts")
         self.routers = nn.ModuleList(routers)
@@ -134,7 +134,8 @@ class StratifiedMoE(nn.Module):
     def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int, weights: ExpertWeights) -> Tensor:
         """Runs the visible experts, those of earlier strata having no rows."""
         sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
-        return self.regularizer(self.experts(normed, Pairs(plan.token, plan.weight, sizes), weights))
+        pairs = Pairs(plan.token, plan.weight, sizes, most_each=plan.most_each)
+        return self.regularizer(self.experts(normed, pairs, weights))
 
     def _statistics(self, plans: Sequence[RoutingPlan], keep: Tensor, passes: Tensor) -> RoutingStats:
         total = sum(self.sizes)
