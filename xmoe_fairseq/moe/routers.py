@@ -102,6 +102,7 @@ class Router(nn.Module):
             capacity=self.capacity if limited else None,
             normalize=self.normalize,
             most=self.most_pairs(len(logits)) if self.static(logits) else None,
+            most_each=self.most_each(len(logits)),
         )
 
     def static(self, like: Tensor) -> bool:
@@ -110,9 +111,14 @@ class Router(nn.Module):
 
     def most_pairs(self, tokens: int) -> int | None:
         """Bounds the pairs that T tokens make, without looking at them; none where they may be all."""
+        most_each = self.most_each(tokens)
+        return None if most_each is None else self.weight.shape[0] * most_each
+
+    def most_each(self, tokens: int) -> int | None:
+        """Bounds the pairs that an expert gets of T tokens, without looking at them; none where they may be all."""
         if not (self.training and self.options.capacity_factor > 0):
             return None
-        return self.weight.shape[0] * min(int(self.capacity(torch.tensor(tokens))), tokens)
+        return min(int(self.capacity(torch.tensor(tokens))), tokens)
 
     def rank(self, logits: Tensor) -> RankedProbs:
         """Orders the experts of each token."""

@@ -9,9 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .losses import balance_loss, z_loss
 from .pairs import Pairs
-from .statistics import RoutingStats
+from .statistics import RouterSums, RoutingStats
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ def make_plan(
     capacity: Callable[[Tensor], Tensor] | None = None,
     normalize: bool = False,
     most: int | None = None,
+    most_each: int | None = None,
 ) -> RoutingPlan:
     """Turns the choice of ranks into a plan, and drops what exceeds the experts' capacity.
 
@@ -76,6 +76,7 @@ def make_plan(
         normalize: divide a token's weights by their sum after dropping.
         most: a bound of the number of pairs. The plan then has that many, the unused ones last and with weight
             0, and no number is read back from the device; none makes a plan of exactly the chosen pairs.
+        most_each: a bound of the pairs of one expert, if one is known.
     """
     tokens, num_experts = chosen.shape
     keep = real_tokens(padding_mask, ranked.probs)
@@ -98,6 +99,7 @@ def make_plan(
         first=ranked.order[:, 0],
         num_tokens=tokens,
         count=lambda: _statistics(ranked, wanted, received, keep, real),
+        most_each=most_each,
     )
 
 
@@ -119,7 +121,7 @@ def assign(
     load = one_hot.sum(0)
 
     def count() -> RoutingStats:
-        real, none = keep.sum(), weight.new_zeros(())
+        real = keep.sum()
         return RoutingStats(
             tokens=real,
             wanted=real,
@@ -129,8 +131,6 @@ def assign(
             expert_load=load,
             first_choices=load,
             passes=real,
-            balance_loss=none,
-            z_loss=none,
         )
 
     share = weight.index_select(0, token).masked_fill(~used, 0.0)
@@ -171,7 +171,8 @@ def _statistics(ranked: RankedProbs, wanted: Tensor, received: Tensor, keep: Ten
     first = ranked.order[:, :1]
     first_mask = torch.zeros_like(wanted).scatter(1, first, keep.unsqueeze(-1))
     first_choices = first_mask.sum(0)
-    probs = ranked.probs.masked_fill(~keep.unsqueeze(-1), 0.0)
+    probs = ranked.probs.masked_fill(~keep.unsqueeze(-1), 0.0).sum(0)
+    squares = torch.logsumexp(ranked.logits, dim=-1).square().masked_fill(~keep, 0.0).sum()
     return RoutingStats(
         tokens=real,
         wanted=wanted.sum(),
@@ -181,6 +182,5 @@ def _statistics(ranked: RankedProbs, wanted: Tensor, received: Tensor, keep: Ten
         expert_load=received.sum(0),
         first_choices=first_choices,
         passes=real,
-        balance_loss=balance_loss(probs, first_choices, real),
-        z_loss=z_loss(ranked.logits, keep, real),
+        routers=(RouterSums(real, first_choices, probs, squares),),
     )
