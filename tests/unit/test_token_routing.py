@@ -13,6 +13,7 @@ import torch
 from helpers import TINY_ARGS, batches, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_stratified import DIM, make_block
 from torch import Tensor
 
 from xmoe_fairseq.analysis.collect import per_token
@@ -146,14 +147,12 @@ def test_sums_over_the_tokens_are_the_statistics(name: str, toy_data: Path) -> N
 
 @given(st.integers(1, 12), st.integers(0, 99), st.sampled_from(list(ROUTERS)), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_a_device_like_plan_says_the_same(tokens: int, seed: int, kind: str, padded: bool) -> None:
+def test_plans_of_fixed_size_say_the_same(tokens: int, seed: int, kind: str, padded: bool) -> None:
     """Plans of a fixed size, as on a GPU, route strata with all rows; the routing of each token is the same."""
-    from test_stratified import DIM, make_block
-
     x = torch.randn(tokens, DIM, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
     padding = torch.arange(tokens) % 3 == 1 if padded else None
     ids = torch.arange(tokens) * 7 + seed
-    block = make_block((2, 3, 1), kind).eval()
+    block = make_block((2, 3, 2), kind).eval()
     one = block(x, padding, ids)[1].token_routing
     for router in block.routers:
         object.__setattr__(router.options, "static", True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils, utils
-from torch import nn
 
 from ..errors import UserError
 
@@ -43,7 +42,7 @@ class Text:
             yield self.dataset.collater([self.dataset[index] for index in batch])
 
 
-def load(checkpoint: Path, data: Path, pairs: str | None = None) -> tuple[nn.Module, Any]:
+def load(checkpoint: Path, data: Path, pairs: str | None = None) -> tuple[Any, Any]:
     """Loads a model for evaluation, on the GPU where there is one, and its task.
 
     Args:
@@ -67,7 +66,7 @@ def load(checkpoint: Path, data: Path, pairs: str | None = None) -> tuple[nn.Mod
     return models[0].to("cuda" if torch.cuda.is_available() else "cpu").eval(), task
 
 
-def read(task: Any, model: nn.Module, split: str, max_sentences: int, max_tokens: int) -> list[Text]:
+def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int) -> list[Text]:
     """Opens a split; fairseq maps the files into memory and reads a sentence when it is used.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
 
     Step-by-step decoding shows nothing. A stock model has no MoE layers to show.
     """
-    stacks = [getattr(model, name, None) for name in ("encoder", "decoder")]
+    stacks: list[Any] = [getattr(model, name, None) for name in ("encoder", "decoder")]
     recorders = [stack.recorder for stack in stacks if hasattr(stack, "recorder")]
     for recorder in recorders:
         recorder.observer = observer
