@@ -25,7 +25,7 @@ from .parallel import ExpertGroup
 from .regularizers import ConditionalMoE, ExpertOutputMasking, StackedMoE
 from .routers import ROUTERS, Router, RouterOptions, ThresholdRouter, TopKRouter
 from .routing import RoutingPlan
-from .statistics import RoutingStats
+from .statistics import RoutingStats, TokenRouting
 from .stratified import StratifiedMoE, StratifiedPlan
 
 __all__ = [
@@ -43,5 +43,6 @@ __all__ = [
     "StratifiedMoE",
     "StratifiedPlan",
     "ThresholdRouter",
+    "TokenRouting",
     "TopKRouter",
 ]
