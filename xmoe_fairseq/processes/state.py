@@ -143,8 +143,8 @@ def agree(trainer: Any) -> None:
     most, least = ends[0].item(), -ends[1].item()
     if most != least:
         raise UserError(
-            f"process {trainer.data_parallel_rank} found a checkpoint of {updates} updates, others of {least} to {most}:"
-            " --save-dir must be the same folder on all machines"
+            f"process {trainer.data_parallel_rank} found a checkpoint of {updates} updates, others {least} to {most}: "
+            "--save-dir must be the same folder on all machines"
         )
 
 
