@@ -17,7 +17,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from helpers import ROOT, TRAIN_ARGS
-from helpers_training import CONTEXT
+from helpers_training import CONTEXT, Run
 
 from xmoe_fairseq.processes import state
 
@@ -67,6 +67,38 @@ def _call(values: dict[str, str], path: Path, work: Callable[..., Any], args: An
     except BaseException as error:
         result = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
     torch.save(result, path)
+
+
+class Job:
+    """A training in several processes, started as torchrun does.
+
+    Args:
+        size: processes.
+        dies_after: as in `Run`, for the first process.
+    """
+
+    def __init__(self, size: int, data: Path, save: Path, *options: str, dies_after: int = -1) -> None:
+        port = free_port()
+        self.runs = [
+            Run(
+                *(data, save, *options),
+                dies_after=dies_after if rank == 0 else -1,
+                environment=environment(rank, size, port),
+            )
+            for rank in range(size)
+        ]
+
+    def wait(self) -> list[int]:
+        """Gives the exit codes."""
+        return [run.wait() for run in self.runs]
+
+
+def train_together(size: int, data: Path, save: Path, updates: int, *options: str) -> Run:
+    """Trains to the end; gives the first process."""
+    job = Job(size, data, save, *options, "--max-update", str(updates))
+    codes = job.wait()
+    assert not any(codes), job.runs[codes.index(max(codes, key=abs))].said[-3000:]
+    return job.runs[0]
 
 
 def uneven_plan(size: int, updates: int, update_freq: int = 1, sentences: int = 80) -> Plan:

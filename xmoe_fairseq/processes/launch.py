@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import open_dict
 
 from ..errors import UserError
@@ -25,6 +26,8 @@ def one_job(call_main: Any) -> Any:
     @functools.wraps(call_main)
     def call(cfg: Any, main: Callable[..., Any], **kwargs: Any) -> None:
         options = cfg.distributed_training
+        if cfg.common_eval.path is not None:  # a trained model: one process is enough
+            return call_main(cfg, main, **kwargs)
         on_gpu = torch.cuda.is_available() and not cfg.common.cpu
         with open_dict(cfg):
             if options.distributed_init_method is None and all(name in os.environ for name in _TORCHRUN):
@@ -32,7 +35,15 @@ def one_job(call_main: Any) -> Any:
             if options.distributed_world_size > 1 and not on_gpu and not cfg.common.tpu:
                 _without_gpu(options)
         check(cfg, on_gpu)
-        call_main(cfg, main, **kwargs)
+        try:
+            call_main(cfg, main, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise UserError(
+                f"process {options.distributed_rank} cannot reach the others any more ({str(error).splitlines()[0]}): the "
+                "log of one that ended says why. Start the same command again; training goes on from its last checkpoint"
+            ) from error
 
     return call
 
