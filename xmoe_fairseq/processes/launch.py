@@ -41,8 +41,8 @@ def one_job(call_main: Any) -> Any:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise UserError(
-                f"process {options.distributed_rank} cannot reach the others any more ({str(error).splitlines()[0]}): the "
-                "log of one that ended says why. Start the same command again; training goes on from its last checkpoint"
+                f"process {options.distributed_rank} cannot reach the others any more ({str(error).splitlines()[0]}): "
+                "the log of one that ended says why; start again, and training goes on from its last checkpoint"
             ) from error
 
     return call
