@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,8 +38,8 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def together(size: int, folder: Path, work: Callable[..., Any], *args: Any, seconds: float = 100) -> list[Any]:
-    """Calls a function in several processes and gives what each returned."""
+def together(size: int, folder: Path, work: Callable[..., Any], *args: Any, seconds: float = 180) -> list[Any]:
+    """Calls a function in several processes and gives what each returned, within a time limit."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     running = [
@@ -47,8 +48,9 @@ def together(size: int, folder: Path, work: Callable[..., Any], *args: Any, seco
     ]
     for process in running:
         process.start()
+    end = time.monotonic() + seconds
     for process in running:
-        process.join(seconds)
+        process.join(max(end - time.monotonic(), 0))
     hung = [process for process in running if process.exitcode is None]
     for process in hung:
         process.kill()

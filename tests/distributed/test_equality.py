@@ -19,8 +19,15 @@ MODELS = {
 }
 # Adam divides by gradients: where one is 0 but for rounding, as that of attention's key biases, it needs an epsilon.
 OPTIONS = ("--adam-eps", "1e-3", "--lr", "0.01", "--clip-norm", "0.5")
-# Processes, those that share experts, batches an update, back end.
-LAYOUTS = [(2, 1, 1, "pytorch_ddp"), (2, 2, 2, "pytorch_ddp"), (4, 1, 2, "legacy_ddp"), (4, 2, 1, "legacy_ddp")]
+# Model, processes, those that share experts, batches an update, back end.
+CASES = [
+    ("xmoe", 2, 1, 1, "pytorch_ddp"),
+    ("xmoe", 4, 2, 2, "legacy_ddp"),
+    ("smoe", 4, 1, 1, "legacy_ddp"),
+    ("smoe", 2, 2, 2, "pytorch_ddp"),
+    ("top-k", 2, 1, 2, "legacy_ddp"),
+    ("top-k", 4, 4, 1, "pytorch_ddp"),
+]
 SHOWN = (
     "loss",
     "nll_loss",
@@ -41,10 +48,9 @@ def assert_same_logs(processes: list[dict[str, Any]], one: dict[str, Any]) -> No
                 assert process["logs"][update][name] == pytest.approx(expected[name], abs=2e-3), (update, name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("model", MODELS)
-def test_processes_train_as_one(model: str, layout: tuple[int, int, int, str], toy_data: Path, tmp_path: Path) -> None:
-    size, parallel, update_freq, backend = layout
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_processes_train_as_one(case: tuple[str, int, int, int, str], toy_data: Path, tmp_path: Path) -> None:
+    model, size, parallel, update_freq, backend = case
     plan = uneven_plan(size, 20, update_freq)
     words = (*MODELS[model], *OPTIONS)
     one = learn(toy_data, plan, words, False)
@@ -65,6 +71,14 @@ def test_gradients_are_those_of_one_process(toy_data: Path, tmp_path: Path) -> N
     close(many[0]["state"]["model"], one["state"]["model"])
     moved = [(one["state"]["model"][name] - value).abs().max() for name, value in start["state"]["model"].items()]
     assert max(moved) > 0.1
+
+
+def test_processes_with_extreme_loads_do_not_hang(toy_data: Path, tmp_path: Path) -> None:
+    """Of eight experts only the hash of the words decides; processes have one sentence or none."""
+    plan: Plan = [[[[], [], [], [update]], [[], [], [3], []]] for update in range(5)]
+    words = (*MODELS["xmoe"], *OPTIONS, "--moe-router", "hash", "--moe-expert-parallel", "4")
+    many = together(4, tmp_path, learn, toy_data, plan, words, True, seconds=60)
+    assert many[0]["logs"][-1]["enc_load_cv"] > 0.5
 
 
 def test_capacity_is_a_rule_for_each_process(toy_data: Path, tmp_path: Path) -> None:
