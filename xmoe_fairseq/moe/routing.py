@@ -9,9 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .losses import balance_loss, z_loss
 from .pairs import Pairs
-from .statistics import RoutingStats
+from .statistics import RouterSums, RoutingStats
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def assign(
     load = one_hot.sum(0)
 
     def count() -> RoutingStats:
-        real, none = keep.sum(), weight.new_zeros(())
+        real = keep.sum()
         return RoutingStats(
             tokens=real,
             wanted=real,
@@ -132,8 +131,6 @@ def assign(
             expert_load=load,
             first_choices=load,
             passes=real,
-            balance_loss=none,
-            z_loss=none,
         )
 
     share = weight.index_select(0, token).masked_fill(~used, 0.0)
@@ -174,7 +171,8 @@ def _statistics(ranked: RankedProbs, wanted: Tensor, received: Tensor, keep: Ten
     first = ranked.order[:, :1]
     first_mask = torch.zeros_like(wanted).scatter(1, first, keep.unsqueeze(-1))
     first_choices = first_mask.sum(0)
-    probs = ranked.probs.masked_fill(~keep.unsqueeze(-1), 0.0)
+    probs = ranked.probs.masked_fill(~keep.unsqueeze(-1), 0.0).sum(0)
+    squares = torch.logsumexp(ranked.logits, dim=-1).square().masked_fill(~keep, 0.0).sum()
     return RoutingStats(
         tokens=real,
         wanted=wanted.sum(),
@@ -184,6 +182,5 @@ def _statistics(ranked: RankedProbs, wanted: Tensor, received: Tensor, keep: Ten
         expert_load=received.sum(0),
         first_choices=first_choices,
         passes=real,
-        balance_loss=balance_loss(probs, first_choices, real),
-        z_loss=z_loss(ranked.logits, keep, real),
+        routers=(RouterSums(real, first_choices, probs, squares),),
     )

@@ -140,17 +140,15 @@ class StratifiedMoE(nn.Module):
     def _statistics(self, plans: Sequence[RoutingPlan], keep: Tensor, passes: Tensor) -> RoutingStats:
         total = sum(self.sizes)
         stats = [plan.stats for plan in plans]
-        entered = torch.stack([one.tokens > 0 for one in stats]).sum().clamp(min=1)
         counted: dict[str, Any] = {
             name: torch.stack([getattr(one, name) for one in stats]).sum()
-            for name in ("wanted", "received", "first_dropped", "top1_prob", "balance_loss", "z_loss")
+            for name in ("wanted", "received", "first_dropped", "top1_prob")
         }
-        for name in ("balance_loss", "z_loss"):
-            counted[name] = counted[name] / entered  # the mean of the strata that received a token
         for name in ("expert_load", "first_choices"):
             loads = [getattr(one, name) for one in stats]
             counted[name] = torch.stack([F.pad(load, (total - len(load), 0)) for load in loads]).sum(0)
-        return RoutingStats(tokens=keep.sum(), passes=passes.sum(), **counted)
+        routers = tuple(router for one in stats for router in one.routers)
+        return RoutingStats(tokens=keep.sum(), passes=passes.sum(), routers=routers, **counted)
 
 
 def _select(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
