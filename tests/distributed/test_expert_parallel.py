@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-from xmoe_fairseq.checkpoints.shards import _rows
 from xmoe_fairseq.moe import (
     ROUTERS,
     ConditionalMoE,
@@ -391,11 +390,11 @@ def test_a_token_goes_once_to_a_process(world: World, exchange: str) -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8])
-def test_blocks_are_those_of_sharded_checkpoints(blocks: int) -> None:
+def test_blocks_hold_every_expert_once(blocks: int) -> None:
     for experts in range(blocks, 20):
         parts = [block(experts, number, blocks) for number in range(blocks)]
         assert [expert for part in parts for expert in part] == list(range(experts))
-        assert [(part.start, part.stop) for part in parts] == [_rows(experts, n, blocks) for n in range(blocks)]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def check_two_groups(rank: int) -> None:
