@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 import traceback
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers_training import CONTEXT
 
 
 class World:
@@ -64,12 +64,10 @@ class World:
         return [answers[rank] for rank in range(self.size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["xmoe_fairseq.moe"])
         meeting = str(Path(self.folder.name) / str(time.monotonic_ns()))
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.size, meeting, self.patience, theirs), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_work, args=(rank, self.size, meeting, self.patience, theirs), daemon=True)
             process.start()
             theirs.close()
             self.members.append((process, ours))

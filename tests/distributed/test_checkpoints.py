@@ -12,7 +12,18 @@ from helpers_training import MODEL, assert_same, train
 
 # Without the balance loss, a batch is worth as much in one process as in another. An epoch has 13 of them: the last
 # update of four is not full.
-ADAM = ("--adam-eps", "1e-3", "--dropout", "0", "--moe-loss-coeff", "0")
+ADAM = (
+    "--adam-eps",
+    "1e-3",
+    "--dropout",
+    "0",
+    "--moe-loss-coeff",
+    "0",
+    "--store-ema",
+    "--ema-fp32",
+    "--ema-decay",
+    "0.5",
+)
 SPLIT = ("--ddp-backend", "legacy_ddp", "--moe-expert-parallel")
 # Updates at which training stops, processes, those that share experts.
 STAGES = ((2, 4, 2), (5, 2, 2), (7, 1, 1), (8, 4, 4))
@@ -28,6 +39,9 @@ def test_training_goes_on_with_other_numbers_of_processes(toy_data: Path, tmp_pa
     close(part.parameters(), whole.parameters())
     states = [torch.load(run.save / "checkpoint_last.pt", weights_only=True) for run in (part, whole)]
     assert [state["cfg"]["model"]["moe_expert_parallel"] for state in states] == [1, 1]
+    assert list(states[0]) == list(states[1]) and list(states[0]["model"]) == list(states[1]["model"])
+    for average in ("ema", "ema_fp32_params"):
+        close(*(state["extra_state"][average] for state in states))
     moments = [state["last_optimizer_state"]["state"] for state in states]
     assert list(moments[0]) == list(moments[1])
     for number, values in moments[0].items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fairseq.distributed import utils as distributed
 from omegaconf import open_dict
 
 from ..errors import UserError
@@ -65,13 +66,14 @@ def _join_torchrun(options: Any, on_gpu: bool) -> None:
 
 
 def _without_gpu(options: Any) -> None:
-    """Uses gloo, and the processes that are there: fairseq starts more on GPUs only."""
+    """Uses gloo, and the processes that are there: fairseq starts others on GPUs only, and SLURM's use them."""
     size = options.distributed_world_size
-    if options.distributed_init_method is None and "SLURM_PROCID" not in os.environ:
+    if options.distributed_init_method is None and not distributed._infer_slurm_init(options, None):
         raise UserError(
             f"--distributed-world-size {size} starts no processes without GPUs: start them with "
-            f"torchrun --nproc_per_node {size} $(which fairseq-train) ..."
+            f"torchrun --nproc_per_node {size} $(which fairseq-train) ..., or give --distributed-world-size 1"
         )
+    options.device_id = 0
     options.distributed_backend = "gloo"
     options.distributed_no_spawn = True
 
