@@ -138,11 +138,16 @@ def test_torchrun_starts_again_after_a_death(toy_data: Path, tmp_path: Path) -> 
     environment: dict[str, Any] = {**os.environ, "MARKER": str(tmp_path / "died"), "PYTHONPATH": str(ROOT)}
     command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", BIN / "fairseq-train"]
     command += [toy_data, *words, "--max-update", "8", "--save-dir", tmp_path / "run"]
-    result = subprocess.run(
-        list(map(str, command)), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "died").exists() and "(epoch 1 @ 4 updates)" in result.stdout
+    with (tmp_path / "said").open("w") as said:
+        agent = subprocess.Popen(list(map(str, command)), env=environment, cwd=ROOT, stdout=said, stderr=said)
+        try:
+            code = agent.wait(300)
+        finally:
+            agent.terminate()  # also ends its processes
+            agent.wait(60)
+    text = (tmp_path / "said").read_text()
+    assert code == 0, text[-3000:]
+    assert (tmp_path / "died").exists() and "(epoch 1 @ 4 updates)" in text
     whole = train_together(
         2, toy_data, tmp_path / "whole", 8, *MODEL, "--moe-expert-parallel", "2", "--save-interval-updates", "2"
     )
