@@ -25,6 +25,7 @@ from torch import Tensor
 from xmoe_fairseq.moe import ExpertGroup, Experts, MoELayer
 from xmoe_fairseq.moe.parallel import block
 
+PARTS = ("bytes", "times")
 ROW = DIM * 4  # bytes of a token, in float32
 
 
@@ -113,6 +114,8 @@ class Member:
 
     def times(self) -> Iterator[Row]:
         """The layer on one thread a process, over one process with all threads, and over no exchange."""
+        if self.size > 2:
+            return  # more processes than cores
         case = make_case(self.tokens * self.size)
         whole, part = case.layer, self.part(case)
         runs = {
@@ -146,7 +149,7 @@ def work(rank: int, size: int, folder: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     member = Member(args)
-    rows = [*member.bytes(), *(member.times() if size == 2 else ())]
+    rows = [row for part in args.only for row in getattr(member, part)()]
     if rank == 0:
         torch.save([vars(row) for row in rows], Path(folder) / "rows.pt")
     dist.destroy_process_group()
@@ -156,6 +159,7 @@ def main() -> None:
     """Measures, prints and writes."""
     options = parser("Experts split over processes: bytes and time")
     options.add_argument("--rounds", type=int, default=9, help="rounds, of which the quartiles are shown")
+    options.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to measure")
     args = options.parse_args()
     if args.device != "cpu":
         raise SystemExit("--device cuda: this benchmark has been written for gloo on a CPU only")
