@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairseq.distributed import utils as distributed
 from omegaconf import open_dict
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from ..errors import UserError
 from . import layout
@@ -62,7 +63,19 @@ def _join_torchrun(options: Any, on_gpu: bool) -> None:
     options.device_id = local % gpus if on_gpu else 0
     options.distributed_no_spawn = True
     if size > 1:
-        options.distributed_init_method = "env://"
+        options.distributed_init_method = "torchrun://"
+
+
+def _meet(url: str, **options: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """Lets the processes of torchrun find each other.
+
+    Its store outlives a restart, after which torch's own ``env://`` may find the addresses of processes that died.
+    """
+    store, rank, size = next(rendezvous("env://", **options))
+    yield dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size
+
+
+register_rendezvous_handler("torchrun", _meet)
 
 
 def _without_gpu(options: Any) -> None:
