@@ -12,6 +12,7 @@ from .errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("info", "Parameters and FLOPs a token of an architecture."),
     "checkpoint": ("checkpoints.command", "Says what a checkpoint holds; splits, joins and averages checkpoints."),
+    "score": ("evaluation.score_command", "Translates the test sets with a checkpoint and scores them."),
 }
 
 

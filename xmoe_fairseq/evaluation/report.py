@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,9 +27,9 @@ from .plot import draw_report
 from .results import Direction, Report
 from .score import score_output
 from .usage import LayerUsage, measure
+from .versions import read_versions
 
 TASK_PREFIX = "multilingual_"
-PACKAGES = ("fairseq", "torch", "sacrebleu", "sentencepiece", "xmoe_fairseq")
 
 Measure = Callable[[Path, Path], list[LayerUsage]]
 
@@ -105,13 +103,6 @@ def read_seconds(path: Path) -> dict[str, float]:
     if not isinstance(seconds, dict) or not all(type(value) in (int, float) for value in seconds.values()):
         raise UserError(f"{path} must map each stage to its seconds, as in {{'train': 80.2}}")
     return {stage: float(value) for stage, value in seconds.items()}
-
-
-def read_versions() -> dict[str, str]:
-    """Names the versions of Python and of the installed distributions behind ``PACKAGES``."""
-    installed = metadata.packages_distributions()
-    names = sorted({name for package in PACKAGES for name in installed.get(package, ())})
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
 def build_report(run: Path, data: Path, task: str | None, checkpoint: Path, measure_usage: Measure = measure) -> Report:
