@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("info", "Parameters and FLOPs a token of an architecture."),
     "checkpoint": ("checkpoints.command", "Says what a checkpoint holds; splits, joins and averages checkpoints."),
     "score": ("evaluation.score_command", "Translates the test sets with a checkpoint and scores them."),
+    "compare": ("evaluation.compare_command", "Compares scored systems, with paired bootstrap."),
 }
 
 

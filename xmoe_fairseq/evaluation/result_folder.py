@@ -73,15 +73,14 @@ class ResultFolder:
         """
         sources, references, hypotheses = read_texts(self.path, name)
         about = read_json(self.path / name / ABOUT)
-        usage = [
-            LayerUsage(**{k: tuple(v) if isinstance(v, list) else v for k, v in u.items()}) for u in about["usage"]
-        ]
+        usage = [_usage(layer) for layer in about["usage"]]
         return sources, references, Translated(hypotheses, about["seconds"], about["too_long"], usage)
 
 
 def _usage(values: Mapping[str, Any]) -> LayerUsage:
     """Makes tuples of JSON's lists."""
-    return LayerUsage(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return LayerUsage(**fields)
 
 
 def read_texts(folder: Path, name: str) -> tuple[list[str], list[str], list[str]]:
