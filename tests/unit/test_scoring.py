@@ -220,6 +220,8 @@ def test_languages_are_told_apart() -> None:
     assert detector.wrong_share([*german, ""], "deu_Latn") == 0
     assert detector.wrong_share([german[0], "This is a small house at the end of the street."], "deu_Latn") == 0.5
     assert detector.wrong_share(["Dette er et lite hus ved enden av gaten."], "nob") == 0
+    other = language.LanguageDetector(["fr", "en"])
+    assert other.wrong_share(german, "deu_Latn") is None and detector.wrong_share(german, "deu_Latn") == 0
     assert detector.wrong_share(german, "xx") is None and detector.wrong_share([" "], "fr") is None
 
 
@@ -230,6 +232,7 @@ def test_without_a_detector_the_columns_are_absent_and_it_is_said_once(
     score(data, checkpoint, "--out", tmp_path / "with")
     assert "wrong language" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    language._load_model.cache_clear()
     cli.main(["score", str(data), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "without")])
     said = capsys.readouterr()
     assert "wrong language" not in said.out and said.err.count("pip install py3langid langcodes") == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from ..errors import UserError
@@ -101,14 +101,14 @@ def read_thresholds(text: str) -> list[float]:
             first, last, step = map(Decimal, text.split(":"))
             # Decimals, so that ten steps of 0.1 are 1.
             count = int((last - first) / step) + 1 if step > 0 else 0
-            values = [first + number * step for number in range(count)]
+            values = [float(first + number * step) for number in range(count)]
         else:
-            values = sorted({Decimal(word) for word in text.split(",")})
-    except (InvalidOperation, ValueError) as error:
+            values = sorted({float(word) for word in text.split(",")})
+    except (ArithmeticError, ValueError) as error:
         raise UserError(f"--thresholds {text} is not FIRST:LAST:STEP, such as 0.1:1.0:0.1, or 0.3,0.5,0.9") from error
     if not values or not all(0 <= value <= 1 for value in values):
         raise UserError(f"--thresholds {text} is out of range: it must name thresholds in [0, 1], from low to high")
-    return [float(value) for value in values]
+    return values
 
 
 def make_point(threshold: float, scores: Scores) -> Point:
