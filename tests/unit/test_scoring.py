@@ -233,7 +233,9 @@ def test_without_a_detector_the_columns_are_absent_and_it_is_said_once(
     assert "wrong language" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     language._load_model.cache_clear()
-    cli.main(["score", str(data), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "without")])
+    words = ["--data", str(data), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "sweep")]
+    cli.main(["sweep", *words, "--thresholds", "0.3,0.6", "--pairs", "en-ca"])
+    cli.main(["score", str(data), *words[2:4], "--out", str(tmp_path / "without")])
     said = capsys.readouterr()
     assert "wrong language" not in said.out and said.err.count("pip install py3langid langcodes") == 1
 
