@@ -161,6 +161,25 @@ def test_results_of_two_systems_are_never_mixed(
         score(data, checkpoint, "--out", data)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("en-ca/hyp.ca", "one line\n", r"en-ca has 12 sources, 12 references and 1 translations: remove it"),
+        ("en-ca/about.json", "{", r"about.json is not JSON .*: remove .*en-ca and score again"),
+        ("en-ca/about.json", '{"usage": [{}]}', r"about.json is damaged .*: remove .*en-ca"),
+        ("settings.json", "[]", r"settings.json holds no JSON object"),
+    ],
+)
+def test_damaged_results_are_named(
+    file: str, text: str, message: str, data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_translator(monkeypatch, spoil(3))
+    score(data, checkpoint, "--out", tmp_path / "out", "--pairs", "en-ca")
+    (tmp_path / "out" / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        score(data, checkpoint, "--out", tmp_path / "out", "--pairs", "en-ca")
+
+
 def write_run(folder: Path, data: Path, pair: str = "en-ca") -> Path:
     """Writes what fairseq-generate would of the references with one word changed."""
     target = pair.split("-")[1]
