@@ -92,7 +92,7 @@ class ScoreJob:
         detector = find_detector(languages)
         if detector is None and not bar.disable:
             _say_once(MISSING)
-        groups = _groups(self.data, self.benchmark)
+        groups = read_groups_of(self.data, self.benchmark)
         rows, usages = [], []
         for pair in self.pairs:
             bar.set_description(pair)
@@ -229,7 +229,7 @@ def _known_pairs(data: Path, generated: Path | None) -> list[str]:
     return found
 
 
-def _groups(data: Path, benchmark: Benchmark) -> dict[str, str]:
+def read_groups_of(data: Path, benchmark: Benchmark) -> dict[str, str]:
     """Gives the group of each language; none where the data names no groups."""
     if not benchmark.groups and not (data / "groups.tsv").is_file():
         return {}

@@ -21,15 +21,17 @@ Five lines are enough::
 
 from .experts import Experts
 from .layer import MoELayer
+from .parallel import ExpertGroup
 from .regularizers import ConditionalMoE, ExpertOutputMasking, StackedMoE
 from .routers import ROUTERS, Router, RouterOptions, ThresholdRouter, TopKRouter
 from .routing import RoutingPlan
-from .statistics import RoutingStats
+from .statistics import RoutingStats, TokenRouting
 from .stratified import StratifiedMoE, StratifiedPlan
 
 __all__ = [
     "ROUTERS",
     "ConditionalMoE",
+    "ExpertGroup",
     "ExpertOutputMasking",
     "Experts",
     "MoELayer",
@@ -41,5 +43,6 @@ __all__ = [
     "StratifiedMoE",
     "StratifiedPlan",
     "ThresholdRouter",
+    "TokenRouting",
     "TopKRouter",
 ]
