@@ -6,10 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import info
+from .analysis import command as analysis
 from .checkpoints import command
 from .errors import UserError
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"info": info.main, "checkpoint": command.main}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "info": info.main,
+    "checkpoint": command.main,
+    "analyze": analysis.main,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
