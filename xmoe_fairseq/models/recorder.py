@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..moe import RoutingPlan, RoutingStats, StratifiedPlan
+
+Observer = Callable[[str, RoutingPlan | StratifiedPlan], None]
 
 
 class RoutingRecorder:
@@ -25,6 +28,8 @@ class RoutingRecorder:
 
     def __init__(self) -> None:
         self._records: list[RoutingStats] | None = None
+        # Is shown each recorded plan, under the layer's name.
+        self.observer: Observer | None = None
 
     @contextmanager
     def recording(self, tokens: Tensor, listen: bool = True) -> Iterator[list[RoutingStats]]:
@@ -49,3 +54,22 @@ class RoutingRecorder:
             stats = dataclasses.replace(plan.stats, layer=layer)
             if self._records is not None:
                 self._records.append(stats)
+                if self.observer is not None:
+                    self.observer(layer, plan)
+
+
+@contextmanager
+def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Shows the plan of each MoE layer of a model to ``observer``, under the layer's name, until the block ends.
+
+    Step-by-step decoding shows nothing. A stock model has no MoE layers to show.
+    """
+    stacks: list[Any] = [getattr(model, name, None) for name in ("encoder", "decoder")]
+    recorders = [stack.recorder for stack in stacks if hasattr(stack, "recorder")]
+    for recorder in recorders:
+        recorder.observer = observer
+    try:
+        yield
+    finally:
+        for recorder in recorders:
+            recorder.observer = None

@@ -24,7 +24,7 @@ from .layer import MoELayer
 from .regularizers import ConditionalMoE, ExpertOutputMasking, StackedMoE
 from .routers import ROUTERS, Router, RouterOptions, ThresholdRouter, TopKRouter
 from .routing import RoutingPlan
-from .statistics import RoutingStats
+from .statistics import RoutingStats, TokenRouting
 from .stratified import StratifiedMoE, StratifiedPlan
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "StratifiedMoE",
     "StratifiedPlan",
     "ThresholdRouter",
+    "TokenRouting",
     "TopKRouter",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .layer import flat
 from .routing import real_tokens
-from .statistics import RoutingStats
+from .statistics import RoutingStats, TokenRouting, add_up
 
 
 class ExpertOutputMasking(nn.Module):
@@ -104,12 +104,16 @@ class StackedMoE(nn.Module):
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """Runs the layers; the plan is the last one's, with the statistics of all."""
+        """Runs the layers; the plan is the last one's, with the statistics and the routing of all."""
         plans = []
         for layer in self.layers:
             x, plan = layer(x, padding_mask, tokens)
             plans.append(plan)
-        return x, replace(plan, count=lambda: _together([one.stats for one in plans]))
+        return x, replace(
+            plan,
+            count=lambda: _together([one.stats for one in plans]),
+            trace=lambda: _token_by_token([one.token_routing for one in plans]),
+        )
 
 
 def _together(seen: list[RoutingStats]) -> RoutingStats:
@@ -119,6 +123,10 @@ def _together(seen: list[RoutingStats]) -> RoutingStats:
     }
     means = {name: sums.pop(name) / len(seen) for name in ("balance_loss", "z_loss")}
     return replace(seen[0], **sums, **loads, **means)
+
+
+def _token_by_token(seen: list[TokenRouting]) -> TokenRouting:
+    return add_up(seen, torch.cat([one.taken for one in seen], dim=-1))
 
 
 _SUMMED = ("wanted", "received", "first_dropped", "top1_prob", "passes", "balance_loss", "z_loss")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .losses import balance_loss, z_loss
 from .pairs import Pairs
-from .statistics import RoutingStats
+from .statistics import RoutingStats, TokenRouting, entropy
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,23 @@ class RoutingPlan(Pairs):
         first: (T,) int64, each token's first choice, whether or not it was dropped; arbitrary for padding.
         num_tokens: T, the rows of the layer's input, padding included.
         count: makes `stats`.
+        trace: makes `token_routing`.
     """
 
     first: Tensor
     num_tokens: int
     count: Callable[[], RoutingStats]
+    trace: Callable[[], TokenRouting]
 
     @cached_property
     def stats(self) -> RoutingStats:
         """Sums for losses and logs, made when they are first asked for: decoding never does."""
         return self.count()
+
+    @cached_property
+    def token_routing(self) -> TokenRouting:
+        """What was done with each token, made when it is first asked for: only analysis does."""
+        return self.trace()
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,12 @@ def make_plan(
         first=ranked.order[:, 0],
         num_tokens=tokens,
         count=lambda: _statistics(ranked, wanted, received, keep, real),
+        trace=lambda: TokenRouting(
+            taken=received.long(),
+            passes=keep.long(),
+            top1_prob=ranked.sorted[:, 0].masked_fill(~keep, 0.0),
+            entropy=entropy(ranked.probs).masked_fill(~keep, 0.0),
+        ),
     )
 
 
@@ -134,7 +147,15 @@ def assign(
         )
 
     share = weight.index_select(0, token).masked_fill(~used, 0.0)
-    return RoutingPlan(token, share, load, expert, len(expert), count)
+    return RoutingPlan(
+        token,
+        share,
+        load,
+        expert,
+        len(expert),
+        count,
+        trace=lambda: TokenRouting(one_hot.long(), keep.long(), weight.masked_fill(~keep, 0.0), None),
+    )
 
 
 def _grouped(received: Tensor, most: int | None) -> tuple[Tensor, Tensor, Tensor]:

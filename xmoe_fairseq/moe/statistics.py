@@ -1,9 +1,11 @@
-"""What one MoE layer did in one forward pass, as sums that stay on the device."""
+"""What one MoE layer did in one forward pass: as sums that stay on the device, and token by token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -42,3 +44,51 @@ class RoutingStats:
     z_loss: Tensor
     gate: Tensor | None = None
     layer: str = ""
+
+
+@dataclass(frozen=True)
+class TokenRouting:
+    """What one call of one MoE layer did with each token; padding has zeros everywhere.
+
+    Summed over the tokens, ``taken``, ``passes`` and ``top1_prob`` are `RoutingStats`' ``expert_load``, ``passes``
+    and ``top1_prob``. A model gives (batch, length, ...) instead of (T, ...).
+
+    Attributes:
+        taken: (T, E) int64, how often each expert was computed for the token: more than once only where several
+            strata choose it. Stacked layers have their experts one after the other.
+        passes: (T,) int64, how often the token was routed: its requested capacity (RC) in a stratified layer.
+        top1_prob: (T,) probability of the first choice, added up over the passes.
+        entropy: (T,) entropy of the router's probabilities in nats, added up over the passes; none for routers that
+            do not choose by probability (hash, balanced).
+    """
+
+    taken: Tensor
+    passes: Tensor
+    top1_prob: Tensor
+    entropy: Tensor | None
+
+    @property
+    def experts(self) -> Tensor:
+        """(T,) int64, experts computed for each token."""
+        return self.taken.sum(-1)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TokenRouting:
+        """Changes every tensor."""
+        entropy = None if self.entropy is None else change(self.entropy)
+        return TokenRouting(change(self.taken), change(self.passes), change(self.top1_prob), entropy)
+
+
+def add_up(parts: Sequence[TokenRouting], taken: Tensor) -> TokenRouting:
+    """Adds up what several routers did with the same tokens, but for ``taken``, which is given."""
+    entropies = [part.entropy for part in parts if part.entropy is not None]
+    return TokenRouting(
+        taken=taken,
+        passes=torch.stack([part.passes for part in parts]).sum(0),
+        top1_prob=torch.stack([part.top1_prob for part in parts]).sum(0),
+        entropy=torch.stack(entropies).sum(0) if entropies else None,
+    )
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats of distributions (..., E), an impossible choice counting 0: (...)."""
+    return torch.special.entr(probs).sum(-1)

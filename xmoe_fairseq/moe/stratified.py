@@ -17,7 +17,7 @@ from .layer import flat
 from .pairs import Pairs
 from .routers import Router
 from .routing import RoutingPlan, real_tokens
-from .statistics import RoutingStats
+from .statistics import RoutingStats, TokenRouting, add_up
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,23 @@ class StratifiedPlan:
         plans: one a stratum, over the tokens that entered it.
         passes: (T,) int64, the strata each token was computed in (its requested capacity); 0 for padding.
         count: makes `stats`.
+        trace: makes `token_routing`.
     """
 
     plans: list[RoutingPlan]
     passes: Tensor
     count: Callable[[], RoutingStats]
+    trace: Callable[[], TokenRouting]
 
     @cached_property
     def stats(self) -> RoutingStats:
         """Sums over all strata, made when they are first asked for."""
         return self.count()
+
+    @cached_property
+    def token_routing(self) -> TokenRouting:
+        """What all strata did with each token, made when it is first asked for."""
+        return self.trace()
 
 
 class StratifiedMoE(nn.Module):
@@ -103,7 +110,7 @@ class StratifiedMoE(nn.Module):
         # The stratum each token enters next; past the last one for padding.
         place = torch.where(keep, 0, len(self.sizes))
         passes = torch.zeros_like(place)
-        state, plans = start, []
+        state, plans, entered = start, [], []
         weights = self.experts.weights(start.device)
         static = cast(Router, self.routers[0]).static(start)
         for number, (router, norm) in enumerate(zip(self.routers, self.norms, strict=True)):
@@ -116,6 +123,7 @@ class StratifiedMoE(nn.Module):
             plan = router(normed, ~inside if rows is None else None, _select(ids, rows))
             y = self._compute(normed, plan, sum(self.sizes[:number]), weights)
             plans.append(plan)
+            entered.append(rows)
             residual = normed if self.exit_norm is not None and number > 0 else entering
             leaving = self.stratum[plan.first + sum(self.sizes[:number])] + 1
             passed = (residual + y).to(state.dtype)
@@ -129,7 +137,8 @@ class StratifiedMoE(nn.Module):
         if self.exit_norm is not None:
             state = torch.where(keep.unsqueeze(-1), self.exit_norm(state), state)
         count = partial(self._statistics, plans, keep, passes)
-        return (state - start).reshape(x.shape), StratifiedPlan(plans, passes, count)
+        trace = partial(self._token_routing, plans, entered, len(start))
+        return (state - start).reshape(x.shape), StratifiedPlan(plans, passes, count, trace)
 
     def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int, weights: ExpertWeights) -> Tensor:
         """Runs the visible experts, those of earlier strata having no rows."""
@@ -150,6 +159,19 @@ class StratifiedMoE(nn.Module):
             loads = [getattr(one, name) for one in stats]
             counted[name] = torch.stack([F.pad(load, (total - len(load), 0)) for load in loads]).sum(0)
         return RoutingStats(tokens=keep.sum(), passes=passes.sum(), **counted)
+
+    def _token_routing(
+        self, plans: Sequence[RoutingPlan], entered: Sequence[Tensor | None], tokens: int
+    ) -> TokenRouting:
+        """Adds up the strata; entered: the rows that each plan is about, none for all."""
+
+        def over_tokens(rows: Tensor | None, values: Tensor) -> Tensor:
+            return values if rows is None else values.new_zeros(tokens, *values.shape[1:]).index_copy(0, rows, values)
+
+        parts = [plan.token_routing.map(partial(over_tokens, rows)) for plan, rows in zip(plans, entered, strict=True)]
+        total = sum(self.sizes)
+        visible = [F.pad(part.taken, (total - part.taken.shape[1], 0)) for part in parts]
+        return add_up(parts, torch.stack(visible).sum(0))
 
 
 def _select(values: Tensor | None, rows: Tensor | None) -> Tensor | None:

@@ -1,0 +1,1 @@
+"""``xmoe analyze``: where the capacity goes, by language, layer, token and position."""

@@ -1,0 +1,104 @@
+"""A trained model and the text that it reads, direction by direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, utils
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Text:
+    """The sentences of one direction.
+
+    Attributes:
+        source, target: language codes.
+        dataset: fairseq's dataset of sentence pairs.
+        batches: indices of the sentences of each batch.
+    """
+
+    source: str
+    target: str
+    dataset: Any
+    batches: list[list[int]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}-{self.target}"
+
+    @property
+    def sentences(self) -> int:
+        return sum(map(len, self.batches))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Gives fairseq's batches, whose ``net_input`` is what the model takes."""
+        for batch in self.batches:
+            yield self.dataset.collater([self.dataset[index] for index in batch])
+
+
+def load(checkpoint: Path, data: Path, pairs: str | None = None) -> tuple[Any, Any]:
+    """Loads a model for evaluation, on the GPU where there is one, and its task.
+
+    Args:
+        checkpoint: as written by ``fairseq-train``.
+        data: the folder of ``data_prep/prepare.sh``, or its ``bin``.
+        pairs: directions, such as ``en-de,de-en``; none for all.
+
+    Raises:
+        UserError: a file is missing or damaged, or the data lack a direction.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"there is no checkpoint {checkpoint}: check the name")
+    if not data.is_dir():
+        raise UserError(f"there is no data folder {data}: give the folder made by data_prep/prepare.sh")
+    binarised = data / "bin" if (data / "bin").is_dir() else data
+    # Only options that the checkpoint's task has are replaced.
+    overrides: dict[str, Any] = {"data": str(binarised), "valid_lines": 0}
+    if pairs is not None:
+        overrides["lang_pairs"] = pairs
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
+    return models[0].to("cuda" if torch.cuda.is_available() else "cpu").eval(), task
+
+
+def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int) -> list[Text]:
+    """Opens a split; fairseq maps the files into memory and reads a sentence when it is used.
+
+    Args:
+        task: of the model.
+        model: what it can read bounds the length; longer sentences are left out.
+        split: such as ``test``.
+        max_sentences: the first ones of each direction; 0 for all.
+        max_tokens: the most tokens of a batch, padding included.
+
+    Raises:
+        UserError: the split is missing, or no sentence is usable.
+    """
+    try:
+        task.load_dataset(split)
+    except FileNotFoundError as error:
+        raise UserError(f"the data has no split {split}: {error}") from error
+    longest = utils.resolve_max_positions(task.max_positions(), model.max_positions())
+    texts = []
+    for source, target, dataset in _directions(task, split):
+        count = min(max_sentences or len(dataset), len(dataset))
+        order = dataset.ordered_indices()
+        indices, _ = dataset.filter_indices_by_size(order[order < count], longest)
+        batches = dataset.batch_by_size(indices, max_tokens=max_tokens)
+        texts.append(Text(source, target, dataset, [list(map(int, batch)) for batch in batches]))
+    if not any(text.batches for text in texts):
+        raise UserError(f"no sentence of the split {split} is short enough for the model ({longest} tokens)")
+    return texts
+
+
+def _directions(task: Any, split: str) -> list[tuple[str, str, Any]]:
+    dataset = task.dataset(split)
+    if not hasattr(task, "data_manager"):  # of stock fairseq's bilingual task
+        return [(task.cfg.source_lang, task.cfg.target_lang, dataset)]
+    names = [(one["src"], one["tgt"]) for one in task.data_manager.get_split_data_param_list(split, 1)]
+    return [(*name, part) for name, part in zip(names, dataset.datasets, strict=True)]
