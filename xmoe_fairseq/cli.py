@@ -8,8 +8,13 @@ from collections.abc import Callable, Sequence
 from . import info
 from .checkpoints import command
 from .errors import UserError
+from .report import command as report_command
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"info": info.main, "checkpoint": command.main}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "info": info.main,
+    "checkpoint": command.main,
+    "report": report_command.main,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

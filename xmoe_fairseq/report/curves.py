@@ -137,9 +137,7 @@ def _courses(kind: Kind, training: Training) -> Iterator[tuple[str, str, dict[in
 def _select(points: Mapping[int, Values], metric: str, positive: bool) -> dict[int, float]:
     """Takes one metric, leaving out what no axis has a place for."""
     found = {update: values[metric] for update, values in points.items() if metric in values}
-    return {
-        update: value for update, value in found.items() if math.isfinite(value) and (value > 0 or not positive)
-    }
+    return {update: value for update, value in found.items() if math.isfinite(value) and (value > 0 or not positive)}
 
 
 def _line(label: str, style: str, points: Mapping[int, float], across: _Axis, up: _Axis) -> Line:

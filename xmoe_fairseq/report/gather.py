@@ -1,21 +1,11 @@
-"""Scores every direction of a run, measures its use of experts, and writes a page, a picture and a JSON file.
-
-.. code-block:: bash
-
-    python -m xmoe_fairseq.evaluation.report --run RUN --data DATA --task multilingual_demo4
-
-reads ``RUN/generate/SRC-TGT/generate-test.txt``, ``RUN/checkpoints/checkpoint_best.pt``, ``RUN/seconds.json`` (where
-there), ``DATA/raw`` and ``DATA/bin``, and writes ``RUN/report.{md,json,png}`` and ``RUN/generate/SRC-TGT/hyp.TGT``.
-"""
+"""Gathers what a report shows: scores, the use of experts, the logs, the settings."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import platform
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -23,34 +13,68 @@ from tqdm import tqdm
 
 from .. import benchmarks
 from ..errors import UserError
-from .outputs import read_lines, replacing
-from .page import render_page
-from .plot import draw_report
-from .results import Direction, Report
-from .score import score_output
-from .usage import LayerUsage, measure
+from ..evaluation.outputs import read_lines
+from ..evaluation.score import score_output
+from ..evaluation.usage import LayerUsage, measure
+from .logs import find_logs, read_training
+from .results import Direction, Report, Sample, TracedSample, pick_samples
+from .settings import Settings, read_settings
+from .traces import trace
 
 TASK_PREFIX = "multilingual_"
 PACKAGES = ("fairseq", "torch", "sacrebleu", "sentencepiece", "xmoe_fairseq")
 
-Measure = Callable[[Path, Path], list[LayerUsage]]
+# Sentences shown token by token: as many of each direction, so that a page of many directions stays small.
+_MOST_TRACED, _MOST_OF_ONE_DIRECTION = 400, 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint with its data, folder of data_prep/prepare.sh, and the tokens in a batch of its test set."""
+
+    checkpoint: Path
+    data: Path
+    max_tokens: int = 4096
+
+    def settings(self) -> Settings:
+        """Reads what it was trained with."""
+        return read_settings(self.checkpoint)
+
+    def usage(self) -> list[LayerUsage]:
+        """Measures the use of experts on the whole test set."""
+        return measure(self.checkpoint, self.data / "bin", self.max_tokens)
+
+    def trace(self, samples: Sequence[Sample]) -> list[TracedSample]:
+        """Counts the experts of each token of translated sentences."""
+        return trace(self.checkpoint, self.data, samples)
+
+
+def find_checkpoint(run: Path) -> Path:
+    """Finds a run's best checkpoint, or its last one where none was the best.
+
+    Raises:
+        UserError: there is neither.
+    """
+    names = [folder / f"checkpoint_{kind}.pt" for kind in ("best", "last") for folder in (run / "checkpoints", run)]
+    found = next((path for path in names if path.is_file()), None)
+    if found is None:
+        raise UserError(f"no checkpoint {names[0]}: train first, or give --checkpoint")
+    return found
 
 
 def find_directions(run: Path, task: str | None) -> list[str]:
     """Lists the directions that were decoded, ``SRC-TGT``, each a folder of ``RUN/generate``.
 
     Args:
-        run: the folder of the run.
+        run: the folder of the run; nothing was decoded where it has no such folders.
         task: ``multilingual_NAME``; where the benchmark NAME fixes its languages, the folders must be its directions,
             no fewer and no more, and come in its order.
 
     Raises:
-        UserError: nothing was decoded, the task is unknown, or the folders are not those of the task.
+        UserError: the task is unknown, or the folders are not those of the task.
     """
     generate = run / "generate"
     found = sorted(path.name for path in generate.iterdir() if path.is_dir()) if generate.is_dir() else []
-    if not found:
-        raise UserError(f"no folder {generate}/SRC-TGT: run fairseq-generate with --results-path first")
     wrong = [name for name in found if not all(name.partition("-")[::2])]
     if wrong:
         raise UserError(f"{generate}/{wrong[0]} is not named SRC-TGT")
@@ -125,56 +149,27 @@ def read_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
-def build_report(run: Path, data: Path, task: str | None, checkpoint: Path, measure_usage: Measure = measure) -> Report:
+def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path] | None = None) -> Report:
     """Gathers everything for the report of a run.
 
     Scoring comes first, since it finds what is missing in seconds.
 
     Args:
         run: the folder of the run.
-        data: the folder of the data, with ``raw`` and ``bin``.
         task: as for ``find_directions``; also the title of the page, the folder's name if None.
-        checkpoint: the model whose use of experts is measured.
-        measure_usage: called with the checkpoint and the folder of binarised data.
+        model: whose use of experts is measured, and on which data.
+        logs: of the training; None to take those of the run.
 
     Raises:
         UserError: an input is missing or unusable.
     """
     seconds = read_seconds(run / "seconds.json")
+    training = read_training(find_logs(run) if logs is None else logs)
+    settings = model.settings()
     names = find_directions(run, task)
-    directions = [score_direction(run, data, name) for name in tqdm(names, desc="score", unit="direction")]
-    layers = measure_usage(checkpoint, data / "bin")
-    return Report(task or run.resolve().name, directions, layers, seconds, read_versions())
-
-
-def write_report(report: Report, run: Path) -> list[Path]:
-    """Writes ``report.md``, ``report.json`` and ``report.png``, none of them on an error, and returns their paths."""
-    page, data, picture = (run / f"report.{ending}" for ending in ("md", "json", "png"))
-    with replacing(page) as new_page, replacing(data) as new_data, replacing(picture) as new_picture:
-        draw_report(report, new_picture)
-        new_page.write_text(render_page(report, picture.name), encoding="utf-8")
-        new_data.write_text(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return [page, data, picture]
-
-
-def main(argv: Sequence[str] | None = None, measure_usage: Measure | None = None) -> None:
-    """Writes report.md, report.json and report.png of a trained and decoded run."""
-    parser = argparse.ArgumentParser(prog="python -m xmoe_fairseq.evaluation.report", description=main.__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder with generate/SRC-TGT and checkpoints")
-    parser.add_argument("--data", type=Path, required=True, help="folder with raw and bin, from data_prep/prepare.sh")
-    parser.add_argument("--task", help="multilingual_NAME: demand exactly its directions")
-    parser.add_argument("--checkpoint", type=Path, help="default: RUN/checkpoints/checkpoint_best.pt")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="tokens in a batch of the expert measurement")
-    args = parser.parse_args(argv)
-
-    # Importing fairseq leaves the root logger at the level of debugging.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-    checkpoint = args.checkpoint or args.run / "checkpoints" / "checkpoint_best.pt"
-    measure_usage = measure_usage or partial(measure, max_tokens=args.max_tokens)
-    report = build_report(args.run, args.data, args.task, checkpoint, measure_usage)
-    for path in write_report(report, args.run):
-        print(path)
-
-
-if __name__ == "__main__":
-    main()
+    directions = [score_direction(run, model.data, name) for name in tqdm(names, desc="score", unit="direction")]
+    layers = model.usage()
+    of_each = max(1, min(_MOST_OF_ONE_DIRECTION, _MOST_TRACED // max(len(directions), 1)))
+    traced = model.trace(pick_samples(directions, of_each * len(directions)))
+    name = task or run.resolve().name
+    return Report(name, directions, layers, traced, training, settings, seconds, read_versions())

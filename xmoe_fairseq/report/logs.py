@@ -1,6 +1,6 @@
 """What fairseq logged while it trained, whichever ``--log-format`` wrote it.
 
-Read are the lines of ``simple``, ``json`` and ``tqdm`` (the progress bar), from ``--log-file`` or from what the terminal
+Read are the lines of ``simple``, ``json`` and ``tqdm`` (the progress bar), of ``--log-file`` or of what a terminal
 showed, with or without the date that fairseq puts before a line.
 """
 
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 
@@ -70,6 +70,11 @@ class Training:
     def updates(self) -> int:
         """The last update that a line is of."""
         return max(max(points) for points in self.subsets.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Gives the last figures of each subset, and where training was started again."""
+        last = {name: {"update": max(points), **points[max(points)]} for name, points in self.subsets.items()}
+        return {"updates": self.updates, "restarts": list(self.restarts), "last": last}
 
 
 def find_logs(run: Path) -> list[Path]:

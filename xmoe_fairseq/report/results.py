@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .score import Score
-from .usage import LayerUsage, computation_saved
+from ..evaluation.score import Score
+from ..evaluation.usage import LayerUsage, computation_saved
+from .logs import Training
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Direction:
     references: Sequence[str]
     hypotheses: Sequence[str]
 
+    @property
+    def name(self) -> str:
+        """How it is shown."""
+        return arrow(self.source, self.target)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -39,13 +47,33 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A piece as SentencePiece or fairseq writes it, and the experts that it took in each MoE layer of its stack."""
+
+    piece: str
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TracedSample:
+    """A translated sentence with what the encoder's and the decoder's MoE layers did with the tokens they read."""
+
+    sample: Sample
+    encoder: Sequence[Token]
+    decoder: Sequence[Token]
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything about one run that the page, the picture and the JSON file show.
 
     Attributes:
         name: the task, or the folder of the run.
-        directions: at least one.
+        directions: empty where nothing was translated.
         layers: the MoE layers in the order of the model; empty for a dense model.
+        traced: samples token by token; empty where nothing was translated and for a dense model.
+        training: from the logs; none without a log.
+        settings: of the checkpoint.
         seconds: wall-clock seconds by stage; empty where they were not recorded.
         versions: of Python and the packages used, by name.
     """
@@ -53,49 +81,46 @@ class Report:
     name: str
     directions: Sequence[Direction]
     layers: Sequence[LayerUsage]
+    traced: Sequence[TracedSample]
+    training: Training | None
+    settings: Settings
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
 
     @property
-    def mean_bleu(self) -> float:
-        """BLEU averaged over the directions, each with the same weight."""
-        return fmean(direction.score.bleu for direction in self.directions)
+    def mean_bleu(self) -> float | None:
+        """BLEU averaged over the directions, each with the same weight; None where nothing was translated."""
+        return fmean(direction.score.bleu for direction in self.directions) if self.directions else None
 
     @property
-    def mean_chrf(self) -> float:
+    def mean_chrf(self) -> float | None:
         """The same for chrF++."""
-        return fmean(direction.score.chrf for direction in self.directions)
+        return fmean(direction.score.chrf for direction in self.directions) if self.directions else None
 
     @property
     def computation_saved(self) -> float | None:
         """Share of the computation of all MoE layers saved against using all experts; None for a dense model."""
         return computation_saved(self.layers) if self.layers else None
 
-    def samples(self, count: int = 10) -> list[Sample]:
-        """Picks sentences by position: in turn from every direction, and evenly over the length of the test sets.
+    def signatures(self) -> list[tuple[str, list[str], str]]:
+        """Lists metrics and signatures, with the directions that it is of where a metric has several."""
+        found = []
+        for metric, field in (("BLEU", "bleu_signature"), ("chrF++", "chrf_signature")):
+            users: dict[str, list[str]] = defaultdict(list)
+            for direction in self.directions:
+                users[getattr(direction.score, field)].append(direction.name)
+            found += [(metric, names if len(users) > 1 else [], signature) for signature, names in users.items()]
+        return found
 
-        Moving on in the test set with every pick shows different sentences where all languages share one test set.
-        Fewer than ``count`` come back where the test sets are too small to pick without repetition.
-        """
-        chosen: dict[tuple[int, int], Sample] = {}
-        for pick in range(count):
-            number = pick % len(self.directions)
-            direction = self.directions[number]
-            index = (2 * pick + 1) * len(direction.references) // (2 * count)
-            chosen[number, index] = Sample(
-                direction.source,
-                direction.target,
-                index,
-                direction.sources[index],
-                direction.references[index],
-                direction.hypotheses[index],
-            )
-        return list(chosen.values())
+    def samples(self, count: int = 10) -> list[Sample]:
+        """Picks sentences; see `pick_samples`."""
+        return pick_samples(self.directions, count)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns what ``report.json`` holds; ``moe_computation_saved`` is null for a dense model."""
+        """Returns what ``report.json`` holds; what is missing is null, or empty where it is a list."""
         return {
             "name": self.name,
+            **self.settings.as_json(),
             "mean_bleu": self.mean_bleu,
             "mean_chrf": self.mean_chrf,
             "moe_computation_saved": self.computation_saved,
@@ -114,6 +139,43 @@ class Report:
                 for use in self.layers
             ],
             "samples": [asdict(sample) for sample in self.samples()],
+            "training": self.training.as_json() if self.training else None,
             "seconds": dict(self.seconds),
             "versions": dict(self.versions),
         }
+
+
+def pick_samples(directions: Sequence[Direction], count: int) -> list[Sample]:
+    """Picks sentences by position: in turn from every direction, and evenly over the length of the test sets.
+
+    Moving on in the test set with every pick shows different sentences where all languages share one test set.
+    Fewer than ``count`` come back where the test sets are too small to pick without repetition.
+    """
+    chosen: dict[tuple[int, int], Sample] = {}
+    for pick in range(count if directions else 0):
+        number = pick % len(directions)
+        direction = directions[number]
+        index = (2 * pick + 1) * len(direction.references) // (2 * count)
+        chosen[number, index] = Sample(
+            direction.source,
+            direction.target,
+            index,
+            direction.sources[index],
+            direction.references[index],
+            direction.hypotheses[index],
+        )
+    return list(chosen.values())
+
+
+def arrow(source: str, target: str) -> str:
+    """Names a direction: ``en → ca``."""
+    return f"{source} → {target}"
+
+
+def duration(seconds: float) -> str:
+    """Writes a time in the units that suit it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
