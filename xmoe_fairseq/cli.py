@@ -6,14 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import info
+from .analysis import command as analysis
 from .checkpoints import command
 from .errors import UserError
-from .report import command as report_command
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "info": info.main,
     "checkpoint": command.main,
-    "report": report_command.main,
+    "analyze": analysis.main,
 }
 
 
