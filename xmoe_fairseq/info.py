@@ -18,6 +18,8 @@ from .evaluation.usage import LayerUsage, measure
 from .info_page import Info, MoELayerInfo, columns, render
 from .moe.flops import ExpertSite, Flops, count_flops, count_parameters, expert_sites
 
+CONTEXT = 32
+
 _EPILOG = """\
 All other options are those of fairseq-train for the architecture, such as --moe-num-experts 8.
 
@@ -79,7 +81,11 @@ def _parser() -> CommandParser:
         help="without --share-all-embeddings, which is otherwise set",
     )
     parser.add_argument(
-        "--context", type=float, default=32, metavar="N", help="positions that a token may attend to (default 32)"
+        "--context",
+        type=float,
+        default=CONTEXT,
+        metavar="N",
+        help=f"positions that a token may attend to (default {CONTEXT})",
     )
     parser.add_argument(
         "--experts-per-token",
@@ -160,12 +166,6 @@ def _experts(usage: Iterable[LayerUsage]) -> str:
 def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, float], assumption: str) -> Info:
     """Counts a model; taken: by site, the experts that a token takes on average."""
     sites = expert_sites(model)
-    output = getattr(model.decoder, "output_projection", None)  # an adaptive softmax has none
-    widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
-
-    def flops(experts: Mapping[str, float]) -> Flops:
-        return count_flops(model, experts, output, widths, args.context)
-
     return Info(
         arch=args.arch,
         description=describe(model.cfg),
@@ -174,9 +174,22 @@ def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, float], as
         parameters=count_parameters(model, taken),
         layers=tuple(MoELayerInfo(s.name, s.num_experts, s.low, s.high, taken[s.name]) for s in sites),
         assumption=assumption,
-        flops=flops(taken),
+        flops=model_flops(model, taken, args.context),
         flops_range=(
-            flops({site.name: site.low for site in sites}).total,
-            flops({site.name: site.high for site in sites}).total,
+            model_flops(model, {site.name: site.low for site in sites}, args.context).total,
+            model_flops(model, {site.name: site.high for site in sites}, args.context).total,
         ),
     )
+
+
+def model_flops(model: Any, taken: Mapping[str, float], context: float = CONTEXT) -> Flops:
+    """Counts the operations of a token in one of fairseq's encoder-decoders.
+
+    Args:
+        model: on any device, meta too.
+        taken: by site, the experts that a token takes on average.
+        context: positions that a token may attend to.
+    """
+    output = getattr(model.decoder, "output_projection", None)  # an adaptive softmax has none
+    widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
+    return count_flops(model, taken, output, widths, context)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..arguments import CommandParser
+from ..arguments import CommandParser, quiet_libraries
 from ..errors import UserError
 from ..evaluation.outputs import replacing
 from .gather import Model, build_report, find_checkpoint
@@ -44,8 +43,7 @@ def main(argv: Sequence[str], open_model: Callable[[Path, Path, int], Model] = M
     """
     args = _parser().parse_args(argv)
     _check(args)
-    # Importing fairseq leaves the root logger at the level of debugging.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    quiet_libraries()
     with _silent() if args.quiet else contextlib.nullcontext():
         model = open_model(args.checkpoint or find_checkpoint(args.run), args.data, args.max_tokens)
         report = build_report(args.run, args.task, model, args.log)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .. import benchmarks
 from ..errors import UserError
-from ..evaluation.outputs import read_lines
-from ..evaluation.score import score_output
+from ..evaluation.outputs import GENERATE_FILE, find_raw, read_hypotheses, read_lines, write_lines
+from ..evaluation.result_folder import SCORES, read_scores, read_texts
+from ..evaluation.score_command import default_out
+from ..evaluation.score_job import read_benchmark, read_groups_of
+from ..evaluation.scores import Row, Scores, average, score_lines
 from ..evaluation.usage import LayerUsage, measure
+from ..evaluation.versions import read_versions
+from .drawings import read_drawings
 from .logs import find_logs, read_training
 from .results import Direction, Report, Sample, TracedSample, pick_samples
 from .settings import Settings, read_settings
 from .traces import trace
 
 TASK_PREFIX = "multilingual_"
-PACKAGES = ("fairseq", "torch", "sacrebleu", "sentencepiece", "xmoe_fairseq")
+METRICS = ("bleu", "chrf")
 
 # Sentences shown token by token: as many of each direction, so that a page of many directions stays small.
 _MOST_TRACED, _MOST_OF_ONE_DIRECTION = 400, 4
@@ -97,32 +100,60 @@ def _directions_of(task: str) -> list[str]:
     return benchmarks.directions(tasks[task].languages, tasks[task].english)
 
 
-def score_direction(run: Path, data: Path, name: str) -> Direction:
-    """Scores one direction against its raw reference and reads the lines that samples are taken from.
+def find_scores(run: Path, checkpoint: Path) -> Path | None:
+    """Finds the folder where ``xmoe score`` keeps a run's results on the test set unless told otherwise."""
+    for folder in (run / "scores", default_out(checkpoint, "scores")):
+        if (folder / SCORES).is_file() and read_scores(folder).settings.get("subset") == "test":
+            return folder
+    return None
+
+
+def read_scored(folder: Path) -> tuple[Scores, list[Direction]]:
+    """Reads what ``xmoe score`` found and kept.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    scores = read_scores(folder)
+    directions = []
+    for row in scores.rows:
+        texts = read_texts(folder, row.name)
+        files = (folder / row.name / f"ref.{row.target}", folder / row.name / f"hyp.{row.target}")
+        directions.append(Direction(row, *files, *texts))
+    return scores, directions
+
+
+def score_generated(run: Path, data: Path, names: Sequence[str]) -> tuple[Scores, list[Direction]]:
+    """Scores what ``fairseq-generate`` wrote, and puts the translations beside it as plain text.
 
     Raises:
         UserError: a file is missing, incomplete or of another length.
     """
-    source, _, target = name.partition("-")
-    pair = _raw_pair(data / "raw", source, target)
-    source_file, reference_file = pair.with_name(f"{pair.name}.{source}"), pair.with_name(f"{pair.name}.{target}")
-    figures, hypothesis_file = score_output(run / "generate" / name, reference_file, target)
+    benchmark = read_benchmark(data) if (data / "MANIFEST.json").is_file() else None
+    english = benchmark.english if benchmark else "en"
+    groups = read_groups_of(data, benchmark) if benchmark else {}
+    directions = []
+    for name in tqdm(names, desc="score", unit="direction"):
+        source, _, target = name.partition("-")
+        group = groups.get(target if source == english else source, "all")
+        directions.append(_score_direction(run / "generate" / name, data, source, target, group))
+    rows = [direction.row for direction in directions]
+    scores = Scores(run.resolve().name, {}, rows, average(rows, english), None, None, None, None, read_versions())
+    return scores, directions
+
+
+def _score_direction(generated: Path, data: Path, source: str, target: str, group: str) -> Direction:
+    source_file, reference_file = find_raw(data, "test", source, target)
     references = read_lines(reference_file, "reference")
+    hypotheses = read_hypotheses(generated / GENERATE_FILE, len(references))
     sources = read_lines(source_file, "raw source")
     if len(sources) != len(references):
         raise UserError(f"{source_file} has {len(sources)} lines but {reference_file} has {len(references)}")
-    hypotheses = read_lines(hypothesis_file, "hypotheses")
-    return Direction(source, target, figures, reference_file, hypothesis_file, sources, references, hypotheses)
-
-
-def _raw_pair(raw: Path, source: str, target: str) -> Path:
-    """The stem ``test.en-xx`` of a pair, which is stored once and serves both of its directions."""
-    stems = [raw / f"test.{source}-{target}", raw / f"test.{target}-{source}"]
-    for stem in stems:
-        if stem.with_name(f"{stem.name}.{target}").is_file():
-            return stem
-    tried = " or ".join(f"{stem}.{target}" for stem in stems)
-    raise UserError(f"no raw reference {tried}: --data takes the folder made by data_prep/prepare.sh")
+    plain = generated / f"hyp.{target}"
+    write_lines(plain, hypotheses)
+    measured = score_lines(sources, references, hypotheses, target, METRICS, None, None)
+    row = Row(source, target, group, too_long=None, seconds=None, experts_per_token=None, **measured)
+    return Direction(row, reference_file, plain, sources, references, hypotheses)
 
 
 def read_seconds(path: Path) -> dict[str, float]:
@@ -142,13 +173,6 @@ def read_seconds(path: Path) -> dict[str, float]:
     return {stage: float(value) for stage, value in seconds.items()}
 
 
-def read_versions() -> dict[str, str]:
-    """Names the versions of Python and of the installed distributions behind ``PACKAGES``."""
-    installed = metadata.packages_distributions()
-    names = sorted({name for package in PACKAGES for name in installed.get(package, ())})
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
-
-
 def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path] | None = None) -> Report:
     """Gathers everything for the report of a run.
 
@@ -166,10 +190,29 @@ def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path]
     seconds = read_seconds(run / "seconds.json")
     training = read_training(find_logs(run) if logs is None else logs)
     settings = model.settings()
-    names = find_directions(run, task)
-    directions = [score_direction(run, model.data, name) for name in tqdm(names, desc="score", unit="direction")]
+    scores, directions = _scored(run, task, model)
     layers = model.usage()
     of_each = max(1, min(_MOST_OF_ONE_DIRECTION, _MOST_TRACED // max(len(directions), 1)))
     traced = model.trace(pick_samples(directions, of_each * len(directions)))
     name = task or run.resolve().name
-    return Report(name, directions, layers, traced, training, settings, seconds, read_versions())
+    return Report(
+        name=name,
+        scores=scores,
+        directions=directions,
+        layers=layers,
+        drawings=read_drawings(run / "analysis") if layers else [],
+        traced=traced,
+        training=training,
+        settings=settings,
+        seconds=seconds,
+        versions=read_versions(),
+    )
+
+
+def _scored(run: Path, task: str | None, model: Model) -> tuple[Scores | None, list[Direction]]:
+    """Gives what ``xmoe score`` found, or else the scores of what ``fairseq-generate`` wrote, or else nothing."""
+    folder = find_scores(run, model.checkpoint)
+    if folder is not None:
+        return read_scored(folder)
+    names = find_directions(run, task)
+    return score_generated(run, model.data, names) if names else (None, [])

@@ -10,13 +10,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..evaluation.score import sacrebleu_command
+from ..evaluation.score import METRICS, sacrebleu_command
+from ..evaluation.score_page import averages, directions
 from ..evaluation.usage import LayerUsage
 from ..subword import FAIRSEQ_SYMBOL, META_SPACE
 from . import curves
-from .results import Report, Sample, Token, TracedSample, duration
-
-# Scripts that are written from right to left need no list: browsers see it from the text (dir="auto").
+from .results import Report, Sample, Token, duration
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,9 @@ def _context(report: Report) -> dict[str, Any]:
         "summary": report.settings.summary,
         "figures": curves.draw(report.training) if report.training else [],
         "chart": curves,
+        "averages": averages(report.scores) if report.scores else None,
+        "directions": directions(report.scores) if report.scores else None,
+        "metrics": METRICS,
         "command": sacrebleu_command(first.reference_file, first.hypothesis_file, first.score.tokenizer)
         if first
         else None,

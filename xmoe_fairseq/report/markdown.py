@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from ..evaluation.score import sacrebleu_command
+from ..evaluation.score import METRICS, sacrebleu_command
 from .results import Report, Sample, arrow, duration
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
@@ -65,9 +65,9 @@ def _translation(report: Report) -> list[str]:
 def _signatures(report: Report) -> list[str]:
     """One line for each signature, with its directions where there are several of one metric."""
     lines = []
-    for metric, names, signature in report.signatures():
+    for metric, names, signature in report.scores.signatures() if report.scores else []:
         where = f" ({_plain(', '.join(names))})" if names else ""
-        lines.append(f"- {metric}{where}: `{signature}`")
+        lines.append(f"- {METRICS[metric]}{where}: `{signature}`")
     return lines
 
 

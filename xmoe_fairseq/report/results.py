@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..evaluation.score import Score
+from ..evaluation.score import Score, score
+from ..evaluation.scores import Row, Scores
 from ..evaluation.usage import LayerUsage, computation_saved
+from .drawings import Drawing
 from .logs import Training
 from .settings import Settings
 
@@ -19,9 +20,7 @@ from .settings import Settings
 class Direction:
     """One translated test set: its figures, its files and its lines, all in the order of the test set."""
 
-    source: str
-    target: str
-    score: Score
+    row: Row
     reference_file: Path
     hypothesis_file: Path
     sources: Sequence[str]
@@ -29,9 +28,27 @@ class Direction:
     hypotheses: Sequence[str]
 
     @property
+    def source(self) -> str:
+        return self.row.source
+
+    @property
+    def target(self) -> str:
+        return self.row.target
+
+    @property
     def name(self) -> str:
         """How it is shown."""
         return arrow(self.source, self.target)
+
+    @property
+    def score(self) -> Score:
+        """BLEU and chrF++, computed where ``xmoe score`` was asked for other metrics."""
+        scores, signatures = self.row.scores, self.row.signatures
+        if not {"bleu", "chrf"} <= scores.keys():
+            return score(self.hypotheses, self.references, self.target)
+        tokenizer = signatures["bleu"].partition("tok:")[2].partition("|")[0]
+        figures = scores["bleu"], scores["chrf"], signatures["bleu"], signatures["chrf"]
+        return Score(*figures, tokenizer, self.row.sentences)
 
 
 @dataclass(frozen=True)
@@ -69,8 +86,10 @@ class Report:
 
     Attributes:
         name: the task, or the folder of the run.
+        scores: all that is known of the directions; none where nothing was translated.
         directions: empty where nothing was translated.
         layers: the MoE layers in the order of the model; empty for a dense model.
+        drawings: of ``xmoe analyze``; empty where it was not run.
         traced: samples token by token; empty where nothing was translated and for a dense model.
         training: from the logs; none without a log.
         settings: of the checkpoint.
@@ -79,8 +98,10 @@ class Report:
     """
 
     name: str
+    scores: Scores | None
     directions: Sequence[Direction]
     layers: Sequence[LayerUsage]
+    drawings: Sequence[Drawing]
     traced: Sequence[TracedSample]
     training: Training | None
     settings: Settings
@@ -101,16 +122,6 @@ class Report:
     def computation_saved(self) -> float | None:
         """Share of the computation of all MoE layers saved against using all experts; None for a dense model."""
         return computation_saved(self.layers) if self.layers else None
-
-    def signatures(self) -> list[tuple[str, list[str], str]]:
-        """Lists metrics and signatures, with the directions that it is of where a metric has several."""
-        found = []
-        for metric, field in (("BLEU", "bleu_signature"), ("chrF++", "chrf_signature")):
-            users: dict[str, list[str]] = defaultdict(list)
-            for direction in self.directions:
-                users[getattr(direction.score, field)].append(direction.name)
-            found += [(metric, names if len(users) > 1 else [], signature) for signature, names in users.items()]
-        return found
 
     def samples(self, count: int = 10) -> list[Sample]:
         """Picks sentences; see `pick_samples`."""
