@@ -62,6 +62,11 @@ class Tick:
     place: float
     label: str
 
+    @property
+    def anchor(self) -> str:
+        """How the label of a horizontal axis is placed, so that the picture does not cut it off."""
+        return "end" if self.place > WIDTH - 2 * RIGHT else "middle"
+
 
 @dataclass(frozen=True)
 class Line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ..evaluation.usage import LayerUsage
 from ..subword import FAIRSEQ_SYMBOL, META_SPACE
 from . import curves
 from .results import Report, Sample, Token, duration
+
+_SPECIAL = re.compile(rf"{FAIRSEQ_SYMBOL.pattern}|<unk>|<0x[0-9A-F]{{2}}>")
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class Shade:
     """A token as it is shown.
 
     Attributes:
-        text: of the piece, without its space.
+        text: of the piece, without its space; a piece that is a space alone keeps it.
         space: whether a space comes before it.
-        special: whether it is one of fairseq's symbols, not text.
+        special: whether it is no text but one of fairseq's symbols, or a byte.
         experts: in each layer of the stack.
         share: of the way from the least to the greatest mean over the layers, 0 to 1.
     """
@@ -131,9 +134,9 @@ def _shade(token: Token, choices: Sequence[Choice]) -> Shade:
     if choices and choices[0].high > choices[0].low:
         share = (fmean(token.experts) - choices[0].low) / (choices[0].high - choices[0].low)
     return Shade(
-        text=token.piece[1:] if space else token.piece,
+        text=token.piece.replace(META_SPACE, " ").strip() or " ",
         space=space,
-        special=FAIRSEQ_SYMBOL.fullmatch(token.piece) is not None,
+        special=_SPECIAL.fullmatch(token.piece) is not None,
         experts=token.experts,
         share=share,
     )
