@@ -11,6 +11,6 @@ source scripts/env.sh
 ruff check .
 ruff format --check .
 mypy
-# One thread a process: the models are tiny, and waiting threads would only take each other's time.
+# Two processes of one thread each: the models are tiny, and waiting threads would only take each other's time.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest "${@:-tests}"
+python -m pytest --numprocesses 2 "${@:-tests}"

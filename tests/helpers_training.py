@@ -18,9 +18,9 @@ from helpers import ROOT, TRAIN_ARGS
 MODEL = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--encoder-embed-dim", "32", "--dropout", "0.1")
 OPTIONS = ("--user-dir", "xmoe_fairseq", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "4", "--seed", "3")
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 # All that takes long to import; torch.optim imports torch._dynamo late. The tests' own modules are not found there.
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "fairseq_cli.train", "xmoe_fairseq"])
+CONTEXT.set_forkserver_preload(["torch._dynamo", "fairseq_cli.train", "xmoe_fairseq"])
 
 
 class Run:
@@ -30,7 +30,7 @@ class Run:
         save.mkdir(parents=True, exist_ok=True)
         self.save, self.log = save, save / "log"
         words = [str(data), *TRAIN_ARGS, *OPTIONS, "--save-dir", str(save), *options]
-        self.process = _CONTEXT.Process(target=_train, args=(words, str(self.log), dies_after, room))
+        self.process = CONTEXT.Process(target=_train, args=(words, str(self.log), dies_after, room))
         self.process.start()
 
     def wait(self) -> int:

@@ -64,9 +64,15 @@ def install() -> None:
     """Mends what the module's description lists; calling it again changes nothing."""
     from fairseq import checkpoint_utils, options
     from fairseq.data import SampledMultiEpochDataset
+    from fairseq.data.iterators import EpochBatchIterator
+    from fairseq.distributed import utils as distributed_utils
     from fairseq.file_io import PathManager
+    from fairseq.models import distributed_fairseq_model
+    from fairseq.optim import FairseqOptimizer
     from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
     from fairseq.trainer import Trainer
+
+    from .processes import batches, gradients, launch, state
 
     # A Namespace only holds values: restoring one calls nothing.
     torch.serialization.add_safe_globals([argparse.Namespace])
@@ -77,6 +83,16 @@ def install() -> None:
         (checkpoint_utils, "torch_persistent_save", _durable_saves),
         (PathManager, "copy", _durable_copies),
         (Trainer, "load_checkpoint", _newest_intact),
+        (Trainer, "_prepare_sample", batches.mark_dummy),
+        (Trainer, "_log_oom", batches.end_out_of_memory),
+        (Trainer, "clip_grad_norm", gradients.norm_of_all),
+        (Trainer, "state_dict", state.with_whole_experts),
+        (Trainer, "save_checkpoint", state.no_parts),
+        (FairseqOptimizer, "all_reduce_grads", gradients.average_experts),
+        (EpochBatchIterator, "state_dict", state.position_of_all),
+        (EpochBatchIterator, "load_state_dict", state.position_of_one),
+        (checkpoint_utils, "save_checkpoint", state.whole_files),
+        (distributed_utils, "call_main", launch.one_job),
         (_FP16OptimizerMixin, "state_dict", _with_masters),
         (_FP16OptimizerMixin, "load_state_dict", _to_masters),
         (SampledMultiEpochDataset, "_next_virtual_epoch", _same_sample_when_resumed),
@@ -85,15 +101,20 @@ def install() -> None:
         stock = getattr(module, name)
         if not hasattr(stock, "__wrapped__"):
             setattr(module, name, wrapper(stock))
+    distributed_fairseq_model.DistributedDataParallel = gradients.ExpertsApart
 
 
 def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
     @functools.wraps(load_checkpoint_to_cpu)
-    def load(path: str, *args: Any, **kwargs: Any) -> Any:
+    def load(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
+        from .processes.state import own_experts
+
         local = _local_path(path)
         reading.check(local)
-        state = load_checkpoint_to_cpu(path, *args, **kwargs)
+        state = load_checkpoint_to_cpu(path, arg_overrides, load_on_all_ranks)
         shards.join(state, local)
+        if load_on_all_ranks:  # to train; else one process reads, for all that is in it
+            own_experts(state)
         return state
 
     return load
@@ -105,6 +126,8 @@ def _newest_intact(load_checkpoint: Any) -> Any:
 
     @functools.wraps(load_checkpoint)
     def load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+        # Each process reads the file: what fairseq sends from one to the others, torch refuses to unpickle.
+        trainer.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = trainer.data_parallel_world_size > 1
         try:
             return load_checkpoint(trainer, filename, *args, **kwargs)
         except reading.DamagedCheckpoint as error:
@@ -127,12 +150,16 @@ def _newest_intact(load_checkpoint: Any) -> Any:
 def _ends_when_trained(load_checkpoint: Any) -> Any:
     """Stock fairseq, started again after its last update, would make one update more before it looks."""
 
+    from .processes import launch, state
+
     @functools.wraps(load_checkpoint)
     def load(cfg: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        launch.check(trainer.cfg, trainer.cuda)
         if trainer.data_parallel_rank == 0:
             for name in saving.remove_leftovers(cfg.save_dir):
                 logger.info(f"removed {name}, which an earlier run had not finished writing")
         loaded = load_checkpoint(cfg, trainer, *args, **kwargs)
+        state.agree(trainer)
         updates, most = trainer.get_num_updates(), trainer.cfg.optimization.max_update
         if most and updates >= most:
             logger.info(f"nothing is left to train: the checkpoint has {updates} updates, --max-update is {most}")

@@ -128,6 +128,9 @@ class MoETransformerConfig(FlatTransformerConfig):
         alias="--capacity-factor",
     )
     moe_min_capacity: int = _option(4, "tokens an expert always takes, whatever the capacity factor", low=0)
+    moe_expert_parallel: int = _option(
+        1, "in training with several processes: how many share the experts of each layer", low=1
+    )
 
 
 def router_options(cfg: Any) -> RouterOptions:

@@ -25,7 +25,7 @@ from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation import score, usage
 from xmoe_fairseq.evaluation.outputs import read_hypotheses, read_lines, replacing, write_lines
 from xmoe_fairseq.evaluation.usage import accumulate, computation_saved
-from xmoe_fairseq.moe.statistics import RoutingStats
+from xmoe_fairseq.moe.statistics import RouterSums, RoutingStats
 
 REFERENCES = [
     "The cat sat on the mat.",
@@ -208,7 +208,7 @@ def stats(layer: str, experts: int, seed: int, tokens: int | None = None) -> Rou
     def tensor(value: Any) -> torch.Tensor:
         return torch.tensor(value, dtype=torch.float32)
 
-    loss = torch.ones((), requires_grad=True) * 2
+    probs = torch.full((experts,), tokens / experts, requires_grad=True) * 1
     return RoutingStats(
         tokens=tensor(tokens),
         wanted=tensor(load.sum() + 3),
@@ -218,8 +218,7 @@ def stats(layer: str, experts: int, seed: int, tokens: int | None = None) -> Rou
         expert_load=tensor(load),
         first_choices=tensor(first),
         passes=tensor(tokens),
-        balance_loss=loss,
-        z_loss=loss,
+        routers=(RouterSums(tensor(tokens), tensor(first), probs, probs.sum()),),
         layer=layer,
     )
 

@@ -100,7 +100,7 @@ def split(state: dict[str, Any], shards: int, name: str, source: str) -> Iterato
         UserError: the checkpoint has fewer experts than shards, or none.
     """
     places = expert_places(state)
-    tensors = [_holder(state, place)[place[-1]] for place in places]
+    tensors = [holder(state, place)[place[-1]] for place in places]
     fewest = min(map(len, tensors), default=0)
     if not 1 <= shards <= fewest:
         raise UserError(f"--shards {shards} is out of range: the checkpoint has {fewest} experts, one a shard at most")
@@ -108,7 +108,7 @@ def split(state: dict[str, Any], shards: int, name: str, source: str) -> Iterato
         blocks = [_own_rows(tensor, *_rows(len(tensor), number, shards)) for tensor in tensors]
         yield {SHARD: {"name": name, "source": source, "number": number, "shards": shards, "tensors": blocks}}
     for place, tensor in zip(places, tensors, strict=True):
-        _holder(state, place)[place[-1]] = tensor[:0].clone()
+        holder(state, place)[place[-1]] = tensor[:0].clone()
     state[SHARD_SET] = {"source": source, "shards": shards, "experts": fewest, "places": places}
 
 
@@ -144,7 +144,7 @@ def join(state: dict[str, Any], path: str, concatenate: Concatenate = torch.cat)
     wanted = state.pop(SHARD_SET)
     shards = [_read_one(path, number, wanted) for number in range(wanted["shards"])]
     for index, place in enumerate(wanted["places"]):
-        _holder(state, place)[place[-1]] = concatenate([shard["tensors"][index] for shard in shards])
+        holder(state, place)[place[-1]] = concatenate([shard["tensors"][index] for shard in shards])
 
 
 def _read_one(path: str, number: int, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +162,8 @@ def _read_one(path: str, number: int, wanted: dict[str, Any]) -> dict[str, Any]:
     return shard
 
 
-def _holder(state: dict[str, Any], place: Sequence[Any]) -> dict[Any, Any]:
+def holder(state: dict[str, Any], place: Sequence[Any]) -> dict[Any, Any]:
+    """Gives the dictionary that holds what is in a place."""
     for key in place[:-1]:
         state = state[key]
     return state

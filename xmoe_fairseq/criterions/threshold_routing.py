@@ -1,9 +1,10 @@
 """Label-smoothed cross-entropy plus the routers' losses, and what the routers did as metrics."""
 
 # No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..moe import RoutingStats
+from ..processes.batches import DUMMY, of_all_processes
 
 STACKS = {"encoder": "enc", "decoder": "dec"}
 # What is shown for a stack: metric, the sum above and below the fraction line, digits.
@@ -65,6 +67,8 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     Sources: Yang et al. 2024 (XMoE), section 3; Xu et al. 2023 (SMoE), section 4; the metrics of the XMoE code.
     """
 
+    knows_dummies = True  # see processes/batches.py
+
     def __init__(
         self,
         task: Any,
@@ -95,7 +99,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         self.moe_cmr_budget = moe_cmr_budget
 
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
-        """Computes the loss of one batch.
+        """Computes the loss of one batch; a batch that stands in for one that a process lacks counts as nothing.
 
         Returns:
             The loss to minimise, the sample size to divide by, and sums to log.
@@ -113,21 +117,46 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         if self.report_accuracy:
             correct, total = self.compute_accuracy(model, net_output, sample)
             logging_output |= {"n_correct": correct.data, "total": total.data}
+        stands_in = DUMMY in sample
         routing = net_output[1].get("routing", {})
-        layers = sum(len(records) for records in routing.values())
-        for stack, records in routing.items():
-            balance = _total(records, "balance_loss", loss)
-            z_loss = _total(records, "z_loss", loss)
-            share = sample_size / layers if self.averaged and layers else sample_size
+        auxiliary, routing_output = self._auxiliary(routing, sample_size, loss, counts=not stands_in)
+        loss, logging_output = loss + auxiliary, logging_output | routing_output
+        if stands_in:
+            return loss * 0, sample_size * 0, {name: value * 0 for name, value in logging_output.items()}
+        return loss, sample_size, logging_output
+
+    def _auxiliary(
+        self, routing: Mapping[str, Sequence[RoutingStats]], sample_size: int, like: Tensor, counts: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the weighted losses of all routers, and sums to log.
+
+        The losses are those of the tokens of all processes, of which each has the gradient of its own part: added up
+        over processes, as fairseq does, the gradients are those of one process with all the tokens.
+
+        Args:
+            routing: by stack, what each MoE layer did.
+            sample_size: of this process.
+            like: a number of the loss's type.
+            counts: whether the tokens of this process do.
+        """
+        layers = [record for records in routing.values() for record in records]
+        everyone, total_size = of_all_processes(layers, sample_size, counts)
+        loss, logging_output = like.new_zeros(()), dict[str, Tensor]()
+        share = total_size / len(layers) if self.averaged and layers else total_size
+        ahead = iter(everyone)
+        for stack, own in routing.items():
+            records = list(islice(ahead, len(own)))
+            balance = _total(records, "balance_loss", like)
+            z_loss = _total(records, "z_loss", like)
             loss = loss + (self.moe_loss_coeff * balance + self.moe_z_loss_coeff * z_loss) * share
-            logging_output |= _sums(STACKS[stack], records, loss)
+            logging_output |= _sums(STACKS[stack], own, records, like)
             logging_output[f"{STACKS[stack]}_balance_loss"] = balance.detach() * sample_size
             logging_output[f"{STACKS[stack]}_z_loss"] = z_loss.detach() * sample_size
-        gated = [record for records in routing.values() for record in records if record.gate is not None]
+        gated = [record for record in everyone if record.gate is not None]
         if gated:
-            mean_gate = _total(gated, "gate", loss) / _total(gated, "tokens", loss).clamp(min=1)
-            loss = loss + self.moe_cmr_loss_coeff * (mean_gate - self.moe_cmr_budget).abs() * sample_size
-        return loss, sample_size, logging_output
+            mean_gate = _total(gated, "gate", like) / _total(gated, "tokens", like).clamp(min=1)
+            loss = loss + self.moe_cmr_loss_coeff * (mean_gate - self.moe_cmr_budget).abs() * total_size
+        return loss, logging_output
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Sequence[dict[str, Any]]) -> None:
@@ -160,13 +189,16 @@ def _total(records: Sequence[RoutingStats], name: str, like: Tensor) -> Tensor:
     return torch.stack([getattr(record, name) for record in records]).sum() if records else like.new_zeros(())
 
 
-def _sums(prefix: str, records: Sequence[RoutingStats], like: Tensor) -> dict[str, Tensor]:
-    """Sums over the layers of a stack; the load's coefficient of variation is weighted by tokens."""
+def _sums(
+    prefix: str, records: Sequence[RoutingStats], everyone: Sequence[RoutingStats], like: Tensor
+) -> dict[str, Tensor]:
+    """Sums over the layers of a stack; the coefficient of variation of all processes' load is weighted by tokens."""
     names = ["tokens", "wanted", "received", "passes", "first_dropped", "top1_prob"]
     if any(record.gate is not None for record in records):
         names.append("gate")
     sums = {f"{prefix}_{name}": _total(records, name, like).detach() for name in names}
-    sums[f"{prefix}_load_cv"] = sum((_load_cv(record) * record.tokens for record in records), like.new_zeros(()))
+    weighted = (_load_cv(all_) * own.tokens for own, all_ in zip(records, everyone, strict=True))
+    sums[f"{prefix}_load_cv"] = sum(weighted, like.new_zeros(()))
     return sums
 
 

@@ -24,6 +24,7 @@ from ..moe import (
     StackedMoE,
     StratifiedMoE,
 )
+from ..processes import layout
 from .recorder import RoutingRecorder
 
 
@@ -46,7 +47,9 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
         return ROUTERS[str(cfg.moe_router)](dim, num_experts, router_options(cfg))
 
     def experts() -> Experts:
-        return Experts(cfg.moe_num_experts, dim, hidden // cfg.moe_split_ratio, **network, kernel=kernel)
+        held = layout.current()
+        group = held.experts if held else None
+        return Experts(cfg.moe_num_experts, dim, hidden // cfg.moe_split_ratio, **network, kernel=kernel, group=group)
 
     masking = ExpertOutputMasking(cfg.moe_eom_rate) if cfg.moe_regularizer == "eom" else None
     moe: nn.Module

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import check, resolve, transformer_config
 from ..errors import UserError
+from ..processes import layout
 from .stacks import MoETransformerDecoder, MoETransformerEncoder
 
 
@@ -48,6 +49,7 @@ class MoETransformerModel(TransformerModelBase):
         resolved = resolve(cfg)
         try:
             check(resolved)
+            layout.set_up(resolved)
             return super().build_model(transformer_config(resolved), task)
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -21,6 +21,7 @@ Five lines are enough::
 
 from .experts import Experts
 from .layer import MoELayer
+from .parallel import ExpertGroup
 from .regularizers import ConditionalMoE, ExpertOutputMasking, StackedMoE
 from .routers import ROUTERS, Router, RouterOptions, ThresholdRouter, TopKRouter
 from .routing import RoutingPlan
@@ -30,6 +31,7 @@ from .stratified import StratifiedMoE, StratifiedPlan
 __all__ = [
     "ROUTERS",
     "ConditionalMoE",
+    "ExpertGroup",
     "ExpertOutputMasking",
     "Experts",
     "MoELayer",

@@ -8,12 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .exchange import Exchange
 from .kernels import Buffers, ExpertWeights, choose
 from .pairs import Pairs
+from .parallel import ExpertGroup
 
 
 class Experts(nn.Module):
     """E feed-forward networks ``W2_e^T act(W1_e x + b1_e) + b2_e``, each drawn anew: no two start equal.
+
+    In a group of processes each holds a block of them, and the outputs of all reach every process's tokens. A backward
+    pass gives an expert the sum of the gradients of all processes' losses.
 
     Args:
         num_experts: E.
@@ -22,6 +27,11 @@ class Experts(nn.Module):
         activation: elementwise function.
         dropout: probability of zeroing a hidden unit in training.
         kernel: of `kernels.CHOICES`.
+        group: the processes that share the experts; none: this one holds all.
+        exchange: of `exchange.CHOICES`.
+
+    Raises:
+        ValueError: there are fewer experts than processes.
     """
 
     def __init__(
@@ -32,20 +42,31 @@ class Experts(nn.Module):
         activation: Callable[[Tensor], Tensor] = torch.relu,
         dropout: float = 0.0,
         kernel: str = "auto",
+        group: ExpertGroup | None = None,
+        exchange: str = "auto",
     ) -> None:
         super().__init__()
         self.kernel = kernel
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
-        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden, dim))
-        self.fc1_bias = nn.Parameter(torch.empty(num_experts, hidden))
-        self.fc2_weight = nn.Parameter(torch.empty(num_experts, hidden, dim))
-        self.fc2_bias = nn.Parameter(torch.empty(num_experts, dim))
+        self.num_experts = num_experts
+        self.group = group
+        self.exchange = exchange
+        self.block = group.block(num_experts) if group else range(num_experts)
+        held = len(self.block)
+        self.fc1_weight = nn.Parameter(torch.empty(held, hidden, dim))
+        self.fc1_bias = nn.Parameter(torch.empty(held, hidden))
+        self.fc2_weight = nn.Parameter(torch.empty(held, hidden, dim))
+        self.fc2_bias = nn.Parameter(torch.empty(held, dim))
         self.memory = Buffers()
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws every weight and bias as ``nn.Linear`` does: uniform within 1 / sqrt(fan in)."""
+        """Draws every weight and bias as ``nn.Linear`` does: uniform within 1 / sqrt(fan in).
+
+        Draws the experts of other processes, too, so that an expert's values do not depend on who holds it.
+        """
         _, hidden, dim = self.fc1_weight.shape
         for parameter, fan_in in (
             (self.fc1_weight, dim),
@@ -53,14 +74,20 @@ class Experts(nn.Module):
             (self.fc2_weight, hidden),
             (self.fc2_bias, hidden),
         ):
-            nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+            elsewhere = torch.empty_like(parameter[0])
+            for expert in range(self.num_experts):
+                values = parameter[expert - self.block.start] if expert in self.block else elsewhere
+                nn.init.uniform_(values, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+            if self.group:
+                # By this fairseq's legacy_ddp leaves it out where the gradients of all processes are averaged.
+                parameter.expert = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, pairs: Pairs, weights: ExpertWeights | None = None) -> Tensor:
         """Adds up each token's weighted experts.
 
         Args:
             x: (T, d).
-            pairs: which token goes to which expert.
+            pairs: which token goes to which expert, of all.
             weights: what `weights` gave, where the experts run several times in a forward pass.
 
         Returns:
@@ -68,6 +95,13 @@ class Experts(nn.Module):
         """
         weights = weights or self.weights(x.device)
         x = x.to(weights.fc1_weight.dtype)
+        if self.group is None or self.group.size == 1:
+            return self._compute(x, pairs, weights)
+        exchange = Exchange(self.group, pairs, len(x), self.exchange)
+        return exchange.bring_back(self._compute(*exchange.send(x), weights))
+
+    def _compute(self, x: Tensor, pairs: Pairs, weights: ExpertWeights) -> Tensor:
+        """Runs the experts held here."""
         dropout = self.dropout.p if self.training else 0.0
         return choose(self.kernel, x, self.fc1_weight.shape[1])(x, pairs, weights, self.activation, dropout)
 
@@ -81,5 +115,6 @@ class Experts(nn.Module):
         return ExpertWeights.of(fc1_weight, fc1_bias, fc2_weight, fc2_bias, self.memory)
 
     def extra_repr(self) -> str:
-        experts, hidden, dim = self.fc1_weight.shape
+        held, hidden, dim = self.fc1_weight.shape
+        experts = str(self.num_experts) if held == self.num_experts else f"{held} of {self.num_experts}"
         return f"experts={experts}, dim={dim}, hidden={hidden}"

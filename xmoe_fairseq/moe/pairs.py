@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -18,8 +18,10 @@ class Pairs:
         weight: (R,) float, the pair's share in the token's output; carries the router's gradient.
         group_sizes: (E,) int64, pairs of each expert: the first ``group_sizes[0]`` pairs are
             expert 0's, and so on. Experts without tokens have 0.
+        most_each: the most pairs of an expert, where that is known without looking at them.
     """
 
     token: Tensor
     weight: Tensor
     group_sizes: Tensor
+    most_each: int | None = field(default=None, kw_only=True)

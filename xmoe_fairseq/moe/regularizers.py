@@ -121,12 +121,11 @@ def _together(seen: list[RoutingStats]) -> RoutingStats:
     loads: dict[str, Any] = {
         name: torch.cat([getattr(one, name) for one in seen]) for name in ("expert_load", "first_choices")
     }
-    means = {name: sums.pop(name) / len(seen) for name in ("balance_loss", "z_loss")}
-    return replace(seen[0], **sums, **loads, **means)
+    return replace(seen[0], **sums, **loads, routers=tuple(router for one in seen for router in one.routers))
 
 
 def _token_by_token(seen: list[TokenRouting]) -> TokenRouting:
     return add_up(seen, torch.cat([one.taken for one in seen], dim=-1))
 
 
-_SUMMED = ("wanted", "received", "first_dropped", "top1_prob", "passes", "balance_loss", "z_loss")
+_SUMMED = ("wanted", "received", "first_dropped", "top1_prob", "passes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .routing import RankedProbs, RoutingPlan, assign, make_plan, rank, real_tokens
+from .ranking import RankedProbs, rank
+from .routing import RoutingPlan, assign, make_plan, real_tokens
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,12 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Maps x: (T, d) to (T, E), in float32 at least."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # Entering this costs as much as a small product, so decoding does without.
+        precise = (
+            torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+        )
+        with precise:
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
@@ -97,11 +103,12 @@ class Router(nn.Module):
         limited = self.training and self.options.capacity_factor > 0
         return make_plan(
             ranked,
-            self.choose(ranked.sorted.detach()),
+            self.choose(ranked.sorted),
             padding_mask,
             capacity=self.capacity if limited else None,
             normalize=self.normalize,
             most=self.most_pairs(len(logits)) if self.static(logits) else None,
+            most_each=self.most_each(len(logits)),
         )
 
     def static(self, like: Tensor) -> bool:
@@ -110,9 +117,14 @@ class Router(nn.Module):
 
     def most_pairs(self, tokens: int) -> int | None:
         """Bounds the pairs that T tokens make, without looking at them; none where they may be all."""
+        most_each = self.most_each(tokens)
+        return None if most_each is None else self.weight.shape[0] * most_each
+
+    def most_each(self, tokens: int) -> int | None:
+        """Bounds the pairs that an expert gets of T tokens, without looking at them; none where they may be all."""
         if not (self.training and self.options.capacity_factor > 0):
             return None
-        return self.weight.shape[0] * min(int(self.capacity(torch.tensor(tokens))), tokens)
+        return min(int(self.capacity(torch.tensor(tokens))), tokens)
 
     def rank(self, logits: Tensor) -> RankedProbs:
         """Orders the experts of each token."""
@@ -144,10 +156,11 @@ class ThresholdRouter(Router):
     def choose(self, sorted_probs: Tensor) -> Tensor:
         if self.options.threshold == 1:  # rounding of the sum must not leave an expert out
             return torch.ones_like(sorted_probs, dtype=torch.bool)
-        mass_before = sorted_probs.cumsum(-1) - sorted_probs
-        chosen = mass_before < self.options.threshold
-        chosen[:, 0] = True
-        return chosen
+        # No mass is before the first choice, which is always taken.
+        threshold = max(self.options.threshold, torch.finfo(sorted_probs.dtype).tiny)
+        mass_before = sorted_probs.cumsum(-1).sub_(sorted_probs)
+        # Written so that a probability that is no number reaches the output.
+        return (mass_before >= threshold).logical_not_()
 
 
 class TopKRouter(Router):

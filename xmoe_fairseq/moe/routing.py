@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from .losses import balance_loss, z_loss
 from .pairs import Pairs
-from .statistics import RoutingStats, TokenRouting, entropy
+from .ranking import RankedProbs
+from .statistics import RouterSums, RoutingStats, TokenRouting, entropy
 
 
 @dataclass(frozen=True)
@@ -41,30 +41,6 @@ class RoutingPlan(Pairs):
         return self.trace()
 
 
-@dataclass(frozen=True)
-class RankedProbs:
-    """Router probabilities beside their order.
-
-    Attributes:
-        logits: (T, E).
-        probs: (T, E) softmax of ``logits``.
-        sorted: (T, E) ``probs`` in descending order.
-        order: (T, E) int64, the expert at each rank; equal probabilities keep the experts' order.
-    """
-
-    logits: Tensor
-    probs: Tensor
-    sorted: Tensor
-    order: Tensor
-
-
-def rank(logits: Tensor) -> RankedProbs:
-    """Turns logits (T, E) into probabilities and sorts them."""
-    probs = torch.softmax(logits, dim=-1)
-    in_order, order = probs.sort(dim=-1, descending=True, stable=True)
-    return RankedProbs(logits, probs, in_order, order)
-
-
 def make_plan(
     ranked: RankedProbs,
     chosen: Tensor,
@@ -72,6 +48,7 @@ def make_plan(
     capacity: Callable[[Tensor], Tensor] | None = None,
     normalize: bool = False,
     most: int | None = None,
+    most_each: int | None = None,
 ) -> RoutingPlan:
     """Turns the choice of ranks into a plan, and drops what exceeds the experts' capacity.
 
@@ -83,34 +60,33 @@ def make_plan(
         normalize: divide a token's weights by their sum after dropping.
         most: a bound of the number of pairs. The plan then has that many, the unused ones last and with weight
             0, and no number is read back from the device; none makes a plan of exactly the chosen pairs.
+        most_each: a bound of the pairs of one expert, if one is known.
     """
     tokens, num_experts = chosen.shape
-    keep = real_tokens(padding_mask, ranked.probs)
-    real = keep.sum()
-    chosen = chosen & keep.unsqueeze(-1)
-    wanted = torch.zeros_like(chosen).scatter(1, ranked.order, chosen)
+    if padding_mask is not None:
+        chosen = chosen & ~padding_mask.unsqueeze(-1)
+    wanted = torch.zeros_like(chosen).scatter_(1, ranked.order, chosen)
     received = wanted
     if capacity is not None:
-        received = wanted & (_place_in_expert(ranked, wanted) < capacity(real))
+        received = wanted & (_place_in_expert(ranked, wanted) < capacity(real_tokens(padding_mask, chosen).sum()))
 
     expert, token, used = _grouped(received, most)
-    weight = ranked.probs.reshape(-1).index_select(0, token * num_experts + expert).masked_fill(~used, 0.0)
+    weight = ranked.probs.reshape(-1).index_select(0, token * num_experts + expert)
+    if used is not None:
+        weight = weight.masked_fill(~used, 0.0)
     if normalize:
         total = weight.new_zeros(tokens).index_add(0, token, weight).index_select(0, token)
-        weight = weight / total.masked_fill(~used, 1.0)
+        weight = weight / (total if used is None else total.masked_fill(~used, 1.0))
+    load = received.sum(0)
     return RoutingPlan(
         token=token,
         weight=weight,
-        group_sizes=received.sum(0),
+        group_sizes=load,
         first=ranked.order[:, 0],
         num_tokens=tokens,
-        count=lambda: _statistics(ranked, wanted, received, keep, real),
-        trace=lambda: TokenRouting(
-            taken=received.long(),
-            passes=keep.long(),
-            top1_prob=ranked.sorted[:, 0].masked_fill(~keep, 0.0),
-            entropy=entropy(ranked.probs).masked_fill(~keep, 0.0),
-        ),
+        count=partial(_statistics, ranked, wanted, received, load, padding_mask),
+        most_each=most_each,
+        trace=partial(_token_routing, ranked, received, padding_mask),
     )
 
 
@@ -132,7 +108,7 @@ def assign(
     load = one_hot.sum(0)
 
     def count() -> RoutingStats:
-        real, none = keep.sum(), weight.new_zeros(())
+        real = keep.sum()
         return RoutingStats(
             tokens=real,
             wanted=real,
@@ -142,11 +118,11 @@ def assign(
             expert_load=load,
             first_choices=load,
             passes=real,
-            balance_loss=none,
-            z_loss=none,
         )
 
-    share = weight.index_select(0, token).masked_fill(~used, 0.0)
+    share = weight.index_select(0, token)
+    if used is not None:
+        share = share.masked_fill(~used, 0.0)
     return RoutingPlan(
         token,
         share,
@@ -158,12 +134,13 @@ def assign(
     )
 
 
-def _grouped(received: Tensor, most: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Lists the pairs of a choice (T, E) by expert, then by token: the expert, the token, and whether it is one."""
+def _grouped(received: Tensor, most: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Lists the pairs of a choice (T, E) by expert, then by token: the expert, the token, and whether it is one; none
+    where all are."""
     # Row-major order of the transposed mask is sorted by expert: no sort is needed to group tokens.
     if most is None:
         expert, token = received.t().nonzero(as_tuple=True)
-        return expert, token, torch.ones_like(token, dtype=torch.bool)
+        return expert, token, None
     expert, token = torch.nonzero_static(received.t(), size=most, fill_value=0).unbind(-1)
     return expert, token, torch.arange(most, device=token.device) < received.sum()
 
@@ -188,20 +165,36 @@ def _place_in_expert(ranked: RankedProbs, wanted: Tensor) -> Tensor:
     return torch.empty_like(queue).scatter(0, queue, places)
 
 
-def _statistics(ranked: RankedProbs, wanted: Tensor, received: Tensor, keep: Tensor, real: Tensor) -> RoutingStats:
-    first = ranked.order[:, :1]
-    first_mask = torch.zeros_like(wanted).scatter(1, first, keep.unsqueeze(-1))
-    first_choices = first_mask.sum(0)
-    probs = ranked.probs.masked_fill(~keep.unsqueeze(-1), 0.0)
+def _statistics(
+    ranked: RankedProbs, wanted: Tensor, received: Tensor, load: Tensor, padding_mask: Tensor | None
+) -> RoutingStats:
+    keep = real_tokens(padding_mask, ranked.probs)
+    real, first = keep.sum(), ranked.order[:, 0]
+    first_choices = torch.zeros_like(load).index_add_(0, first, keep.to(load.dtype))
+    probs, squares = ranked.probs, torch.logsumexp(ranked.logits, dim=-1).square()
+    top1_prob = ranked.sorted[:, 0]
+    if padding_mask is not None:
+        probs = probs.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        squares, top1_prob = squares.masked_fill(padding_mask, 0.0), top1_prob.masked_fill(padding_mask, 0.0)
+    dropped = keep & ~received.gather(1, first.unsqueeze(-1)).squeeze(-1)
     return RoutingStats(
         tokens=real,
-        wanted=wanted.sum(),
-        received=received.sum(),
-        first_dropped=(first_mask & ~received).sum(),
-        top1_prob=ranked.sorted[:, 0].detach().masked_fill(~keep, 0.0).sum(),
-        expert_load=received.sum(0),
+        wanted=load.sum() if wanted is received else wanted.sum(),
+        received=load.sum(),
+        first_dropped=dropped.sum(),
+        top1_prob=top1_prob.sum(),
+        expert_load=load,
         first_choices=first_choices,
         passes=real,
-        balance_loss=balance_loss(probs, first_choices, real),
-        z_loss=z_loss(ranked.logits, keep, real),
+        routers=(RouterSums(real, first_choices, probs.sum(0), squares.sum()),),
+    )
+
+
+def _token_routing(ranked: RankedProbs, received: Tensor, padding_mask: Tensor | None) -> TokenRouting:
+    keep = real_tokens(padding_mask, ranked.probs)
+    return TokenRouting(
+        taken=received.long(),
+        passes=keep.long(),
+        top1_prob=ranked.sorted[:, 0].masked_fill(~keep, 0.0),
+        entropy=entropy(ranked.probs).masked_fill(~keep, 0.0),
     )

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .losses import balance_loss, z_loss
+
+
+class RouterSums(NamedTuple):
+    """What the auxiliary losses of one router are computed from: sums over the real tokens that it routed.
+
+    Attributes:
+        tokens: () their number.
+        first_choices: (E,) tokens whose first choice the expert was, before capacity.
+        probs: (E,) probabilities, with their gradient.
+        squares: () squared log-sum-exp of the logits, with its gradient.
+    """
+
+    tokens: Tensor
+    first_choices: Tensor
+    probs: Tensor
+    squares: Tensor
 
 
 @dataclass(frozen=True)
@@ -14,7 +34,7 @@ class RoutingStats:
     """Sums over the real (unpadded) tokens of one call of one MoE layer.
 
     All are tensors on the layer's device, so that collecting them never waits for it; ratios are
-    taken where they are shown. Only the losses and CMR's gate carry gradients.
+    taken where they are shown. Only the losses' sums and CMR's gate carry gradients.
 
     Attributes:
         tokens: () real tokens routed.
@@ -26,8 +46,8 @@ class RoutingStats:
         first_choices: (E,) tokens whose first choice the expert was, before capacity.
         passes: () how often a token was routed, added up: ``tokens``, or more in a stratified layer, where
             ``passes / tokens`` is the requested capacity (RC).
-        balance_loss: () E * sum_e f_e P_e, the balance loss of this call.
-        z_loss: () mean squared log-sum-exp of the router's logits.
+        routers: what the auxiliary losses are computed from; one a stratum or stacked layer, none where routers have
+            no such losses.
         gate: () sum of CMR's gate over the real tokens, with its gradient; none without CMR.
         layer: which layer it was, e.g. ``encoder.1``; empty until a model names it.
     """
@@ -40,10 +60,64 @@ class RoutingStats:
     expert_load: Tensor
     first_choices: Tensor
     passes: Tensor
-    balance_loss: Tensor
-    z_loss: Tensor
+    routers: tuple[RouterSums, ...] = ()
     gate: Tensor | None = None
     layer: str = ""
+
+    @cached_property
+    def balance_loss(self) -> Tensor:
+        """() E * sum_e f_e P_e, the balance loss of this call: the mean of the routers that received a token."""
+        return self._mean([balance_loss(one.probs, one.first_choices, one.tokens) for one in self.routers])
+
+    @cached_property
+    def z_loss(self) -> Tensor:
+        """() mean squared log-sum-exp of the router's logits: the mean of the routers that received a token."""
+        return self._mean([z_loss(one.squares, one.tokens) for one in self.routers])
+
+    def _mean(self, losses: list[Tensor]) -> Tensor:
+        if len(losses) <= 1:
+            return losses[0] if losses else self.top1_prob.new_zeros(())
+        entered = torch.stack([one.tokens > 0 for one in self.routers]).sum().clamp(min=1)
+        return torch.stack(losses).sum() / entered
+
+
+def pack(records: Sequence[RoutingStats]) -> Tensor:
+    """Puts all sums into one vector (n,) of float64, to be added up over processes at once."""
+    return torch.cat([part.reshape(-1).double() for record in records for part in _parts(record)])
+
+
+def unpack(vector: Tensor, like: Sequence[RoutingStats]) -> list[RoutingStats]:
+    """Gives the records that `pack` made a vector of, with the vector's values and gradients.
+
+    Args:
+        vector: (n,).
+        like: what was packed, or records of the same layers.
+    """
+    parts = [part for record in like for part in _parts(record)]
+    pieces = vector.split([part.numel() for part in parts])
+    values = (piece.to(part.dtype).view_as(part) for piece, part in zip(pieces, parts, strict=True))
+    return [_rebuilt(record, values) for record in like]
+
+
+def _parts(record: RoutingStats) -> Iterator[Tensor]:
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if field.name == "routers":
+            yield from (part for one in value for part in one)
+        elif isinstance(value, Tensor):
+            yield value
+
+
+def _rebuilt(record: RoutingStats, values: Iterator[Tensor]) -> RoutingStats:
+    """Takes the next values for a record, in the order of `_parts`."""
+    changed: dict[str, Any] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if field.name == "routers":
+            changed["routers"] = tuple(RouterSums(*(next(values) for _ in one)) for one in value)
+        elif isinstance(value, Tensor):
+            changed[field.name] = next(values)
+    return replace(record, **changed)
 
 
 @dataclass(frozen=True)

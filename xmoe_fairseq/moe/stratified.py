@@ -77,7 +77,7 @@ class StratifiedMoE(nn.Module):
         regularizer: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        total, _, dim = experts.fc1_weight.shape
+        total, dim = experts.num_experts, experts.fc1_weight.shape[2]
         if len(routers) != len(sizes) or sum(sizes) != total or min(sizes) < 1:
             raise ValueError(f"strata of {list(sizes)} experts and {len(routers)} routers do not fit {total} experts")
         self.routers = nn.ModuleList(routers)
@@ -143,22 +143,21 @@ class StratifiedMoE(nn.Module):
     def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int, weights: ExpertWeights) -> Tensor:
         """Runs the visible experts, those of earlier strata having no rows."""
         sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
-        return self.regularizer(self.experts(normed, Pairs(plan.token, plan.weight, sizes), weights))
+        pairs = Pairs(plan.token, plan.weight, sizes, most_each=plan.most_each)
+        return self.regularizer(self.experts(normed, pairs, weights))
 
     def _statistics(self, plans: Sequence[RoutingPlan], keep: Tensor, passes: Tensor) -> RoutingStats:
         total = sum(self.sizes)
         stats = [plan.stats for plan in plans]
-        entered = torch.stack([one.tokens > 0 for one in stats]).sum().clamp(min=1)
         counted: dict[str, Any] = {
             name: torch.stack([getattr(one, name) for one in stats]).sum()
-            for name in ("wanted", "received", "first_dropped", "top1_prob", "balance_loss", "z_loss")
+            for name in ("wanted", "received", "first_dropped", "top1_prob")
         }
-        for name in ("balance_loss", "z_loss"):
-            counted[name] = counted[name] / entered  # the mean of the strata that received a token
         for name in ("expert_load", "first_choices"):
             loads = [getattr(one, name) for one in stats]
             counted[name] = torch.stack([F.pad(load, (total - len(load), 0)) for load in loads]).sum(0)
-        return RoutingStats(tokens=keep.sum(), passes=passes.sum(), **counted)
+        routers = tuple(router for one in stats for router in one.routers)
+        return RoutingStats(tokens=keep.sum(), passes=passes.sum(), routers=routers, **counted)
 
     def _token_routing(
         self, plans: Sequence[RoutingPlan], entered: Sequence[Tensor | None], tokens: int

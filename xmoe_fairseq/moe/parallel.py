@@ -1,0 +1,80 @@
+"""Expert parallelism: processes that share the experts of a layer, and which of them holds which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def block(experts: int, number: int, blocks: int) -> range:
+    """Gives the experts of one block; where the blocks do not divide them, the first ones hold one more."""
+    each, more = divmod(experts, blocks)
+    start = number * each + min(number, more)
+    return range(start, start + each + (number < more))
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """The P processes over which the experts of every layer are split, as one of them sees it.
+
+    Attributes:
+        rank: of this process in the group.
+        size: P.
+        group: what torch.distributed made of them; none: all processes.
+        host: a group of the same processes in which numbers of the host are agreed on without waiting for the device;
+            none: ``group``.
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None = None
+    host: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, size: int) -> ExpertGroup:
+        """Splits all processes into groups of ``size`` neighbours; every process must call it.
+
+        Returns:
+            The group of this process.
+
+        Raises:
+            ValueError: ``size`` does not divide the number of processes.
+        """
+        world, here = dist.get_world_size(), dist.get_rank()
+        if size < 1 or world % size:
+            raise ValueError(f"groups of {size} processes do not divide {world} processes: choose a divisor of {world}")
+        mine = None
+        for start in range(0, world, size):
+            ranks = list(range(start, start + size))
+            group = dist.new_group(ranks)
+            host = group if dist.get_backend() == "gloo" else dist.new_group(ranks, backend="gloo")
+            if here in ranks:
+                mine = cls(here - start, size, group, host)
+        assert mine is not None
+        return mine
+
+    def block(self, experts: int) -> range:
+        """Gives the experts that this process holds, of E.
+
+        Raises:
+            ValueError: there are fewer experts than processes.
+        """
+        if experts < self.size:
+            raise ValueError(
+                f"{experts} experts cannot be split over {self.size} processes: each must hold at least one"
+            )
+        return block(experts, self.rank, self.size)
+
+    def largest(self, *numbers: int) -> list[int]:
+        """Gives the largest of each number over the processes."""
+        host = self.host or self.group
+        device = "cpu" if "gloo" in dist.get_backend(host) else "cuda"
+        agreed = torch.tensor(numbers, device=device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=host)
+        return agreed.tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertGroup:
+        return self  # a copy of a model works in the same processes

@@ -1,0 +1,80 @@
+"""Gradients of experts that not every process holds: averaged over those that do, and counted once in the norm."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import layout
+
+
+def is_expert(parameter: Tensor) -> bool:
+    """Says whether other processes hold other values of a parameter."""
+    return hasattr(parameter, "expert")
+
+
+class ExpertsApart(DistributedDataParallel):
+    """PyTorch's data parallelism, which leaves experts of this process alone, and which also works without a GPU."""
+
+    def __init__(self, module: nn.Module, device_ids: Any = None, output_device: Any = None, **options: Any) -> None:
+        experts = [name for name, parameter in module.named_parameters() if is_expert(parameter)]
+        self._set_params_and_buffers_to_ignore_for_model(module, experts)
+        if next(module.parameters()).device.type == "cpu":
+            device_ids = output_device = None
+        super().__init__(module, device_ids, output_device, **options)
+
+
+def average_experts(all_reduce_grads: Any) -> Any:
+    """Averages the gradients of experts over the processes that hold them.
+
+    An expert's gradient has the losses of all processes of its group in it, and fairseq expects of every gradient the
+    sum over all processes divided by their number.
+    """
+
+    @functools.wraps(all_reduce_grads)
+    def reduce(optimizer: Any, module: nn.Module) -> None:
+        all_reduce_grads(optimizer, module)
+        held = layout.current()
+        if held is None:
+            return
+        for parameter in filter(is_expert, module.parameters()):
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.div_(dist.get_world_size())
+                dist.all_reduce(parameter.grad, group=held.replicas)
+
+    return reduce
+
+
+def norm_of_all(clip_grad_norm: Any) -> Any:
+    """Counts every parameter once in the norm of the gradient, which stock fairseq takes without the experts."""
+
+    @functools.wraps(clip_grad_norm)
+    def clip(trainer: Any, clip_norm: float) -> Tensor:
+        held = layout.current()
+        if held is None:
+            norm: Tensor = clip_grad_norm(trainer, clip_norm)
+            return norm
+
+        def with_experts(shared: Tensor) -> Tensor:
+            squares = _squares(filter(is_expert, trainer.optimizer.params))
+            dist.all_reduce(squares, group=held.experts.group)
+            return (shared.double().square() + squares.to(shared.device)).sqrt().to(shared.dtype)
+
+        norm = trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=with_experts)
+        return norm
+
+    return clip
+
+
+def _squares(parameters: Iterable[Tensor]) -> Tensor:
+    """Adds up the squares of gradients: ()."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.stack([gradient.float().norm().double().square() for gradient in gradients]).sum()

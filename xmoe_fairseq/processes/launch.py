@@ -1,0 +1,101 @@
+"""Starting several processes as one job, on GPUs and without, and refusing what cannot work before it starts."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import open_dict
+
+from ..errors import UserError
+from . import layout
+
+# What torchrun, and nothing else, sets in each of its processes.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def one_job(call_main: Any) -> Any:
+    """Makes the processes of ``torchrun`` one job also without GPUs, where stock fairseq trains as many models as there
+    are processes; and one GPU each where each sees one only."""
+
+    @functools.wraps(call_main)
+    def call(cfg: Any, main: Callable[..., Any], **kwargs: Any) -> None:
+        options = cfg.distributed_training
+        on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+        with open_dict(cfg):
+            if options.distributed_init_method is None and all(name in os.environ for name in _TORCHRUN):
+                _join_torchrun(options, on_gpu)
+            if options.distributed_world_size > 1 and not on_gpu and not cfg.common.tpu:
+                _without_gpu(options)
+        check(cfg, on_gpu)
+        call_main(cfg, main, **kwargs)
+
+    return call
+
+
+def _join_torchrun(options: Any, on_gpu: bool) -> None:
+    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    gpus = torch.cuda.device_count() if on_gpu else 0
+    # With --gpus-per-task and the like, a process sees its own GPU only.
+    if on_gpu and gpus > 1 and local >= gpus:
+        raise UserError(
+            f"process {rank} is the {local + 1}th of its machine, which has {gpus} GPUs: start torchrun with "
+            f"--nproc_per_node {gpus}, or train with --cpu"
+        )
+    options.distributed_world_size, options.distributed_rank = size, rank
+    options.device_id = local % gpus if on_gpu else 0
+    options.distributed_no_spawn = True
+    if size > 1:
+        options.distributed_init_method = "env://"
+
+
+def _without_gpu(options: Any) -> None:
+    """Uses gloo, and the processes that are there: fairseq starts more on GPUs only."""
+    size = options.distributed_world_size
+    if options.distributed_init_method is None and "SLURM_PROCID" not in os.environ:
+        raise UserError(
+            f"--distributed-world-size {size} starts no processes without GPUs: start them with "
+            f"torchrun --nproc_per_node {size} $(which fairseq-train) ..."
+        )
+    options.distributed_backend = "gloo"
+    options.distributed_no_spawn = True
+
+
+def check(cfg: Any, on_gpu: bool) -> None:
+    """Refuses back ends and options that do not work in several processes.
+
+    Raises:
+        UserError: names the option and what to give instead.
+    """
+    options = cfg.distributed_training
+    size, backend = options.distributed_world_size, str(options.ddp_backend)
+    experts = int(getattr(cfg.model, "moe_expert_parallel", 1) or 1)
+    if backend == "fully_sharded":
+        _check_fully_sharded(on_gpu)
+    if size == 1 or experts == 1:
+        return
+    layout.check(experts, size)
+    wrong = {
+        f"--ddp-backend {backend}": backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"),
+        "--fp16 with flat gradients": cfg.common.fp16
+        and not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16),
+        "--zero-sharding os": str(options.zero_sharding) == "os",
+        "--use-bmuf": cfg.optimization.use_bmuf,
+    }
+    instead = {"--fp16 with flat gradients": "add --fp16-no-flatten-grads", "--use-bmuf": "leave it out"}
+    for name in (name for name, given in wrong.items() if given):
+        raise UserError(
+            f"{name} does not work with --moe-expert-parallel {experts}, because processes hold different experts: "
+            + instead.get(name, "use --ddp-backend legacy_ddp or pytorch_ddp, without --zero-sharding")
+        )
+
+
+def _check_fully_sharded(on_gpu: bool) -> None:
+    if importlib.util.find_spec("fairscale") is None:
+        raise UserError("--ddp-backend fully_sharded needs fairscale: pip install fairscale==0.4.13, or use legacy_ddp")
+    if not on_gpu:
+        raise UserError("--ddp-backend fully_sharded needs GPUs: fairscale has no code for CPUs; use legacy_ddp")

@@ -1,0 +1,172 @@
+"""Checkpoints of several processes: one file, as one process writes it, in which every other number of processes finds
+its parts."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairseq.distributed import utils as distributed
+from torch import Tensor
+
+from ..checkpoints import shards
+from ..errors import UserError
+from ..moe.parallel import ExpertGroup
+from . import layout
+
+logger = logging.getLogger(__name__)
+
+
+def whole_files(save_checkpoint: Any) -> Any:
+    """Brings the experts of all processes together in the first one, which writes the files."""
+
+    @functools.wraps(save_checkpoint)
+    def save(cfg: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if cfg.no_save:
+            return save_checkpoint(cfg, trainer, *args, **kwargs)
+        with whole_experts(trainer):
+            return save_checkpoint(cfg, trainer, *args, **kwargs)
+
+    return save
+
+
+@contextmanager
+def whole_experts(trainer: Any) -> Iterator[None]:
+    """For a while, the first process's ``state_dict`` has all experts; all processes must enter."""
+    held = layout.current()
+    trainer.whole_experts = []
+    if held is not None and dist.get_rank() < held.experts.size:  # the first replica
+        trainer.consolidate_optimizer()
+        trainer.whole_experts = gather(trainer.state_dict(), held.experts)
+    try:
+        yield
+    finally:
+        del trainer.whole_experts
+
+
+def gather(state: dict[str, Any], group: ExpertGroup) -> list[tuple[shards.Place, Tensor]]:
+    """Sends the experts of a group to its first process, tensor by tensor.
+
+    Args:
+        state: of a checkpoint, with the experts that this process holds.
+        group: all of its processes must call this.
+
+    Returns:
+        In the first process all experts, each tensor with its place in the state; elsewhere nothing.
+    """
+    places = []
+    for place in shards.expert_places(state):
+        own = shards.holder(state, place)[place[-1]].detach()
+        sizes = torch.tensor([0] * group.rank + [len(own)] + [0] * (group.size - group.rank - 1), device=own.device)
+        dist.all_reduce(sizes, group=group.group)
+        if group.rank > 0:
+            dist.send(own.contiguous(), 0, group=group.group)
+            continue
+        parts = [own.cpu()]
+        for rank, size in enumerate(sizes.tolist()[1:], start=1):
+            part = own.new_empty((size, *own.shape[1:]))
+            dist.recv(part, rank, group=group.group)
+            parts.append(part.cpu())
+        places.append((place, torch.cat(parts)))
+    return places
+
+
+def with_whole_experts(state_dict: Any) -> Any:
+    """Puts the gathered experts into what is saved, which names no layout of processes."""
+
+    @functools.wraps(state_dict)
+    def state(trainer: Any) -> dict[str, Any]:
+        saved: dict[str, Any] = state_dict(trainer)
+        for place, tensor in getattr(trainer, "whole_experts", ()):
+            saved = _replaced(saved, place, tensor)
+        return _without_layout(saved)
+
+    return state
+
+
+def _replaced(state: Mapping[Any, Any], place: shards.Place, value: Any) -> dict[Any, Any]:
+    """Copies the dictionaries on the way to a place, some of which training goes on with."""
+    key, *rest = place
+    return {**state, key: _replaced(state[key], rest, value) if rest else value}
+
+
+def _without_layout(state: dict[str, Any]) -> dict[str, Any]:
+    model = state["cfg"]["model"]
+    if isinstance(model, argparse.Namespace):
+        model = argparse.Namespace(**vars(model) | {"moe_expert_parallel": 1})
+    elif model is not None:
+        model = {**model, "moe_expert_parallel": 1}
+    return _replaced(state, ["cfg", "model"], model)
+
+
+def no_parts(save_checkpoint: Any) -> Any:
+    """Writes no ``crash.pt`` where one process has an error and holds some of the experts only."""
+
+    @functools.wraps(save_checkpoint)
+    def save(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
+        if layout.current() is not None and not hasattr(trainer, "whole_experts"):
+            logger.error(f"{filename} is not written: this process holds some of the experts only")
+            return None
+        return save_checkpoint(trainer, filename, extra_state)
+
+    return save
+
+
+def own_experts(state: dict[str, Any]) -> None:
+    """Leaves the experts of this process in a whole checkpoint, which is changed."""
+    held = layout.current()
+    if held is None:
+        return
+    for place in shards.expert_places(state):
+        holder = shards.holder(state, place)
+        rows = held.experts.block(len(holder[place[-1]]))
+        holder[place[-1]] = holder[place[-1]][rows.start : rows.stop].clone()
+
+
+def agree(trainer: Any) -> None:
+    """Makes sure that all processes start from the same checkpoint.
+
+    Raises:
+        UserError: they do not.
+    """
+    if trainer.data_parallel_world_size == 1:
+        return
+    updates = trainer.get_num_updates()
+    ends = torch.tensor([updates, -updates], device=trainer.device)
+    distributed.all_reduce(ends, op="max", group=trainer.data_parallel_process_group)
+    most, least = ends[0].item(), -ends[1].item()
+    if most != least:
+        raise UserError(
+            f"process {trainer.data_parallel_rank} found a checkpoint of {updates} updates, others of {least} to {most}:"
+            " --save-dir must be the same folder on all machines"
+        )
+
+
+def position_of_all(state_dict: Any) -> Any:
+    """Notes how many batches of the epoch all processes have had."""
+
+    @functools.wraps(state_dict)
+    def state(iterator: Any) -> dict[str, Any]:
+        saved: dict[str, Any] = state_dict(iterator)
+        return {**saved, "batches_in_epoch": saved["iterations_in_epoch"] * iterator.num_shards}
+
+    return state
+
+
+def position_of_one(load_state_dict: Any) -> Any:
+    """Goes on after the batches that the processes of before, however many, have had; where they cannot be dealt out
+    evenly, the last ones are had again."""
+
+    @functools.wraps(load_state_dict)
+    def load(iterator: Any, state: dict[str, Any]) -> None:
+        if "batches_in_epoch" in state:  # files of stock fairseq do not have it
+            state = {**state, "iterations_in_epoch": state["batches_in_epoch"] // iterator.num_shards}
+        load_state_dict(iterator, state)
+
+    return load
