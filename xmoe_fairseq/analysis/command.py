@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ model reads the references (teacher forcing); memory does not grow with the text
 written to --out, each figure as .png and .svg beside the .tsv of its numbers:
   directions, layers, distribution, positions   capacity by direction, layer, token and place in the sentence
   frequency, extremes                           capacity by frequency rank; the tokens that take most and least
-  flops (layers.tsv)                            computation of each layer, and what is saved
+  flops                                         computation of each layer, and what is saved
   experts_by_language_*, language_similarity_*  which languages share experts
   coselection                                   which experts are taken together
   languages.tsv, tokens.tsv, expert_load.tsv    by language, every token, every expert
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
     _check(args)
     # Importing fairseq leaves the root logger at the level of debugging.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # fairseq's, not the user's
     start = time.monotonic()
     model, task = load(args.checkpoint, args.data, args.pairs)
     if not places(model):
@@ -126,7 +128,7 @@ def _lines(found: Analysis) -> list[str]:
     for stack, row in found.summary().items():
         passes = f", {row['passes']:.2f} strata (RC)" if found.capacity == "passes" else ""
         lines.append(
-            f"{stack}: {row['experts']:.2f} experts a token{passes}; {row['saved_against_all']:.0%} of the FLOPs of all "
-            f"experts saved, {row['saved_against_dense']:.0%} of a dense network's ({row['tokens']:,} tokens)"
+            f"{stack}: {row['experts']:.2f} experts a token{passes}; {row['saved_against_all']:.0%} of all experts' "
+            f"FLOPs saved, {1 - row['saved_against_dense']:.2f} times a dense network's ({row['tokens']:,} tokens)"
         )
     return [*lines, *found.notes]

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from .style import COLOURS, GREY, MARKS, PALE, WIDTH_INCHES, grid_rows, visible
@@ -19,6 +21,7 @@ from .tables import Table
 CAPACITY = {"experts": "experts a token", "passes": "strata a token (RC)"}
 _ROWS = 48  # of languages, before another column begins
 _ROW_INCHES = 0.155
+_STEPS = [1, 2, 5, 10]  # between the ticks of an axis, times a power of ten
 
 
 def directions(table: Table, value: str) -> Figure:
@@ -46,7 +49,7 @@ def directions(table: Table, value: str) -> Figure:
             axes.axvline(float(np.mean(mean)), color=COLOURS[stack], linewidth=0.7, linestyle=(0, (4, 3)), zorder=1)
             axes.plot([of[name] for _, name in names], range(len(names)), MARKS[stack], color=COLOURS[stack],
                       markersize=4, label=stack, clip_on=False)  # fmt: skip
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     figure.supxlabel(f"{CAPACITY[value]}; dashed: mean of the directions", fontsize=8)
     _legend(figure, overall)
     return figure
@@ -122,13 +125,19 @@ def distribution(table: Table) -> Figure:
                       label=name)  # fmt: skip
             mean = float((numbers * shares).sum())
             axes.plot([place], [mean], "o", color="white", markeredgecolor="black", markersize=5, gid="mean")
-            axes.annotate(f"{mean:.2f}", (place, mean), (6, 0), textcoords="offset points", va="center")
+            axes.annotate(f"{mean:.2f}", (place, mean), (6, 0), textcoords="offset points", va="center",
+                          path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
         axes.set_xticks(range(len(names)), [name.rpartition(".")[2] for name in names])
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.set_ylim(0.4, most + 0.6)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
-    panels[0][0].set_ylabel(f"{CAPACITY[value]}; the circle is the mean")
+    panels[0][0].set_ylabel(CAPACITY[value])
+    handles = [
+        Patch(color=GREY, label="share of tokens (width)"),
+        Line2D([], [], marker="o", color="white", markeredgecolor="black", markersize=5, linestyle="", label="mean"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure
 
 
@@ -172,6 +181,10 @@ def flops(table: Table) -> Figure:
     return figure
 
 
+def _plain(number: float, _: float) -> str:
+    return f"{number:,g}" if number < 1e5 else f"{number / 1000:,g}k"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.0f}%".replace("-", "−")
 
@@ -195,6 +208,7 @@ def frequency(ranks: Table, extreme: Table, value: str) -> Figure:
         )
         upper.plot(middle, here.column(value), color=COLOURS[stack], marker=MARKS[stack], markersize=4, gid="mean")
         upper.set_xscale("log")
+        upper.xaxis.set_major_formatter(_plain)
         upper.set_title(stack)
         upper.grid(color=PALE, linewidth=0.5)
         boxes = extreme.where(stack=stack).records()
@@ -227,7 +241,7 @@ def positions(table: Table, value: str) -> Figure:
             axes.plot(one.column("first"), one.column(value), color=COLOURS[stack], alpha=shade, linewidth=1.4,
                       marker=MARKS[stack], markersize=3.5, label=name)  # fmt: skip
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+        axes.xaxis.set_major_formatter(_plain)
         axes.set_xlabel("position in the sentence, from")
         axes.grid(color=PALE, linewidth=0.5)
         axes.legend(fontsize=7)
@@ -261,6 +275,7 @@ def extremes(table: Table, value: str) -> Figure:
         for place, row in zip(places, shown, strict=True):
             axes.annotate(f"{row['tokens']:,}", (1, place), (30, 0), axes.get_yaxis_transform(), "offset points",
                           ha="right", va="center", color=GREY, fontsize=7)  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=_STEPS))
         axes.set_title(stack)
         axes.set_xlabel(CAPACITY[value])
     figure.legend(handles=[Line2D([], [], linestyle="", label="right: occurrences")], loc="outside upper right",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 
 from .languages import LanguageLoad
-from .style import DIVERGING, GREY, SEQUENTIAL, WIDTH_INCHES, visible
+from .style import DIVERGING, GREY, PALE, SEQUENTIAL, WIDTH_INCHES, visible
 from .tables import Table
 
 _LEGIBLE_CELLS = 12  # up to so many languages, cells have their numbers
@@ -21,15 +23,15 @@ _LEGIBLE_CELLS = 12  # up to so many languages, cells have their numbers
 def experts_by_language(load: LanguageLoad) -> Figure:
     """Which experts each language uses: languages that share experts are neighbours.
 
-    A cell is 1 where the language gives the expert an equal share of the layer's computations.
+    A cell is 1, and white, where the language gives the expert an equal share of the layer's computations.
     """
     rows, columns = load.load.shape
     inches = _row_inches(rows)
     figure = Figure(figsize=(WIDTH_INCHES, 1.3 + rows * inches), layout="constrained")
     tree, axes = figure.subplots(1, 2, width_ratios=[1, 7])
     _draw_tree(tree, load)
-    image = axes.imshow(load.load, cmap=SEQUENTIAL, vmin=0, vmax=_bound(load.load), aspect="auto",
-                        interpolation="nearest")  # fmt: skip
+    shades = _around_one(load.load)
+    axes.imshow(np.log2(load.load), cmap=shades.cmap, norm=shades.norm, aspect="auto", interpolation="nearest")
     _label_rows(axes, load, inches)
     layers = [layer for layer, _ in load.experts]
     starts = [layers.index(layer) for layer in dict.fromkeys(layers)]
@@ -41,8 +43,9 @@ def experts_by_language(load: LanguageLoad) -> Figure:
     few = columns <= 40
     axes.set_xticks(range(columns) if few else [], [str(number) for _, number in load.experts] if few else [])
     axes.set_xlabel(f"experts of each layer of the {load.stack}, those of the same languages together")
-    figure.colorbar(image, ax=axes, label="load, 1: an equal share", pad=0.01, fraction=0.04, aspect=30,
-                    extend="max" if load.load.max() > _bound(load.load) else "neither")  # fmt: skip
+    bar = figure.colorbar(shades, ax=axes, label="load, in equal shares", pad=0.01, fraction=0.04, aspect=30,
+                          extend="both")  # fmt: skip
+    _write_powers(bar)
     return figure
 
 
@@ -54,24 +57,32 @@ def language_similarity(load: LanguageLoad) -> Figure:
     figure = Figure(figsize=(max(side + 2.4, 4.0), max(side, 1.6) + 1.0), layout="constrained")
     tree, axes = figure.subplots(1, 2, width_ratios=[1, 6])
     _draw_tree(tree, load)
-    apart = load.similarity[~np.eye(rows, dtype=bool)]
-    low = float(apart.min()) if apart.size else 0.0
-    image = axes.imshow(load.similarity, cmap=SEQUENTIAL, vmin=low, vmax=1, aspect="auto", interpolation="nearest")
+    apart = np.where(np.eye(rows, dtype=bool), np.nan, load.similarity)  # a language with itself has no colour
+    axes.set_facecolor(PALE)
+    image = axes.imshow(apart, cmap=SEQUENTIAL, aspect="auto", interpolation="nearest")
     _label_rows(axes, load, inches)
     axes.set_xticks(range(rows), [visible(name) for name in load.languages], rotation=90, fontsize=_font(inches))
     if rows <= _LEGIBLE_CELLS:
-        for i, j in np.ndindex(load.similarity.shape):
-            dark = load.similarity[i, j] < (1 + low) / 2
-            axes.text(j, i, f"{load.similarity[i, j]:.2f}", ha="center", va="center", fontsize=7,
-                      color="white" if dark else "black")  # fmt: skip
+        for i, j in zip(*np.nonzero(~np.isnan(apart)), strict=True):
+            axes.text(j, i, f"{apart[i, j]:.2f}", ha="center", va="center", fontsize=7,
+                      color="white" if image.norm(apart[i, j]) < 0.5 else "black")  # fmt: skip
     figure.suptitle(f"{load.stack}: computations in common", fontsize=9)
     figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05, aspect=30)
     return figure
 
 
-def _bound(load: np.ndarray) -> float:
-    """The largest load with a colour of its own: a few experts must not make all others look alike."""
-    return max(float(np.quantile(load, 0.995)), 1.5)
+def _around_one(values: np.ndarray) -> ScalarMappable:
+    """Shades of ratios, by their log2: white for 1; from 1/2 to 2, so that noise looks weak, up to 1/8 to 8."""
+    logs = np.abs(np.log2(values[values > 0]))
+    bound = float(np.clip(np.quantile(logs, 0.99), 1, 3)) if logs.size else 1.0
+    return ScalarMappable(Normalize(-bound, bound), DIVERGING)
+
+
+def _write_powers(bar: Any) -> None:
+    """Writes ratios beside a bar of their log2."""
+    last = math.floor(bar.vmax)
+    ticks = range(-last, last + 1)
+    bar.set_ticks(list(ticks), labels=[f"{2**tick}" if tick >= 0 else f"1/{2**-tick}" for tick in ticks])
 
 
 def _row_inches(rows: int) -> float:
@@ -102,7 +113,7 @@ def _draw_tree(axes: Axes, load: LanguageLoad) -> None:
 
 
 def coselection(table: Table) -> Figure:
-    """Which experts are taken together: log2 of lift, 0 where choices are independent.
+    """Which experts are taken together: lift, 1 and white where choices are independent.
 
     Args:
         table: of `tables.together`.
@@ -112,23 +123,26 @@ def coselection(table: Table) -> Figure:
     down = math.ceil(len(names) / across)
     figure = Figure(figsize=(WIDTH_INCHES, 0.6 + 2.2 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).flatten()
-    colours = ScalarMappable(Normalize(-3, 3), DIVERGING)
-    for axes, name in zip(panels, names, strict=False):
-        axes.imshow(_lift(table.where(layer=name)), cmap=colours.cmap, norm=colours.norm, interpolation="nearest")
+    lifts = [_lift(table.where(layer=name)) for name in names]
+    shades = _around_one(np.concatenate([lift.flatten() for lift in lifts]))
+    for axes, name, lift in zip(panels, names, lifts, strict=False):
+        axes.set_facecolor(PALE)
+        axes.imshow(np.log2(lift), cmap=shades.cmap, norm=shades.norm, interpolation="nearest")
         axes.set_title(name)
         axes.tick_params(length=0)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(8, integer=True))
     for axes in panels[len(names) :]:
         axes.axis("off")
-    figure.colorbar(colours, ax=panels, label="taken together, log2 of lift", shrink=0.8, extend="both")
+    _write_powers(figure.colorbar(shades, ax=panels, label="taken together (lift)", shrink=0.8, extend="both"))
     return figure
 
 
 def _lift(table: Table) -> np.ndarray:
-    """(E, E) log2 of lift; not a number on the diagonal and where an expert was never taken."""
-    size = max(table.column("other")) + 1
+    """(E, E); not a number on the diagonal and where an expert was never taken."""
+    size = max(table.column("other"), default=0) + 1
     lift = np.full((size, size), np.nan)
     for row in table.records():
         if row["lift"] is not None:
-            value = math.log2(row["lift"]) if row["lift"] else -np.inf
-            lift[row["expert"], row["other"]] = lift[row["other"], row["expert"]] = value
+            lift[row["expert"], row["other"]] = lift[row["other"], row["expert"]] = row["lift"]
     return lift

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -47,13 +48,21 @@ class Analysis:
         return any(layer.place.chooses for layer in self.counts.layers.values())
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Means over the layers of each stack, each layer weighing the same."""
-        layers, columns = self.tables["layers"], ("experts", "passes", "saved_against_all", "saved_against_dense")
+        """Gives for each stack means over its layers and tokens, and shares of FLOPs saved."""
         found = {}
         for stack in self.counts.stacks:
-            here = layers.where(stack=stack)
-            mean = {name: sum(here.column(name)) / len(here.rows) for name in columns}
-            found[stack] = {"layers": len(here.rows), "tokens": here.column("tokens")[0], **mean}
+            layers, flops = (self.tables[name].where(stack=stack) for name in ("layers", "flops"))
+            taken, everything, dense = (
+                sum(flops.column(name)) for name in ("flops", "flops_of_all_experts", "flops_dense")
+            )
+            found[stack] = {
+                "layers": len(layers.rows),
+                "tokens": layers.column("tokens")[0],
+                "experts": fmean(layers.column("experts")),
+                "passes": fmean(layers.column("passes")),
+                "saved_against_all": 1 - taken / everything,
+                "saved_against_dense": 1 - taken / dense,
+            }
         return found
 
     def as_json(self) -> dict[str, Any]:
@@ -82,6 +91,7 @@ def analysis(counts: Counts, words: Mapping[str, Sequence[str | None]], min_coun
     loads = [language_load(counts, stack) for stack in counts.stacks]
     made = [
         tables.by_layer(counts),
+        tables.flops(counts),
         tables.by_direction(counts),
         tables.by_language(counts),
         tables.by_position(counts),
@@ -116,7 +126,7 @@ def draw(found: Analysis) -> Iterator[tuple[str, Figure]]:
         yield "frequency", figures.frequency(made["frequency"], made["frequency_extremes"], value)
         if made["extremes"].rows:
             yield "extremes", figures.extremes(made["extremes"], value)
-    yield "flops", figures.flops(made["layers"])
+    yield "flops", figures.flops(made["flops"])
     for load in found.loads:
         yield load.load_table().name, heatmaps.experts_by_language(load)
         yield load.similarity_table().name, heatmaps.language_similarity(load)

@@ -88,35 +88,37 @@ def add(sums: Iterable[Tensor]) -> Tensor:
 
 
 def by_layer(counts: Counts) -> Table:
-    """Layers: means over all tokens, balance of the load, FLOPs of the layer for a token, and what is saved."""
-    columns = (
-        *("layer", "stack", *MEANS, "experts_sd", "of_experts", "load_cv"),
-        *("flops", "flops_of_all_experts", "flops_dense", "saved_against_all", "saved_against_dense"),
-    )
-    return Table("layers", columns, [_layer(layer) for layer in counts.layers.values()])
+    """Layers: means over all tokens, spread of the experts a token, and balance of the load.
+
+    ``load_cv`` is the coefficient of variation of the experts' computations: 0 is perfect balance.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for layer in counts.layers.values():
+        sums, load = layer.by_direction.sum(0), layer.load.sum(0)
+        mean = means(sums, [layer])
+        variance = float(sums[SUMS.index("experts_squared")] / sums[0]) - mean[1] ** 2
+        load_cv = float(load.std(correction=0) / load.mean())
+        place = layer.place
+        rows.append((place.name, place.stack, *mean, math.sqrt(max(variance, 0.0)), place.experts, load_cv))
+    return Table("layers", ("layer", "stack", *MEANS, "experts_sd", "of_experts", "load_cv"), rows)
 
 
-def _layer(layer: LayerCounts) -> tuple[Any, ...]:
-    place, sums = layer.place, layer.by_direction.sum(0)
-    mean = means(sums, [layer])
-    experts = mean[1]
-    squared = float(sums[SUMS.index("experts_squared")] / sums[0])
-    load = layer.load.sum(0)
-    flops = place.other_flops + place.expert_flops * experts
-    of_all = place.other_flops + place.expert_flops * place.experts
-    return (
-        place.name,
-        place.stack,
-        *mean,
-        math.sqrt(max(squared - experts**2, 0.0)),
-        place.experts,
-        float(load.std(correction=0) / load.mean()),
-        flops,
-        of_all,
-        place.dense_flops,
-        1 - flops / of_all,
-        1 - flops / place.dense_flops,
-    )
+def flops(counts: Counts) -> Table:
+    """Layers: FLOPs for a token, routers and gates included, and the share saved of what it is compared with.
+
+    Compared with all experts of the layer, and with the feed-forward network of a dense model; negative where the
+    layer costs more.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for layer in counts.layers.values():
+        place = layer.place
+        experts = means(layer.by_direction.sum(0), [layer])[1]
+        taken = place.other_flops + place.expert_flops * experts
+        everything = place.other_flops + place.expert_flops * place.experts
+        saved = (1 - taken / everything, 1 - taken / place.dense_flops)
+        rows.append((place.name, place.stack, experts, taken, everything, place.dense_flops, *saved))
+    columns = ("flops", "flops_of_all_experts", "flops_dense", "saved_against_all", "saved_against_dense")
+    return Table("flops", ("layer", "stack", "experts", *columns), rows)
 
 
 def by_direction(counts: Counts) -> Table:

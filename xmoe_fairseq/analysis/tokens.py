@@ -48,17 +48,18 @@ def extremes(tokens: Table, value: str, min_count: int, shown: int) -> Table:
         min_count: occurrences that a token needs.
         shown: tokens at each end; fewer where the two would meet.
     """
-    rows = []
+    rows, column, total = [], tokens.columns.index(value), tokens.columns.index("tokens")
     for stack in dict.fromkeys(tokens.column("stack")):
         often = _often(tokens, stack, value, min_count)
         count = min(shown, len(often) // 2)
-        rows += [("most", *row) for row in reversed(often[len(often) - count :])]
+        most = often[len(often) - count :]
+        rows += [("most", *row) for row in sorted(most, key=lambda row: (-row[column], -row[total]))]
         rows += [("least", *row) for row in often[:count]]
     return Table("extremes", ("end", *tokens.columns), rows)
 
 
 def _often(tokens: Table, stack: str, value: str, min_count: int) -> list[tuple[Any, ...]]:
-    """The frequent tokens of a stack, those of low capacity first; of equal ones the frequent first."""
+    """The tokens of a stack that occur often enough, by capacity; of equal ones those of low rank first."""
     column, count = tokens.columns.index(value), tokens.columns.index("tokens")
     return sorted(
         (row for row in tokens.where(stack=stack).rows if row[count] >= min_count),
