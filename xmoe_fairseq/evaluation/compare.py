@@ -12,7 +12,6 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import _bootstrap_resample, _compute_p_value, estimate_ci
 from tqdm import tqdm
 
-from ..benchmarks import BENCHMARKS
 from ..errors import UserError
 from .result_folder import read_scores, read_texts
 from .score import METRICS, build_metric
@@ -30,7 +29,7 @@ class Result:
         score: of the metric.
         interval: half of the width of its 95% confidence interval.
         difference: from the first system; None for that itself.
-        p: share of the draws in which a difference as large as this one came by chance.
+        p: share of the draws in which a difference as large as this one came by chance; 1 for equal systems.
     """
 
     score: float
@@ -162,7 +161,7 @@ def compare(systems: Sequence[System], samples: int, bar: tqdm) -> Comparison:
 
 def _compare(systems: Sequence[System], name: str, samples: int, bar: tqdm) -> MetricComparison:
     signatures = {row.name: row.signatures[name] for row in systems[0].scores.rows}
-    tokenizer = systems[0].scores.settings["tokenize"]
+    tokenizer = systems[0].scores.tokenize
     directions, scores, draws, statistics = {}, {}, {}, []
     for pair in systems[0].texts:
         metric = build_metric(name, pair.partition("-")[2], tokenizer)
@@ -178,7 +177,7 @@ def _compare(systems: Sequence[System], name: str, samples: int, bar: tqdm) -> M
         statistics.append(stats)
         bar.set_description(f"{METRICS[name]} {pair}")
         bar.update()
-    sets = _sets(list(scores), systems[0].scores)
+    sets = _sets(list(scores), systems[0].scores.english)
     means = {
         # Sentence i is drawn in every direction at once: they are often translations of each other.
         group: _results(np.mean([scores[p] for p in pairs], axis=0), np.mean([draws[p] for p in pairs], axis=0))
@@ -209,14 +208,14 @@ def _results(scores: np.ndarray, draws: np.ndarray) -> list[Result]:
     for score, drawn in zip(scores[1:], draws[1:], strict=True):
         difference = float(score - scores[0])
         apart = np.abs(drawn - draws[0])
-        p = _compute_p_value(apart - apart.mean(), abs(difference))
+        # Of equal systems sacreBLEU would say 1 / (samples + 1): no draw has *more* than no difference.
+        p = _compute_p_value(apart - apart.mean(), abs(difference)) if apart.any() or difference else 1.0
         results.append(Result(float(score), float(estimate_ci(drawn)[1]), difference, float(p)))
     return results
 
 
-def _sets(pairs: Sequence[str], scores: Scores) -> dict[str, list[str]]:
+def _sets(pairs: Sequence[str], english: str) -> dict[str, list[str]]:
     """Groups directions as the averages of ``xmoe score`` do; sets without a direction are left out."""
-    english = BENCHMARKS[scores.settings["benchmark"]].english
     ways = {
         "all": list(pairs),
         f"{english}-xx": [pair for pair in pairs if pair.startswith(f"{english}-")],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterable, Sequence
 from importlib import metadata
+from typing import Any
 
 MISSING = (
     "the share of translations in a wrong language is left out: no detector is installed (pip install py3langid "
@@ -25,10 +28,9 @@ class LanguageDetector:
     """
 
     def __init__(self, languages: Iterable[str]) -> None:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
         self.name = f"py3langid {metadata.version('py3langid')}"
-        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
+        # Its languages are this detector's own, the model behind it is shared.
+        self._identifier = copy.copy(_load_model())
         labels = {_standard(label): label for label in self._identifier.labels}
         self._labels = {code: labels[_standard(code)] for code in languages if _standard(code) in labels}
         self._identifier.set_languages(sorted(set(self._labels.values())))
@@ -51,6 +53,13 @@ def find_detector(languages: Iterable[str]) -> LanguageDetector | None:
         return LanguageDetector(languages)
     except ImportError:
         return None
+
+
+@functools.cache
+def _load_model() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
 def _standard(code: str) -> str:

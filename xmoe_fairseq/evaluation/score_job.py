@@ -164,12 +164,13 @@ class ScoreJob:
             "arch": about.arch if about else None,
             "updates": about.updates if about else None,
             "benchmark": self.benchmark.name,
-            "tokenize": self.tokenizer,
             **self.settings,
         }
         return Scores(
             name=out.resolve().name,
             settings=settings,
+            english=self.benchmark.english,
+            tokenize=self.tokenizer,
             rows=rows,
             averages=average(rows, self.benchmark.english),
             model=model.size(usage) if model else None,

@@ -78,7 +78,9 @@ class Scores:
 
     Attributes:
         name: of the folder.
-        settings: what the translations depend on; see `result_folder.Settings`.
+        settings: the checkpoint, and what the translations depend on.
+        english: the code of English in the data.
+        tokenize: BLEU's tokenizer for every language; None for each language's own.
         rows: the directions.
         averages: see `average`.
         model: what the model costs; None where translations were scored without it.
@@ -90,6 +92,8 @@ class Scores:
 
     name: str
     settings: Mapping[str, Any]
+    english: str
+    tokenize: str | None
     rows: Sequence[Row]
     averages: Sequence[Average]
     model: ModelSize | None
