@@ -1,4 +1,4 @@
-"""The figures of ``xmoe analyze``, as a page holds them."""
+"""The figures of ``xmoe analyze`` and ``xmoe sweep``, as a page holds them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _CAPTIONS = {
     "language_similarity_encoder": "How alike languages are in the encoder's experts",
     "language_similarity_decoder": "How alike languages are in the decoder's experts",
     "coselection": "Experts taken together",
+    "sweep": "Quality against computation at other thresholds",
 }
 _TYPES = {"svg": "image/svg+xml", "png": "image/png"}
 
@@ -35,7 +36,7 @@ class Drawing:
 
 
 def read_drawings(folder: Path) -> list[Drawing]:
-    """Reads the figures in a folder of ``xmoe analyze``: of each its SVG or its PNG, whichever is smaller.
+    """Reads the figures in a folder of ``xmoe analyze`` or ``xmoe sweep``: of each its SVG or its PNG, whichever is smaller.
 
     Raises:
         UserError: a figure cannot be read.

@@ -195,12 +195,13 @@ def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path]
     of_each = max(1, min(_MOST_OF_ONE_DIRECTION, _MOST_TRACED // max(len(directions), 1)))
     traced = model.trace(pick_samples(directions, of_each * len(directions)))
     name = task or run.resolve().name
+    drawn = (run / "analysis", run / "sweep", default_out(model.checkpoint, "sweep"))
     return Report(
         name=name,
         scores=scores,
         directions=directions,
         layers=layers,
-        drawings=read_drawings(run / "analysis") if layers else [],
+        drawings=[one for folder in drawn if layers for one in read_drawings(folder)],
         traced=traced,
         training=training,
         settings=settings,

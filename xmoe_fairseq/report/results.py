@@ -89,7 +89,7 @@ class Report:
         scores: all that is known of the directions; none where nothing was translated.
         directions: empty where nothing was translated.
         layers: the MoE layers in the order of the model; empty for a dense model.
-        drawings: of ``xmoe analyze``; empty where it was not run.
+        drawings: of ``xmoe analyze`` and ``xmoe sweep``; empty where they were not run.
         traced: samples token by token; empty where nothing was translated and for a dense model.
         training: from the logs; none without a log.
         settings: of the checkpoint.
