@@ -36,7 +36,7 @@ class Drawing:
 
 
 def read_drawings(folder: Path) -> list[Drawing]:
-    """Reads the figures in a folder of ``xmoe analyze`` or ``xmoe sweep``: of each its SVG or its PNG, whichever is smaller.
+    """Reads the figures in a folder of ``xmoe analyze`` or ``xmoe sweep``: of each the smaller of its SVG and its PNG.
 
     Raises:
         UserError: a figure cannot be read.
