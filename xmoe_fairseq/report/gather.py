@@ -138,7 +138,19 @@ def score_generated(run: Path, data: Path, names: Sequence[str]) -> tuple[Scores
         group = groups.get(target if source == english else source, "all")
         directions.append(_score_direction(run / "generate" / name, data, source, target, group))
     rows = [direction.row for direction in directions]
-    scores = Scores(run.resolve().name, {}, rows, average(rows, english), None, None, None, None, read_versions())
+    scores = Scores(
+        name=run.resolve().name,
+        settings={},
+        english=english,
+        tokenize=None,
+        rows=rows,
+        averages=average(rows, english),
+        model=None,
+        words_per_second=None,
+        device=None,
+        detector=None,
+        versions=read_versions(),
+    )
     return scores, directions
 
 
