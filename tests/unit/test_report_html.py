@@ -25,7 +25,7 @@ from xmoe_fairseq.subword import Subword
 VOID = {"meta", "br", "img", "input"}
 EVIL = "<script>alert('x')</script> & \"quotes\" <img src=x onerror=alert(1)> </script><!--"
 SENTENCES = 8
-WORDS = ("cat", "dog", "bird", "fish", "tree")
+WORDS = ("cat", "dog", "bird", "fish", "<script>alert('x')</script>")
 ARABIC = "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645"
 
 
@@ -135,8 +135,9 @@ def test_page_is_whole_and_needs_no_network(page: str) -> None:
 def test_text_is_escaped_and_nothing_is_lost(page: str) -> None:
     parsed = Page(page)
     assert sum(tag == "script" for tag, _ in parsed.tags) == 1 and sum(tag == "img" for tag, _ in parsed.tags) == 0
-    sentences = ["".join(text for text, *_ in tokens) for stack, tokens in parsed.tokens if stack == "decoder"]
+    sentences = ["".join(text for text, *_ in tokens) for _, tokens in parsed.tokens]
     assert any("<script>alert('x')</script>" in text for text in sentences)
+    assert any("<script>alert('x')</script> of" in text for text in parsed.text)  # the reference
     assert any("<0xD9>" in text for text in sentences)  # Arabic, which the vocabulary lacks, in bytes
     directed = [a for _, a in parsed.tags if a.get("class") == "tokens"]
     assert directed and all(attributes["dir"] == "auto" for attributes in directed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,7 +41,7 @@ class Direction:
         """How it is shown."""
         return arrow(self.source, self.target)
 
-    @property
+    @cached_property
     def score(self) -> Score:
         """BLEU and chrF++, computed where ``xmoe score`` was asked for other metrics."""
         scores, signatures = self.row.scores, self.row.signatures
