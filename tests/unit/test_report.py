@@ -18,7 +18,7 @@ from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.outputs import write_lines
 from xmoe_fairseq.evaluation.usage import LayerUsage
 from xmoe_fairseq.report import command
-from xmoe_fairseq.report.gather import Model, find_directions
+from xmoe_fairseq.report.gather import Model, find_checkpoint, find_directions
 from xmoe_fairseq.report.picture import DOTS_PER_INCH, WIDTH_INCHES
 from xmoe_fairseq.report.results import Sample, Token, TracedSample
 from xmoe_fairseq.report.settings import Settings
@@ -210,3 +210,52 @@ def test_task_must_be_known_and_local_takes_any_direction(run: Path) -> None:
     with pytest.raises(UserError, match="unknown --task 'translation': choose from multilingual_demo4"):
         make_report(run, task="translation")
     assert find_directions(run, "multilingual_local") == sorted(DIRECTIONS)
+
+
+def test_out_and_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [str(run), "--data", str(run.parent / "data")]
+    command.main([*options, "--out", str(run / "other.html"), "--json"], FakeModel)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((run / "other.json").read_text(encoding="utf-8"))
+    assert (printed["arch"], printed["parameters"], printed["training"]) == ("some_arch", 1234567, None)
+    assert "](other.png)" in (run / "other.md").read_text(encoding="utf-8")
+    assert not (run / "report.html").exists() and (run / "other.png").exists()
+    command.main(options, FakeModel)
+    assert capsys.readouterr().out.split() == [str(run / f"report.{ending}") for ending in ENDINGS]
+
+
+def test_training_is_summed_up(run: Path) -> None:
+    (run / "train.log").write_text("epoch 001:  7 / 9 loss=2.5, ppl=4, num_updates=7\n")
+    assert make_report(run)["training"] == {
+        "updates": 7,
+        "restarts": [],
+        "last": {"train_inner": {"update": 7, "loss": 2.5, "ppl": 4.0}},
+    }
+    assert "<figcaption>Perplexity</figcaption>" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_checkpoints_are_found_in_order_of_merit(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoint_last.pt", "checkpoints/checkpoint_last.pt", "checkpoint_best.pt"):
+        (tmp_path / name).touch()
+        assert find_checkpoint(tmp_path) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["nowhere", "--data", "."], "there is no folder nowhere"),
+        ([".", "--data", "nowhere"], "there is no data folder nowhere"),
+        ([".", "--data", ".", "--out", "page.pdf"], "--out page.pdf must end in .html"),
+        ([".", "--data", ".", "--out", "nowhere/page.html"], "there is no folder nowhere for --out"),
+        ([".", "--data", ".", "--log", "nowhere.log", "--checkpoint", "x.pt"], "cannot read the log nowhere.log"),
+        (["."], "required: --data; see xmoe report --help"),
+    ],
+)
+def test_arguments_are_checked(
+    options: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=expected):
+        command.main(options)
+    assert list(tmp_path.iterdir()) == []
