@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
-from helpers import ROOT, TRAIN_ARGS
-from helpers_training import CONTEXT
+from helpers import TRAIN_ARGS
+from helpers_training import Run
 
 from xmoe_fairseq.processes import state
 
@@ -37,36 +36,36 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def together(size: int, folder: Path, work: Callable[..., Any], *args: Any, seconds: float = 100) -> list[Any]:
-    """Calls a function in several processes and gives what each returned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    running = [
-        CONTEXT.Process(target=_call, args=(environment(rank, size, port), folder / f"{rank}.pt", work, args))
-        for rank in range(size)
-    ]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(seconds)
-    hung = [process for process in running if process.exitcode is None]
-    for process in hung:
-        process.kill()
-    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size) if not hung]
-    errors = [result for result in results if isinstance(result, str)]
-    assert not hung and not errors, errors or f"{len(hung)} of {size} processes hang"
-    return results
+class Job:
+    """A training in several processes, started as torchrun does.
+
+    Args:
+        size: processes.
+        dies_after: as in `Run`, for the first process.
+    """
+
+    def __init__(self, size: int, data: Path, save: Path, *options: str, dies_after: int = -1) -> None:
+        port = free_port()
+        self.runs = [
+            Run(
+                *(data, save, *options),
+                dies_after=dies_after if rank == 0 else -1,
+                environment=environment(rank, size, port),
+            )
+            for rank in range(size)
+        ]
+
+    def wait(self) -> list[int]:
+        """Gives the exit codes."""
+        return [run.wait() for run in self.runs]
 
 
-def _call(values: dict[str, str], path: Path, work: Callable[..., Any], args: Any) -> None:
-    torch.set_num_threads(1)
-    os.chdir(ROOT)
-    os.environ.update(values)
-    try:
-        result = work(*args)
-    except BaseException as error:
-        result = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-    torch.save(result, path)
+def train_together(size: int, data: Path, save: Path, updates: int, *options: str) -> Run:
+    """Trains to the end; gives the first process."""
+    job = Job(size, data, save, *options, "--max-update", str(updates))
+    codes = job.wait()
+    assert not any(codes), job.runs[codes.index(max(codes, key=abs))].said[-3000:]
+    return job.runs[0]
 
 
 def uneven_plan(size: int, updates: int, update_freq: int = 1, sentences: int = 80) -> Plan:
@@ -85,7 +84,13 @@ def _draw(rng: random.Random, sentences: int, count: int) -> list[int]:
     return [rng.randrange(sentences) for _ in range(count)]
 
 
-def learn(data: Path, plan: Plan, words: Sequence[str], mine: bool) -> dict[str, Any]:
+def learn_together(rank: int, size: int, *args: Any) -> dict[str, Any]:
+    """Is `learn` in one of several processes."""
+    os.environ.update(environment(rank, size, 0))
+    return learn(*args, mine=True)
+
+
+def learn(data: Path, plan: Plan, words: Sequence[str], mine: bool = False) -> dict[str, Any]:
     """Trains on given sentences.
 
     Args:
@@ -95,7 +100,7 @@ def learn(data: Path, plan: Plan, words: Sequence[str], mine: bool) -> dict[str,
         mine: take this process's sentences; else those of all, batch by batch.
 
     Returns:
-        The logged values of each update, and the whole state at the end, in the first process.
+        The logged values of each update, and in the first process all parameters at the end.
     """
     parser = options.get_training_parser()
     given = options.parse_args_and_arch(parser, [str(data), *TRAIN_ARGS, "--dropout", "0", *words])
@@ -122,7 +127,7 @@ def learn(data: Path, plan: Plan, words: Sequence[str], mine: bool) -> dict[str,
             logs.append({name: float(value) for name, value in shown.get_smoothed_values().items()})
         trainer.consolidate_optimizer()
         with state.whole_experts(trainer):
-            result.update(logs=logs, state=trainer.state_dict() if rank == 0 else None)
+            result.update(logs=logs, model=trainer.state_dict()["model"] if rank == 0 else None)
 
     distributed_utils.call_main(convert_namespace_to_omegaconf(given), main)
     return result

@@ -24,13 +24,22 @@ CONTEXT.set_forkserver_preload(["torch._dynamo", "fairseq_cli.train", "xmoe_fair
 
 
 class Run:
-    """A training in a process of its own; what it says is in `said`."""
+    """A training in a process of its own; what it says is in `said`. One of several has torchrun's variables."""
 
-    def __init__(self, data: Path, save: Path, *options: str, dies_after: int = -1, room: int = -1) -> None:
+    def __init__(
+        self,
+        data: Path,
+        save: Path,
+        *options: str,
+        dies_after: int = -1,
+        room: int = -1,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         save.mkdir(parents=True, exist_ok=True)
-        self.save, self.log = save, save / "log"
+        environment = environment or {}
+        self.save, self.log = save, save / f"log{environment.get('RANK', '')}"
         words = [str(data), *TRAIN_ARGS, *OPTIONS, "--save-dir", str(save), *options]
-        self.process = CONTEXT.Process(target=_train, args=(words, str(self.log), dies_after, room))
+        self.process = CONTEXT.Process(target=_train, args=(words, str(self.log), dies_after, room, environment))
         self.process.start()
 
     def wait(self) -> int:
@@ -61,7 +70,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def _train(words: list[str], log: str, dies_after: int, room: int) -> None:
+def _train(words: list[str], log: str, dies_after: int, room: int, environment: dict[str, str]) -> None:
     """Is `fairseq-train`.
 
     Args:
@@ -69,12 +78,14 @@ def _train(words: list[str], log: str, dies_after: int, room: int) -> None:
         log: file to which standard output and error go.
         dies_after: the process kills itself when it has written so many bytes of checkpoints.
         room: the disk is full when so many bytes of checkpoints are written.
+        environment: variables to set.
     """
     from fairseq_cli.train import cli_main
 
     from xmoe_fairseq.checkpoints import saving
 
     torch.set_num_threads(1)
+    os.environ.update(environment)
     os.chdir(ROOT)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)

@@ -15,6 +15,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
 
 from .moe import ROUTERS, RouterOptions
+from .moe.exchange import CHOICES as EXCHANGES
 from .moe.kernels import CHOICES
 
 _NESTED = ("encoder", "decoder", "quant_noise")
@@ -130,6 +131,11 @@ class MoETransformerConfig(FlatTransformerConfig):
     moe_min_capacity: int = _option(4, "tokens an expert always takes, whatever the capacity factor", low=0)
     moe_expert_parallel: int = _option(
         1, "in training with several processes: how many share the experts of each layer", low=1
+    )
+    moe_exchange: ChoiceEnum(EXCHANGES) = _option(  # type: ignore[valid-type]
+        "auto",
+        "how tokens reach experts of other processes; counted: as many as there are; static: as many as the capacity "
+        "allows; auto: static where there is a capacity, on a GPU",
     )
 
 

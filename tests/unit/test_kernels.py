@@ -183,13 +183,14 @@ def test_accumulated_gradients_are_the_sum() -> None:
 
 
 def test_unknown_kernels_are_refused_and_the_cpu_gets_the_fused_one() -> None:
+    many, one = draw([40, 40], 40), draw([1, 0], 1)
     with pytest.raises(ValueError, match=r"no kernel 'triton'.*fused"):
-        choose("triton", torch.empty(1, 8), 8)
-    assert choose("auto", torch.empty(1, 8), 8) is KERNELS["fused"]
+        choose("triton", torch.empty(1, 8), one, 8)
+    assert choose("auto", torch.empty(1, 8), one, 8) is KERNELS["fused"]
     with torch.no_grad():
-        assert choose("auto", torch.empty(1, 8), 8) is KERNELS["few"]
-        assert choose("auto", torch.empty(1000, 8), 8) is KERNELS["fused"]
-    assert choose("loop", torch.empty(1, 8), 8) is KERNELS["loop"]
+        assert choose("auto", torch.empty(1, 8), one, 8) is KERNELS["few"]
+        assert choose("auto", torch.empty(40, 8), many, 8) is KERNELS["fused"]
+    assert choose("loop", torch.empty(1, 8), one, 8) is KERNELS["loop"]
 
 
 def test_weights_used_twice_get_one_summed_gradient() -> None:

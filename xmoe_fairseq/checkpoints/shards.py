@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..moe.parallel import block
 from .reading import SHARD, SHARD_SET, DamagedCheckpoint, check_sums, read_shard
 
 Place = list[Any]  # keys from the state down to a tensor
@@ -105,24 +106,17 @@ def split(state: dict[str, Any], shards: int, name: str, source: str) -> Iterato
     if not 1 <= shards <= fewest:
         raise UserError(f"--shards {shards} is out of range: the checkpoint has {fewest} experts, one a shard at most")
     for number in range(shards):
-        blocks = [_own_rows(tensor, *_rows(len(tensor), number, shards)) for tensor in tensors]
+        blocks = [_own_rows(tensor, block(len(tensor), number, shards)) for tensor in tensors]
         yield {SHARD: {"name": name, "source": source, "number": number, "shards": shards, "tensors": blocks}}
     for place, tensor in zip(places, tensors, strict=True):
         holder(state, place)[place[-1]] = tensor[:0].clone()
     state[SHARD_SET] = {"source": source, "shards": shards, "experts": fewest, "places": places}
 
 
-def _rows(experts: int, number: int, shards: int) -> tuple[int, int]:
-    """Gives where a shard's block of experts starts and stops."""
-    each, more = divmod(experts, shards)
-    start = number * each + min(number, more)
-    return start, start + each + (number < more)
-
-
-def _own_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+def _own_rows(tensor: Tensor, held: range) -> Tensor:
     """Takes rows as a tensor of their own bytes: torch would save the whole of what a slice is cut from, and a
     copy would need memory."""
-    rows = tensor.contiguous()[start:stop]
+    rows = tensor.contiguous()[held.start : held.stop]
     first, size = rows.storage_offset() * rows.element_size(), rows.numel() * rows.element_size()
     storage = rows.untyped_storage()[first : first + size]
     return torch.empty(0, dtype=rows.dtype).set_(storage, 0, rows.shape, rows.stride())

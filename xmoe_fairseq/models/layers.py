@@ -41,7 +41,7 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
         "activation": utils.get_activation_fn(activation=str(cfg.activation_fn)),
         "dropout": cfg.activation_dropout or cfg.relu_dropout or 0.0,
     }
-    kernel = str(cfg.moe_kernel)
+    ways: dict[str, Any] = {"kernel": str(cfg.moe_kernel), "exchange": str(cfg.moe_exchange)}
 
     def router(num_experts: int) -> Router:
         return ROUTERS[str(cfg.moe_router)](dim, num_experts, router_options(cfg))
@@ -49,7 +49,7 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
     def experts() -> Experts:
         held = layout.current()
         group = held.experts if held else None
-        return Experts(cfg.moe_num_experts, dim, hidden // cfg.moe_split_ratio, **network, kernel=kernel, group=group)
+        return Experts(cfg.moe_num_experts, dim, hidden // cfg.moe_split_ratio, **network, **ways, group=group)
 
     masking = ExpertOutputMasking(cfg.moe_eom_rate) if cfg.moe_regularizer == "eom" else None
     moe: nn.Module

@@ -103,7 +103,7 @@ class Experts(nn.Module):
     def _compute(self, x: Tensor, pairs: Pairs, weights: ExpertWeights) -> Tensor:
         """Runs the experts held here."""
         dropout = self.dropout.p if self.training else 0.0
-        return choose(self.kernel, x, self.fc1_weight.shape[1])(x, pairs, weights, self.activation, dropout)
+        return choose(self.kernel, x, pairs, self.fc1_weight.shape[1])(x, pairs, weights, self.activation, dropout)
 
     def weights(self, device: torch.device) -> ExpertWeights:
         """Prepares the parameters for one forward pass, in the autocast precision where one is set for the device."""

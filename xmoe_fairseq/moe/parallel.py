@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,8 +35,12 @@ class ExpertGroup:
     host: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, size: int) -> ExpertGroup:
+    def of(cls, size: int, timeout: timedelta | None = None) -> ExpertGroup:
         """Splits all processes into groups of ``size`` neighbours; every process must call it.
+
+        Args:
+            size: P.
+            timeout: how long a call waits for the other processes before it fails; none: torch's default, minutes.
 
         Returns:
             The group of this process.
@@ -46,15 +51,12 @@ class ExpertGroup:
         world, here = dist.get_world_size(), dist.get_rank()
         if size < 1 or world % size:
             raise ValueError(f"groups of {size} processes do not divide {world} processes: choose a divisor of {world}")
-        mine = None
-        for start in range(0, world, size):
-            ranks = list(range(start, start + size))
-            group = dist.new_group(ranks)
-            host = group if dist.get_backend() == "gloo" else dist.new_group(ranks, backend="gloo")
-            if here in ranks:
-                mine = cls(here - start, size, group, host)
-        assert mine is not None
-        return mine
+        ranks = list(range(here - here % size, here - here % size + size))
+        group = dist.new_group(ranks, timeout, use_local_synchronization=True)
+        host = None
+        if dist.get_backend() != "gloo":
+            host = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+        return cls(here % size, size, group, host)
 
     def block(self, experts: int) -> range:
         """Gives the experts that this process holds, of E.

@@ -41,7 +41,7 @@ def of_all_processes(
 def mark_dummy(prepare_sample: Any) -> Any:
     """Leaves it to our criterion to count a batch that stands in as nothing.
 
-    Stock fairseq, with ``--update-freq``, also forgets the size and metrics of the process's other batches in the update.
+    Stock fairseq, with ``--update-freq``, also forgets the size and metrics of its other batches in the update.
     """
 
     @functools.wraps(prepare_sample)

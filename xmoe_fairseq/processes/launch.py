@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from fairseq.distributed import utils as distributed
 from omegaconf import open_dict
 
 from ..errors import UserError
@@ -25,6 +27,8 @@ def one_job(call_main: Any) -> Any:
     @functools.wraps(call_main)
     def call(cfg: Any, main: Callable[..., Any], **kwargs: Any) -> None:
         options = cfg.distributed_training
+        if cfg.common_eval.path is not None:  # a trained model: one process is enough
+            return call_main(cfg, main, **kwargs)
         on_gpu = torch.cuda.is_available() and not cfg.common.cpu
         with open_dict(cfg):
             if options.distributed_init_method is None and all(name in os.environ for name in _TORCHRUN):
@@ -32,7 +36,15 @@ def one_job(call_main: Any) -> Any:
             if options.distributed_world_size > 1 and not on_gpu and not cfg.common.tpu:
                 _without_gpu(options)
         check(cfg, on_gpu)
-        call_main(cfg, main, **kwargs)
+        try:
+            call_main(cfg, main, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise UserError(
+                f"process {options.distributed_rank} cannot reach the others any more ({str(error).splitlines()[0]}): "
+                "the log of one that ended says why; start again, and training goes on from its last checkpoint"
+            ) from error
 
     return call
 
@@ -54,13 +66,14 @@ def _join_torchrun(options: Any, on_gpu: bool) -> None:
 
 
 def _without_gpu(options: Any) -> None:
-    """Uses gloo, and the processes that are there: fairseq starts more on GPUs only."""
+    """Uses gloo, and the processes that are there: fairseq starts others on GPUs only, and SLURM's use them."""
     size = options.distributed_world_size
-    if options.distributed_init_method is None and "SLURM_PROCID" not in os.environ:
+    if options.distributed_init_method is None and not distributed._infer_slurm_init(options, None):
         raise UserError(
             f"--distributed-world-size {size} starts no processes without GPUs: start them with "
-            f"torchrun --nproc_per_node {size} $(which fairseq-train) ..."
+            f"torchrun --nproc_per_node {size} $(which fairseq-train) ..., or give --distributed-world-size 1"
         )
+    options.device_id = 0
     options.distributed_backend = "gloo"
     options.distributed_no_spawn = True
 

@@ -90,5 +90,5 @@ def current() -> Layout | None:
 
 def _divide(expert_parallel: int, processes: int) -> Layout:
     experts = ExpertGroup.of(expert_parallel)
-    groups = [dist.new_group(list(range(place, processes, expert_parallel))) for place in range(expert_parallel)]
-    return Layout(experts, groups[experts.rank])
+    replicas = list(range(experts.rank, processes, expert_parallel))
+    return Layout(experts, dist.new_group(replicas, use_local_synchronization=True))

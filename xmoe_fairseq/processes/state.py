@@ -3,7 +3,6 @@ its parts."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import logging
 from collections.abc import Iterator, Mapping
@@ -85,7 +84,9 @@ def with_whole_experts(state_dict: Any) -> Any:
         saved: dict[str, Any] = state_dict(trainer)
         for place, tensor in getattr(trainer, "whole_experts", ()):
             saved = _replaced(saved, place, tensor)
-        return _without_layout(saved)
+        if "moe_expert_parallel" in (saved["cfg"]["model"] or ()):
+            saved = _replaced(saved, ["cfg", "model", "moe_expert_parallel"], 1)
+        return saved
 
     return state
 
@@ -94,15 +95,6 @@ def _replaced(state: Mapping[Any, Any], place: shards.Place, value: Any) -> dict
     """Copies the dictionaries on the way to a place, some of which training goes on with."""
     key, *rest = place
     return {**state, key: _replaced(state[key], rest, value) if rest else value}
-
-
-def _without_layout(state: dict[str, Any]) -> dict[str, Any]:
-    model = state["cfg"]["model"]
-    if isinstance(model, argparse.Namespace):
-        model = argparse.Namespace(**vars(model) | {"moe_expert_parallel": 1})
-    elif model is not None:
-        model = {**model, "moe_expert_parallel": 1}
-    return _replaced(state, ["cfg", "model"], model)
 
 
 def no_parts(save_checkpoint: Any) -> Any:
@@ -143,8 +135,8 @@ def agree(trainer: Any) -> None:
     most, least = ends[0].item(), -ends[1].item()
     if most != least:
         raise UserError(
-            f"process {trainer.data_parallel_rank} found a checkpoint of {updates} updates, others of {least} to {most}:"
-            " --save-dir must be the same folder on all machines"
+            f"process {trainer.data_parallel_rank} found a checkpoint of {updates} updates, others {least} to {most}: "
+            "--save-dir must be the same folder on all machines"
         )
 
 
