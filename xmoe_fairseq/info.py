@@ -163,9 +163,20 @@ def _experts(usage: Iterable[LayerUsage]) -> str:
     return ", ".join(f"{use.layer} of {use.experts} experts" for use in usage) or "none"
 
 
+def model_flops(model: Any, taken: Mapping[str, float], context: float = CONTEXT) -> Flops:
+    """Counts the operations of a token in an encoder-decoder model; the arguments are those of `count_flops`."""
+    output = getattr(model.decoder, "output_projection", None)  # an adaptive softmax has none
+    widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
+    return count_flops(model, taken, output, widths, context)
+
+
 def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, float], assumption: str) -> Info:
     """Counts a model; taken: by site, the experts that a token takes on average."""
     sites = expert_sites(model)
+
+    def flops(experts: Mapping[str, float]) -> Flops:
+        return model_flops(model, experts, args.context)
+
     return Info(
         arch=args.arch,
         description=describe(model.cfg),
@@ -174,22 +185,9 @@ def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, float], as
         parameters=count_parameters(model, taken),
         layers=tuple(MoELayerInfo(s.name, s.num_experts, s.low, s.high, taken[s.name]) for s in sites),
         assumption=assumption,
-        flops=model_flops(model, taken, args.context),
+        flops=flops(taken),
         flops_range=(
-            model_flops(model, {site.name: site.low for site in sites}, args.context).total,
-            model_flops(model, {site.name: site.high for site in sites}, args.context).total,
+            flops({site.name: site.low for site in sites}).total,
+            flops({site.name: site.high for site in sites}).total,
         ),
     )
-
-
-def model_flops(model: Any, taken: Mapping[str, float], context: float = CONTEXT) -> Flops:
-    """Counts the operations of a token in one of fairseq's encoder-decoders.
-
-    Args:
-        model: on any device, meta too.
-        taken: by site, the experts that a token takes on average.
-        context: positions that a token may attend to.
-    """
-    output = getattr(model.decoder, "output_projection", None)  # an adaptive softmax has none
-    widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
-    return count_flops(model, taken, output, widths, context)

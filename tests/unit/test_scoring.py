@@ -161,6 +161,25 @@ def test_results_of_two_systems_are_never_mixed(
         score(data, checkpoint, "--out", data)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("en-ca/hyp.ca", "one line\n", r"en-ca has 12 sources, 12 references and 1 translations: remove it"),
+        ("en-ca/about.json", "{", r"about.json is not JSON .*: remove .*en-ca and score again"),
+        ("en-ca/about.json", '{"usage": [{}]}', r"about.json is damaged .*: remove .*en-ca"),
+        ("settings.json", "[]", r"settings.json holds no JSON object"),
+    ],
+)
+def test_damaged_results_are_named(
+    file: str, text: str, message: str, data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_translator(monkeypatch, spoil(3))
+    score(data, checkpoint, "--out", tmp_path / "out", "--pairs", "en-ca")
+    (tmp_path / "out" / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        score(data, checkpoint, "--out", tmp_path / "out", "--pairs", "en-ca")
+
+
 def write_run(folder: Path, data: Path, pair: str = "en-ca") -> Path:
     """Writes what fairseq-generate would of the references with one word changed."""
     target = pair.split("-")[1]
@@ -233,7 +252,9 @@ def test_without_a_detector_the_columns_are_absent_and_it_is_said_once(
     assert "wrong language" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     language._load_model.cache_clear()
-    cli.main(["score", str(data), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "without")])
+    words = ["--data", str(data), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "sweep")]
+    cli.main(["sweep", *words, "--thresholds", "0.3,0.6", "--pairs", "en-ca"])
+    cli.main(["score", str(data), *words[2:4], "--out", str(tmp_path / "without")])
     said = capsys.readouterr()
     assert "wrong language" not in said.out and said.err.count("pip install py3langid langcodes") == 1
 

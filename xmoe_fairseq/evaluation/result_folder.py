@@ -73,8 +73,11 @@ class ResultFolder:
         """
         sources, references, hypotheses = read_texts(self.path, name)
         about = read_json(self.path / name / ABOUT)
-        usage = [_usage(layer) for layer in about["usage"]]
-        return sources, references, Translated(hypotheses, about["seconds"], about["too_long"], usage)
+        try:
+            usage = [_usage(layer) for layer in about["usage"]]
+            return sources, references, Translated(hypotheses, about["seconds"], about["too_long"], usage)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path / name / ABOUT} is damaged ({error}): remove {self.path / name}") from error
 
 
 def _usage(values: Mapping[str, Any]) -> LayerUsage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ class ScoreJob:
         languages = {language for pair in self.pairs for language in pair.split("-")}
         detector = find_detector(languages)
         if detector is None and not bar.disable:
-            bar.write(MISSING, file=sys.stderr)
+            _say_once(MISSING)
         groups = read_groups_of(self.data, self.benchmark)
         rows, usages = [], []
         for pair in self.pairs:
@@ -179,6 +180,12 @@ class ScoreJob:
             detector=detector.name if detector else None,
             versions=read_versions(),
         )
+
+
+@functools.cache
+def _say_once(hint: str) -> None:
+    """Prints a line above the progress bar, in a sweep not for every threshold."""
+    tqdm.write(hint, file=sys.stderr)
 
 
 def read_benchmark(data: Path) -> Benchmark:

@@ -18,6 +18,8 @@ WIDTH_INCHES, ROW_INCHES, DOTS_PER_INCH = 8.0, 2.9, 90
 
 # Okabe and Ito's blue and vermilion, apart under every kind of colour blindness; the shapes differ too.
 _POINT, _CHOSEN = "#0072B2", "#D55E00"
+# Where labels go in turn, in points from their mark, so that those of neighbours stay apart.
+_LABELS = (((4, -9), "left"), ((-4, 5), "right"), ((4, 5), "left"))
 _X_AXES: dict[str, tuple[str, Callable[[Point], float]]] = {
     "moe_flops": ("FLOPs a token in experts", lambda point: point.moe_flops),
     "time": ("source words a second", lambda point: point.words_per_second),
@@ -63,10 +65,10 @@ def _draw_panel(axes: Axes, sweep: Sweep, metric: str, cost: str) -> None:
         markeredgewidth=1.8,
         label=f"least threshold within {sweep.lose:g} BLEU of the best: {sweep.chosen.threshold:g}",
     )
-    for point in sweep.points:
-        axes.annotate(
-            f"{point.threshold:g}", (x(point), quality(point)), (4, -9), textcoords="offset points", fontsize=7
-        )
+    for number, point in enumerate(sweep.points):
+        offset, side = _LABELS[number % len(_LABELS)]
+        place = (x(point), quality(point))
+        axes.annotate(f"{point.threshold:g}", place, offset, textcoords="offset points", fontsize=7, ha=side)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.margins(0.08, 0.12)
 
