@@ -21,6 +21,7 @@ from .tables import Table
 CAPACITY = {"experts": "experts a token", "passes": "strata a token (RC)"}
 _ROWS = 48  # of languages, before another column begins
 _ROW_INCHES = 0.155
+_HALO = [withStroke(linewidth=2, foreground="white")]
 _STEPS = [1, 2, 5, 10]  # between the ticks of an axis, times a power of ten
 
 
@@ -85,13 +86,14 @@ def layers(table: Table, value: str) -> Figure:
         places = [int(name.rpartition(".")[2]) for name in names]
         values = np.array([here.where(layer=name).column(value) for name in names])  # (layers, directions)
         tokens = np.array([here.where(layer=name).column("tokens") for name in names])
+        faint = max(0.1, min(0.6, 12 / values.shape[1]))
         for one in values.T:
-            axes.plot(places, one, color=GREY, linewidth=0.6, alpha=0.6, marker="_", markersize=7, gid="direction")
+            axes.plot(places, one, color=GREY, linewidth=0.6, alpha=faint, marker="_", markersize=7, gid="direction")
         mean = ((values * tokens).sum(1) / tokens.sum(1)).tolist()
         axes.plot(places, mean, color=COLOURS[stack], marker=MARKS[stack], linewidth=1.8, markersize=6, gid="mean")
         for place, one in zip(places, mean, strict=True):
-            axes.annotate(f"{one:.2f}", (place, one), (8, 0), textcoords="offset points", va="center",
-                          color=COLOURS[stack])  # fmt: skip
+            axes.annotate(f"{one:.2f}", (place, one), (8, 0), textcoords="offset points", va="center", zorder=5,
+                          path_effects=_HALO)  # fmt: skip
         axes.set_xticks(places)
         axes.margins(x=0.25 if len(places) > 1 else 0.5)
         axes.set_xlabel("layer")
@@ -126,7 +128,7 @@ def distribution(table: Table) -> Figure:
             mean = float((numbers * shares).sum())
             axes.plot([place], [mean], "o", color="white", markeredgecolor="black", markersize=5, gid="mean")
             axes.annotate(f"{mean:.2f}", (place, mean), (6, 0), textcoords="offset points", va="center",
-                          path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
+                          path_effects=_HALO)  # fmt: skip
         axes.set_xticks(range(len(names)), [name.rpartition(".")[2] for name in names])
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.set_ylim(0.4, most + 0.6)

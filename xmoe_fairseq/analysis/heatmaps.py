@@ -31,7 +31,7 @@ def experts_by_language(load: LanguageLoad) -> Figure:
     tree, axes = figure.subplots(1, 2, width_ratios=[1, 7])
     _draw_tree(tree, load)
     shades = _around_one(load.load)
-    axes.imshow(np.log2(load.load), cmap=shades.cmap, norm=shades.norm, aspect="auto", interpolation="nearest")
+    axes.imshow(_logs(load.load), cmap=shades.cmap, norm=shades.norm, aspect="auto", interpolation="nearest")
     _label_rows(axes, load, inches)
     layers = [layer for layer, _ in load.experts]
     starts = [layers.index(layer) for layer in dict.fromkeys(layers)]
@@ -39,7 +39,7 @@ def experts_by_language(load: LanguageLoad) -> Figure:
         axes.annotate(layers[start], ((start + end - 1) / 2, 1), (0, 3), axes.get_xaxis_transform(), "offset points",
                       ha="center", va="bottom")  # fmt: skip
         if start:
-            axes.axvline(start - 0.5, color="white", linewidth=2)
+            axes.axvline(start - 0.5, color="black", linewidth=1)
     few = columns <= 40
     axes.set_xticks(range(columns) if few else [], [str(number) for _, number in load.experts] if few else [])
     axes.set_xlabel(f"experts of each layer of the {load.stack}, those of the same languages together")
@@ -76,6 +76,11 @@ def _around_one(values: np.ndarray) -> ScalarMappable:
     logs = np.abs(np.log2(values[values > 0]))
     bound = float(np.clip(np.quantile(logs, 0.99), 1, 3)) if logs.size else 1.0
     return ScalarMappable(Normalize(-bound, bound), DIVERGING)
+
+
+def _logs(ratios: np.ndarray) -> np.ndarray:
+    """The log2 of ratios, 0 having the colour of the smallest."""
+    return np.log2(np.maximum(ratios, 1e-9))
 
 
 def _write_powers(bar: Any) -> None:
@@ -127,7 +132,7 @@ def coselection(table: Table) -> Figure:
     shades = _around_one(np.concatenate([lift.flatten() for lift in lifts]))
     for axes, name, lift in zip(panels, names, lifts, strict=False):
         axes.set_facecolor(PALE)
-        axes.imshow(np.log2(lift), cmap=shades.cmap, norm=shades.norm, interpolation="nearest")
+        axes.imshow(_logs(lift), cmap=shades.cmap, norm=shades.norm, interpolation="nearest")
         axes.set_title(name)
         axes.tick_params(length=0)
         for axis in (axes.xaxis, axes.yaxis):

@@ -20,8 +20,8 @@ from .languages import LanguageLoad, language_load
 from .style import drawing, save
 from .tables import Table
 
-# Tables of thousands of rows, which analysis.json leaves to their files.
-_LONG = ("tokens", "coselection")
+# Tables of thousands of numbers, which analysis.json leaves to their files.
+_LONG = ("tokens", "coselection", "experts_by_language", "language_similarity")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Analysis:
             "sentences": {f"{source}-{target}": count for (source, target), count in sentences},
             "summary": self.summary(),
             "notes": list(self.notes),
-            "tables": {name: table.records() for name, table in self.tables.items() if name not in _LONG},
+            "tables": {name: table.records() for name, table in self.tables.items() if not name.startswith(_LONG)},
         }
 
 

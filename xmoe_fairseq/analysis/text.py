@@ -80,7 +80,8 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int)
         UserError: the split is missing, or a direction has no usable sentence.
     """
     try:
-        task.load_dataset(split)
+        if split not in task.datasets:  # stock fairseq cannot load one twice
+            task.load_dataset(split)
     except FileNotFoundError as error:
         raise UserError(f"the data has no split {split}: {error}") from error
     longest = utils.resolve_max_positions(task.max_positions(), model.max_positions())
