@@ -14,10 +14,15 @@ setup(
         "fairseq-fixed==0.12.3.1",
         "sentencepiece>=0.2",
         "sacrebleu>=2.3",
+        "tabulate>=0.9",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "tqdm>=4.60",
     ],
     entry_points={"console_scripts": ["xmoe=xmoe_fairseq.cli:main"]},
-    extras_require={"data": ["babel>=2.14"], "fsdp": ["fairscale==0.4.13"]},
+    extras_require={
+        "data": ["babel>=2.14"],
+        "languages": ["py3langid>=0.4", "langcodes>=3.4"],
+        "fsdp": ["fairscale==0.4.13"],
+    },
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import warnings
 from typing import Any, NoReturn
 
 from .errors import UserError
@@ -28,3 +30,14 @@ class CommandParser(argparse.ArgumentParser):
             UserError: always.
         """
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def comma_list(text: str) -> list[str]:
+    """Reads words between commas, as ``--pairs en-ca,ca-en`` has them."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def quiet_libraries() -> None:
+    """Leaves only warnings of this project and errors on the terminal: importing fairseq turns debugging on."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.|fairseq\.")

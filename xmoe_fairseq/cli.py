@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from . import info
-from .checkpoints import command
 from .errors import UserError
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"info": info.main, "checkpoint": command.main}
+# By command: the module under this package, imported when the command runs, and a line for the help.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "info": ("info", "Parameters and FLOPs a token of an architecture."),
+    "checkpoint": ("checkpoints.command", "Says what a checkpoint holds; splits, joins and averages checkpoints."),
+    "score": ("evaluation.score_command", "Translates the test sets with a checkpoint and scores them."),
+    "compare": ("evaluation.compare_command", "Compares scored systems, with paired bootstrap."),
+    "analyze": ("analysis.command", "Shows where the computation of a model with experts goes."),
+    "sweep": ("evaluation.sweep_command", "Measures quality against computation at many thresholds."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,19 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command in ("-h", "--help"):
         print(_help())
     elif command in COMMANDS:
-        COMMANDS[command](rest)
+        importlib.import_module(f".{COMMANDS[command][0]}", __package__).main(rest)
     else:
         raise UserError(f"xmoe has no command {command!r}: choose {', '.join(COMMANDS)}, or see xmoe --help")
 
 
 def _help() -> str:
-    lines = [f"  {name:11} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         (
             "usage: xmoe COMMAND ...",
             "",
             "commands:",
-            *lines,
+            *(f"  {name:11} {line}" for name, (_, line) in COMMANDS.items()),
             "",
             "xmoe COMMAND --help says more. Training and translation are fairseq's own commands with",
             "--user-dir xmoe_fairseq. Example: xmoe info --arch xmoe_transformer --vocab 32000",

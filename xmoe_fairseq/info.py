@@ -18,6 +18,8 @@ from .evaluation.usage import LayerUsage, measure
 from .info_page import Info, MoELayerInfo, columns, render
 from .moe.flops import ExpertSite, Flops, count_flops, count_parameters, expert_sites
 
+CONTEXT = 32
+
 _EPILOG = """\
 All other options are those of fairseq-train for the architecture, such as --moe-num-experts 8.
 
@@ -79,7 +81,11 @@ def _parser() -> CommandParser:
         help="without --share-all-embeddings, which is otherwise set",
     )
     parser.add_argument(
-        "--context", type=float, default=32, metavar="N", help="positions that a token may attend to (default 32)"
+        "--context",
+        type=float,
+        default=CONTEXT,
+        metavar="N",
+        help=f"positions that a token may attend to (default {CONTEXT})",
     )
     parser.add_argument(
         "--experts-per-token",
@@ -157,7 +163,7 @@ def _experts(usage: Iterable[LayerUsage]) -> str:
     return ", ".join(f"{use.layer} of {use.experts} experts" for use in usage) or "none"
 
 
-def model_flops(model: Any, taken: Mapping[str, float], context: float) -> Flops:
+def model_flops(model: Any, taken: Mapping[str, float], context: float = CONTEXT) -> Flops:
     """Counts the operations of a token in an encoder-decoder model; the arguments are those of `count_flops`."""
     output = getattr(model.decoder, "output_projection", None)  # an adaptive softmax has none
     widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sacrebleu
 import torch
+from fairseq import checkpoint_utils
 from helpers import ROOT, run
 
+from xmoe_fairseq import cli
+from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.evaluation.usage import LayerUsage, accumulate, make_batches, routings
 from xmoe_fairseq.subword import Subword
 
 MODEL = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--dropout", "0")
@@ -137,6 +143,76 @@ def test_model_overrides_change_the_computation(demo: Path, trained: Path) -> No
     assert experts["0.0"] == 1
     assert 1 < experts["0.5"] < 8
     assert experts["1.0"] == 8
+
+
+def scored(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str, Any]:
+    cli.main([*map(str, words), "--json", "--quiet"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_score_translates_as_fairseq_generate_does(
+    threshold: float | None, demo: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--moe-threshold", str(threshold)) if threshold else ()
+    search = ("--pairs", "en-ka", "--beam", "3", "--max-len-b", "20", "--max-tokens", "300", *options)
+    found = scored(capsys, "score", demo, "--checkpoint", trained, "--out", tmp_path / "out", *search)
+    overrides = ("--model-overrides", f"{{'moe_threshold': {threshold}}}") if threshold else ()
+    stock = translate(demo, trained, "--beam", "3", "--max-len-b", "20", *overrides, pair="en-ka").stdout
+    lines = [text for _, (_, text) in sorted(hypotheses(stock, "D").items())]
+    assert (tmp_path / "out/en-ka/hyp.ka").read_text() == "".join(f"{line}\n" for line in lines)
+    assert (tmp_path / "out/en-ka/ref.ka").read_text() == (demo / "raw/test.en-ka.ka").read_text()
+    (row,) = found["rows"]
+    references = (tmp_path / "out/en-ka/ref.ka").read_text().split("\n")[:-1]
+    assert row["scores"]["bleu"] == pytest.approx(sacrebleu.corpus_bleu(lines, [references]).score)
+    taken = {layer.layer: layer.mean_experts for layer in usage_of(demo, trained, "en-ka", threshold)}
+    assert row["experts_per_token"] == pytest.approx(weighted(usage_of(demo, trained, "en-ka", threshold)))
+    assert len(taken) == 2 and found["model"]["experts_per_token"] == row["experts_per_token"]
+    # Only experts depend on what tokens take: two matrices each, twice a multiplication, in each layer.
+    matrices = {n: t[0].numel() for n, t in parameters(trained).items() if "experts.fc" in n and n.endswith("weight")}
+    naive = sum(2 * size * taken[f"{name.split('.')[0]}.2"] for name, size in matrices.items())
+    assert len(matrices) == 4 and found["model"]["moe_flops"] == pytest.approx(naive)
+
+
+def usage_of(demo: Path, checkpoint: Path, pair: str, threshold: float | None) -> list[LayerUsage]:
+    """The use of experts on one direction, in batches of another size."""
+    source, target = pair.split("-")
+    overrides = {"data": str(demo / "bin"), "source_lang": source, "target_lang": target}
+    overrides |= {"moe_threshold": threshold} if threshold else {}
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
+    task.load_dataset("test")
+    return accumulate(routings(models[0].eval(), make_batches(task, models[0], "test", 120)))
+
+
+def weighted(usage: list[LayerUsage]) -> float:
+    return sum(layer.received for layer in usage) / sum(layer.tokens for layer in usage)
+
+
+def test_score_of_a_stock_transformer_and_what_has_no_threshold(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(demo, tmp_path, 2, model=("--arch", "transformer_tiny", "--share-all-embeddings"))
+    dense = tmp_path / "checkpoint_last.pt"
+    short = ("--pairs", "ca-en", "--lines", "5", "--beam", "1", "--max-len-b", "5")
+    found = scored(capsys, "score", demo, "--checkpoint", dense, *short, "--metrics", "chrf")
+    assert len((tmp_path / "checkpoint_last-scores/ca-en/hyp.en").read_text().split("\n")) == 6
+    assert found["model"]["moe_flops"] == 0 == found["rows"][0]["experts_per_token"]
+    assert found["model"]["parameters"] == sum({t.data_ptr(): t.numel() for n, t in parameters(dense).items()
+                                                if not n.endswith("version")}.values())  # fmt: skip
+    with pytest.raises(UserError, match="has no threshold to choose: it is dense, without experts"):
+        scored(capsys, "sweep", "--checkpoint", dense, "--data", demo, "--thresholds", "0.5", *short)
+    assert not (tmp_path / "checkpoint_last-sweep").exists()
+
+
+def test_sweep_takes_more_experts_for_higher_thresholds(
+    demo: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--data", demo, "--pairs", "ca-en", "--lines", "6", "--beam", "1", "--max-len-b", "8", "--subset", "valid")
+    found = scored(capsys, "sweep", "--checkpoint", trained, *words, "--thresholds", "0,0.5,1", "--out", tmp_path)
+    experts = [point["experts_per_token"] for point in found["points"]]
+    assert experts[0] == 1 < experts[1] < 8 == experts[2]
+    assert [point["computation_saved"] for point in found["points"]] == pytest.approx([1 - e / 8 for e in experts])
 
 
 def test_interactive_translates_standard_input(demo: Path, trained: Path) -> None:

@@ -57,6 +57,25 @@ def write_lines(path: Path, lines: list[str]) -> None:
         temporary.write_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
+def find_raw(data: Path, subset: str, source: str, target: str) -> tuple[Path, Path]:
+    """Finds the raw source and reference of a direction, whose pair is stored once and serves both directions.
+
+    Args:
+        data: the folder made by data_prep/prepare.sh.
+        subset: ``test`` or ``valid``.
+
+    Raises:
+        UserError: there is no such reference.
+    """
+    stems = [data / "raw" / f"{subset}.{pair}" for pair in (f"{source}-{target}", f"{target}-{source}")]
+    for stem in stems:
+        source_file, reference_file = (stem.with_name(f"{stem.name}.{side}") for side in (source, target))
+        if reference_file.is_file():
+            return source_file, reference_file
+    tried = " or ".join(f"{stem}.{target}" for stem in stems)
+    raise UserError(f"no raw reference {tried}: give the folder made by data_prep/prepare.sh")
+
+
 def read_hypotheses(path: Path, count: int) -> list[str]:
     """Reads the detokenised hypotheses (``D-`` lines) of a ``fairseq-generate`` output, in the order of the test set.
 

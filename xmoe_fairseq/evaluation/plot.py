@@ -23,7 +23,7 @@ _BAR = 0.62  # of a row
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#DDDDDD"
 
 # DejaVu comes with matplotlib and covers what is drawn: language codes, layer names and numbers, never sentences.
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "figure.titlesize": 11,
@@ -41,7 +41,7 @@ def draw_report(report: Report, path: Path) -> None:
     The left half shows BLEU and chrF++, the right half experts a token; a dense model has no right half.
     """
     rows = max(len(report.directions), len(report.layers), _FEWEST_ROWS)
-    with style.context(["default", _STYLE]):
+    with style.context(["default", STYLE]):
         # Without pyplot there is no display to look for: matplotlib draws a PNG with Agg.
         figure = Figure(figsize=(WIDTH_INCHES, rows * _ROW_INCHES + _FRAME_INCHES), layout="constrained")
         halves = figure.subfigures(1, 2 if report.layers else 1, wspace=0.06, squeeze=False)[0]

@@ -13,25 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .. import benchmarks
 from ..errors import UserError
-from .outputs import read_lines, replacing
+from .outputs import find_raw, read_lines, replacing
 from .page import render_page
 from .plot import draw_report
 from .results import Direction, Report
 from .score import score_output
 from .usage import LayerUsage, measure
+from .versions import read_versions
 
 TASK_PREFIX = "multilingual_"
-PACKAGES = ("fairseq", "torch", "sacrebleu", "sentencepiece", "xmoe_fairseq")
 
 Measure = Callable[[Path, Path], list[LayerUsage]]
 
@@ -80,8 +78,7 @@ def score_direction(run: Path, data: Path, name: str) -> Direction:
         UserError: a file is missing, incomplete or of another length.
     """
     source, _, target = name.partition("-")
-    pair = _raw_pair(data / "raw", source, target)
-    source_file, reference_file = pair.with_name(f"{pair.name}.{source}"), pair.with_name(f"{pair.name}.{target}")
+    source_file, reference_file = find_raw(data, "test", source, target)
     figures, hypothesis_file = score_output(run / "generate" / name, reference_file, target)
     references = read_lines(reference_file, "reference")
     sources = read_lines(source_file, "raw source")
@@ -89,16 +86,6 @@ def score_direction(run: Path, data: Path, name: str) -> Direction:
         raise UserError(f"{source_file} has {len(sources)} lines but {reference_file} has {len(references)}")
     hypotheses = read_lines(hypothesis_file, "hypotheses")
     return Direction(source, target, figures, reference_file, hypothesis_file, sources, references, hypotheses)
-
-
-def _raw_pair(raw: Path, source: str, target: str) -> Path:
-    """The stem ``test.en-xx`` of a pair, which is stored once and serves both of its directions."""
-    stems = [raw / f"test.{source}-{target}", raw / f"test.{target}-{source}"]
-    for stem in stems:
-        if stem.with_name(f"{stem.name}.{target}").is_file():
-            return stem
-    tried = " or ".join(f"{stem}.{target}" for stem in stems)
-    raise UserError(f"no raw reference {tried}: --data takes the folder made by data_prep/prepare.sh")
 
 
 def read_seconds(path: Path) -> dict[str, float]:
@@ -116,13 +103,6 @@ def read_seconds(path: Path) -> dict[str, float]:
     if not isinstance(seconds, dict) or not all(type(value) in (int, float) for value in seconds.values()):
         raise UserError(f"{path} must map each stage to its seconds, as in {{'train': 80.2}}")
     return {stage: float(value) for stage, value in seconds.items()}
-
-
-def read_versions() -> dict[str, str]:
-    """Names the versions of Python and of the installed distributions behind ``PACKAGES``."""
-    installed = metadata.packages_distributions()
-    names = sorted({name for package in PACKAGES for name in installed.get(package, ())})
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
 def build_report(run: Path, data: Path, task: str | None, checkpoint: Path, measure_usage: Measure = measure) -> Report:

@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.base import Metric
+from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
+from sacrebleu.utils import SACREBLEU_DIR
 
 from ..errors import UserError
 from .outputs import GENERATE_FILE, read_hypotheses, read_lines, write_lines
@@ -36,6 +39,10 @@ TOKENIZERS: dict[str, tuple[str, ...]] = {
     for language in languages.split()
 }
 DEFAULT_TOKENIZER = "13a"
+SPBLEU = "flores200"
+
+# By name, what a metric is called where it is shown.
+METRICS = {"bleu": "BLEU", "chrf": "chrF++", "spbleu": "spBLEU"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,23 @@ def build_bleu(target: str, tokenizer: str | None = None) -> tuple[BLEU, str]:
             return BLEU(tokenize=name), name
         except RuntimeError:  # MeCab is not installed
             continue
+        except OSError as error:  # a SentencePiece model that is downloaded when it is first used
+            raise UserError(
+                f"sacreBLEU cannot load the tokenizer {name!r} ({error}): it downloads {SPM_MODELS[name]['url']} once; "
+                f"put that file into {SACREBLEU_DIR}/models by hand where there is no network, or choose other metrics"
+            ) from error
     raise UserError(f"sacreBLEU cannot load the tokenizer {candidates[-1]!r}: pip install 'sacrebleu[ja,ko]'")
+
+
+def build_metric(name: str, target: str, tokenizer: str | None = None) -> Metric:
+    """Makes one of `METRICS` for a target language; BLEU's tokenizer may be given.
+
+    Raises:
+        UserError: the metric's tokenizer cannot be loaded.
+    """
+    if name == "chrf":
+        return CHRF(word_order=2)
+    return build_bleu(target, SPBLEU if name == "spbleu" else tokenizer)[0]
 
 
 def score(hypotheses: Sequence[str], references: Sequence[str], target: str, tokenizer: str | None = None) -> Score:
@@ -83,7 +106,7 @@ def score(hypotheses: Sequence[str], references: Sequence[str], target: str, tok
     if not references:
         raise UserError(f"the test set into {target} is empty")
     bleu, used = build_bleu(target, tokenizer)
-    chrf = CHRF(word_order=2)
+    chrf = build_metric("chrf", target)
     return Score(
         bleu=bleu.corpus_score(hypotheses, [references]).score,
         chrf=chrf.corpus_score(hypotheses, [references]).score,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from fairseq import checkpoint_utils, utils
@@ -86,6 +87,22 @@ def accumulate(batches: Iterable[Routing]) -> list[LayerUsage]:
     return [_layer_usage(layer, total) for layer, total in totals.items()]
 
 
+def add_up(usages: Iterable[Sequence[LayerUsage]]) -> list[LayerUsage]:
+    """Adds up what one model did on several sets, layer by layer; empty for a dense model."""
+    layers: dict[str, list[LayerUsage]] = {}
+    for use in (use for usage in usages for use in usage):
+        layers.setdefault(use.layer, []).append(use)
+    return [_sum(parts) for parts in layers.values()]
+
+
+def _sum(parts: Sequence[LayerUsage]) -> LayerUsage:
+    sums: dict[str, Any] = {}
+    for name in _SUMS:
+        values = [getattr(part, name) for part in parts]
+        sums[name] = tuple(map(sum, zip(*values, strict=True))) if isinstance(values[0], tuple) else sum(values)
+    return LayerUsage(layer=parts[0].layer, **sums)
+
+
 def _layer_usage(layer: str, total: Mapping[str, Tensor]) -> LayerUsage:
     if total["tokens"] == 0:
         raise ValueError(f"MoE layer {layer!r} routed no token")
@@ -135,18 +152,25 @@ def measure(checkpoint: Path, bin_dir: Path, max_tokens: int = 4096) -> list[Lay
         task.load_dataset("test")
     except FileNotFoundError as error:
         raise UserError(f"no binarised test set in {bin_dir}: {error}") from error
-    batches = task.get_batch_iterator(
-        dataset=task.dataset("test"),
-        max_tokens=max_tokens,
-        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
-        ignore_invalid_inputs=True,  # fairseq logs how many sentences are too long for the model
-    ).next_epoch_itr(shuffle=False)
+    batches = make_batches(task, model, "test", max_tokens)
     if len(batches) == 0:
         raise UserError(f"no usable sentence in the binarised test set of {bin_dir}")
-    return accumulate(_routings(model, tqdm(batches, desc="expert usage", unit="batch")))
+    return accumulate(routings(model, tqdm(batches, desc="expert usage", unit="batch")))
 
 
-def _routings(model: torch.nn.Module, batches: Iterable[dict]) -> Iterator[Routing]:
+def make_batches(task: Any, model: Any, split: str, max_tokens: int) -> Any:
+    """Cuts a loaded split into batches of ``max_tokens`` tokens at most, without the sentences too long for the model,
+    whose number fairseq logs."""
+    return task.get_batch_iterator(
+        dataset=task.dataset(split),
+        max_tokens=max_tokens,
+        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+        ignore_invalid_inputs=True,
+    ).next_epoch_itr(shuffle=False)
+
+
+def routings(model: torch.nn.Module, batches: Iterable[dict]) -> Iterator[Routing]:
+    """Gives what the routers of a model did with each batch, references as decoder inputs."""
     device = next(model.parameters()).device
     for sample in batches:
         net_input = utils.apply_to_sample(lambda tensor: tensor.to(device), sample["net_input"])

@@ -19,6 +19,8 @@ from . import layout
 
 # What torchrun, and nothing else, sets in each of its processes.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Those that leave experts of other processes alone; two have an older name, too.
+_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
 
 
 def one_job(call_main: Any) -> Any:
@@ -105,19 +107,20 @@ def check(cfg: Any, on_gpu: bool) -> None:
     if size == 1 or experts == 1:
         return
     layout.check(experts, size)
-    wrong = {
-        f"--ddp-backend {backend}": backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"),
-        "--fp16 with flat gradients": cfg.common.fp16
-        and not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16),
-        "--zero-sharding os": str(options.zero_sharding) == "os",
-        "--use-bmuf": cfg.optimization.use_bmuf,
-    }
-    instead = {"--fp16 with flat gradients": "add --fp16-no-flatten-grads", "--use-bmuf": "leave it out"}
-    for name in (name for name, given in wrong.items() if given):
-        raise UserError(
-            f"{name} does not work with --moe-expert-parallel {experts}, because processes hold different experts: "
-            + instead.get(name, "use --ddp-backend legacy_ddp or pytorch_ddp, without --zero-sharding")
-        )
+    flat = cfg.common.fp16 and not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16)
+    for name, given, instead in (
+        (f"--ddp-backend {backend}", backend not in _BACKENDS, "use legacy_ddp or pytorch_ddp"),
+        ("--fp16 with flat gradients", flat, "add --fp16-no-flatten-grads"),
+        # Its scaler leaves out an update in the processes that see an infinite gradient only.
+        ("--amp", cfg.common.amp, "use --bf16, or --fp16 --fp16-no-flatten-grads"),
+        ("--zero-sharding os", str(options.zero_sharding) == "os", "leave it out"),
+        ("--use-bmuf", cfg.optimization.use_bmuf, "leave it out"),
+    ):
+        if given:
+            raise UserError(
+                f"{name} does not work with --moe-expert-parallel {experts}, because processes hold different experts: "
+                + instead
+            )
 
 
 def _check_fully_sharded(on_gpu: bool) -> None:

@@ -1,4 +1,4 @@
-"""Development sets for validation: only their first lines, and the languages of one group."""
+"""Development and test sets: only their first lines, and the languages of one group."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class DataManager(MultilingualDatasetManager):
     """fairseq's manager of the files of all directions, for subsets of directions and of lines.
 
     Attributes:
-        valid_lines: lines of each development set that are read; 0 for all.
+        lines_of: by split, the lines that are read of each file; 0, or none given, for all.
         directions_of: the directions in each subset.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.valid_lines = 0
+        self.lines_of: dict[str, int] = {}
         self.directions_of: dict[str, list[str]] = {}
 
     def get_split_data_param_list(self, split: str, epoch: int, shard_epoch: int | None = None) -> list[dict[str, Any]]:
@@ -53,9 +53,10 @@ class DataManager(MultilingualDatasetManager):
         return [one for one in every if f"{one['src']}-{one['tgt']}" in wanted]
 
     def load_lang_dataset(self, data_path: str, split: str, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """Loads both sides of one direction, of a development set only the first lines."""
+        """Loads both sides of one direction, or only their first lines."""
         source, target, alignment = super().load_lang_dataset(data_path, split, *args, **kwargs)
-        if split == VALID and self.valid_lines:
-            source, target = FirstLines(source, self.valid_lines), FirstLines(target, self.valid_lines)
-            alignment = FirstLines(alignment, self.valid_lines) if alignment is not None else None
+        lines = self.lines_of.get(split, 0)
+        if lines:
+            source, target = FirstLines(source, lines), FirstLines(target, lines)
+            alignment = FirstLines(alignment, lines) if alignment is not None else None
         return source, target, alignment

@@ -14,7 +14,7 @@ from ..benchmarks import BENCHMARKS, Benchmark, directions
 from ..errors import UserError
 from .batching import PooledOrder
 from .data_folder import check_split, read_groups, read_languages
-from .data_manager import DataManager, split_name
+from .data_manager import VALID, DataManager, split_name
 from .stock_options import stock_dataclass, stock_namespace
 
 # These follow from the data folder, which is made for one benchmark.
@@ -64,7 +64,7 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         # Stock setup_data_manager names its class; what it made so far is only options.
         self.data_manager = DataManager(args, self.lang_pairs, langs, dicts, self.sampling_method)
         # Generation translates every line.
-        self.data_manager.valid_lines = args.valid_lines if training else 0
+        self.data_manager.lines_of = {VALID: args.valid_lines} if training else {}
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:

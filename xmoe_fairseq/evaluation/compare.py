@@ -1,0 +1,239 @@
+"""Differences between scored systems, with sacreBLEU's paired bootstrap (Koehn 2004)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics.base import Metric
+from sacrebleu.significance import _bootstrap_resample, _compute_p_value, estimate_ci
+from tqdm import tqdm
+
+from ..errors import UserError
+from .result_folder import read_scores, read_texts
+from .score import METRICS, build_metric
+from .scores import Scores
+
+# What the draws over all sentences at once may take: sacreBLEU holds all of them in memory.
+MAX_GIB = 4.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One system's score on one set of sentences.
+
+    Attributes:
+        score: of the metric.
+        interval: half of the width of its 95% confidence interval.
+        difference: from the first system; None for that itself.
+        p: share of the draws in which a difference as large as this one came by chance; 1 for equal systems.
+    """
+
+    score: float
+    interval: float
+    difference: float | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricComparison:
+    """The systems by one metric, each list in their order.
+
+    Attributes:
+        directions: by direction.
+        means: by set of directions, ``all``, ``en-xx`` and ``xx-en``: the mean of the directions' scores.
+        all_sentences: as one text; None where it would take more than `MAX_GIB`.
+        win_ratio: by set of directions, the share of them in which the system is better than the first one.
+    """
+
+    directions: Mapping[str, Sequence[Result]]
+    means: Mapping[str, Sequence[Result]]
+    all_sentences: Sequence[Result] | None
+    win_ratio: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class System:
+    """One folder of results, with its texts: by direction, sources, references and translations."""
+
+    name: str
+    scores: Scores
+    texts: Mapping[str, tuple[list[str], list[str], list[str]]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is shown.
+
+    Attributes:
+        systems: the first is what the others are compared with.
+        metrics: by name.
+        samples: draws of the bootstrap.
+    """
+
+    systems: Sequence[System]
+    metrics: Mapping[str, MetricComparison]
+    samples: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Gives plain values."""
+        return {
+            "systems": [_costs(system) for system in self.systems],
+            "samples": self.samples,
+            "signatures": {row.name: row.signatures for row in self.systems[0].scores.rows},
+            "metrics": {name: asdict(one) for name, one in self.metrics.items()},
+        }
+
+
+def _costs(system: System) -> dict[str, Any]:
+    scores = system.scores
+    size = asdict(scores.model) if scores.model is not None else None
+    costs = {"words_per_second": scores.words_per_second, "device": scores.device}
+    return {"name": system.name, "settings": scores.settings, "model": size} | costs
+
+
+def read_systems(folders: Sequence[Path], pairs: Sequence[str] = ()) -> list[System]:
+    """Reads folders of results, and makes sure that they can be compared.
+
+    Args:
+        folders: as ``xmoe score`` wrote them, at least two.
+        pairs: the directions to compare; all where none is named.
+
+    Raises:
+        UserError: a folder holds no scores, or scores of other directions, test sets, metrics or signatures.
+    """
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    systems = []
+    for name, folder in zip(names, folders, strict=True):
+        scores = read_scores(folder)
+        wanted = pairs or [row.name for row in scores.rows]
+        missing = set(wanted) - {row.name for row in scores.rows}
+        if missing:
+            raise UserError(f"{folder} has no scores of {', '.join(sorted(missing))}: it has other directions")
+        systems.append(System(name, scores, {pair: read_texts(folder, pair) for pair in wanted}))
+    for system in systems[1:]:
+        _check_comparable(systems[0], system)
+    return systems
+
+
+def _check_comparable(one: System, other: System) -> None:
+    what = f"{one.name} and {other.name} cannot be compared: "
+    if one.texts.keys() != other.texts.keys():
+        differ = ", ".join(sorted(one.texts.keys() ^ other.texts.keys()))
+        raise UserError(f"{what}only one of them has {differ}; name the common directions with --pairs")
+    if set(one.scores.metrics) != set(other.scores.metrics):
+        metrics = [",".join(system.scores.metrics) for system in (one, other)]
+        raise UserError(f"{what}they were scored by {metrics[0]} and by {metrics[1]}; score both by the same --metrics")
+    rows = {system.name: {row.name: row for row in system.scores.rows} for system in (one, other)}
+    for pair in one.texts:
+        if one.texts[pair][:2] != other.texts[pair][:2]:
+            raise UserError(
+                f"{what}their test sets of {pair} differ; score both on the same data, --subset and --lines"
+            )
+        mine, others = (rows[system.name][pair].signatures for system in (one, other))
+        for metric in mine:
+            if mine[metric] != others[metric]:
+                raise UserError(
+                    f"{what}{METRICS[metric]} of {pair} was computed as {mine[metric]} and as {others[metric]}; score "
+                    "both with the same --tokenize and the same sacreBLEU"
+                )
+
+
+def compare(systems: Sequence[System], samples: int, bar: tqdm) -> Comparison:
+    """Compares the first system with each of the others.
+
+    Args:
+        systems: as `read_systems` gives them.
+        samples: draws of the bootstrap; their seed is sacreBLEU's own, SACREBLEU_SEED.
+        bar: a progress bar, advanced by one for each direction and metric.
+
+    Raises:
+        UserError: a metric cannot be had, or the installed sacreBLEU is another one than scored.
+    """
+    metrics = {name: _compare(systems, name, samples, bar) for name in systems[0].scores.metrics}
+    return Comparison(systems, metrics, samples)
+
+
+def _compare(systems: Sequence[System], name: str, samples: int, bar: tqdm) -> MetricComparison:
+    signatures = {row.name: row.signatures[name] for row in systems[0].scores.rows}
+    tokenizer = systems[0].scores.tokenize
+    directions, scores, draws, statistics = {}, {}, {}, []
+    for pair in systems[0].texts:
+        metric = build_metric(name, pair.partition("-")[2], tokenizer)
+        stats = [_statistics(metric, *system.texts[pair][1:]) for system in systems]
+        if str(metric.get_signature()) != signatures[pair]:
+            raise UserError(
+                f"{METRICS[name]} of {pair} was computed as {signatures[pair]}, this sacreBLEU gives "
+                f"{metric.get_signature()}: run xmoe score again, for all systems"
+            )
+        scores[pair] = np.array([metric._aggregate_and_compute(one).score for one in stats])
+        draws[pair] = np.stack([_draws(metric, one, samples) for one in stats])
+        directions[pair] = _results(scores[pair], draws[pair])
+        statistics.append(stats)
+        bar.set_description(f"{METRICS[name]} {pair}")
+        bar.update()
+    sets = _sets(list(scores), systems[0].scores.english)
+    means = {
+        # Sentence i is drawn in every direction at once: they are often translations of each other.
+        group: _results(np.mean([scores[p] for p in pairs], axis=0), np.mean([draws[p] for p in pairs], axis=0))
+        for group, pairs in sets.items()
+    }
+    wins = {group: np.mean([scores[p] > scores[p][0] for p in pairs], axis=0).tolist() for group, pairs in sets.items()}
+    return MetricComparison(directions, means, _all_sentences(metric, statistics, samples), wins)
+
+
+def _statistics(metric: Metric, references: Sequence[str], hypotheses: Sequence[str]) -> list[list[float]]:
+    """What sacreBLEU adds up over sentences: (sentences, statistics)."""
+    return metric._extract_corpus_statistics(hypotheses, [references])
+
+
+def _draws(metric: Metric, statistics: Sequence[Sequence[float]], samples: int) -> np.ndarray:
+    """Scores of resampled sets: (samples,). All systems get the same draws, by sacreBLEU's seed."""
+    return np.array([drawn.score for drawn in _bootstrap_resample(statistics, metric, samples)[1]])
+
+
+def _results(scores: np.ndarray, draws: np.ndarray) -> list[Result]:
+    """Tests each system against the first, as sacreBLEU's PairedTest does.
+
+    Args:
+        scores: (systems,).
+        draws: (systems, samples).
+    """
+    results = [Result(float(scores[0]), float(estimate_ci(draws[0])[1]))]
+    for score, drawn in zip(scores[1:], draws[1:], strict=True):
+        difference = float(score - scores[0])
+        apart = np.abs(drawn - draws[0])
+        # Of equal systems sacreBLEU would say 1 / (samples + 1): no draw has *more* than no difference.
+        p = _compute_p_value(apart - apart.mean(), abs(difference)) if apart.any() or difference else 1.0
+        results.append(Result(float(score), float(estimate_ci(drawn)[1]), difference, float(p)))
+    return results
+
+
+def _sets(pairs: Sequence[str], english: str) -> dict[str, list[str]]:
+    """Groups directions as the averages of ``xmoe score`` do; sets without a direction are left out."""
+    ways = {
+        "all": list(pairs),
+        f"{english}-xx": [pair for pair in pairs if pair.startswith(f"{english}-")],
+        f"xx-{english}": [pair for pair in pairs if not pair.startswith(f"{english}-")],
+    }
+    return {name: members for name, members in ways.items() if members}
+
+
+def _all_sentences(metric: Metric, statistics: Sequence[Sequence[Any]], samples: int) -> list[Result] | None:
+    """Tests the systems on all sentences as one text.
+
+    Args:
+        metric: turns sums of statistics into a score; which tokenizer gave them does not matter here.
+        statistics: by direction and system.
+        samples: draws.
+    """
+    whole = [[row for stats in one for row in stats] for one in zip(*statistics, strict=True)]
+    if samples * len(whole[0]) * len(whole[0][0]) * 4 > MAX_GIB * 2**30:
+        return None
+    scores = np.array([metric._aggregate_and_compute(one).score for one in whole])
+    return _results(scores, np.stack([_draws(metric, one, samples) for one in whole]))

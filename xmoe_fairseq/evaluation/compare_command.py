@@ -1,0 +1,67 @@
+"""``xmoe compare``: differences between systems that ``xmoe score`` scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..arguments import CommandParser, comma_list, quiet_libraries
+from ..errors import UserError
+from .compare import compare, read_systems
+from .compare_page import RENDERERS
+
+_EPILOG = """\
+The folders are those that xmoe score wrote, of the same directions, test sets, metrics and tokenizers. Differences
+are from the first one, with sacreBLEU's paired bootstrap for each direction, for the mean of the directions, and for
+all sentences as one text. SACREBLEU_SEED sets another seed.
+
+examples:
+  xmoe compare scores/smoe scores/xmoe
+  xmoe compare scores/dense scores/smoe scores/xmoe --latex > table.tex
+  xmoe compare scores/smoe scores/xmoe --pairs en-de,de-en --json
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compares scored systems, with paired bootstrap.
+
+    Args:
+        argv: the words after ``xmoe compare``.
+
+    Raises:
+        UserError: a folder is refused, or cannot be compared with the first.
+    """
+    args = _parser().parse_args(argv)
+    quiet_libraries()
+    if len(args.folders) < 2:
+        raise UserError("one system has nothing to be compared with: give two folders or more")
+    if args.samples < 1:
+        raise UserError(f"--samples {args.samples} is out of range: it must be at least 1")
+    systems = read_systems(args.folders, args.pairs)
+    steps = len(systems[0].texts) * len(systems[0].scores.metrics)
+    with tqdm(total=steps, disable=args.quiet) as bar:
+        comparison = compare(systems, args.samples, bar)
+    if args.json:
+        print(json.dumps(comparison.as_json(), indent=1, ensure_ascii=False))
+    else:
+        print(RENDERERS["latex" if args.latex else "markdown"](comparison), end="")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="xmoe compare",
+        usage="xmoe compare A B [C ...] [options]",
+        description="Compares scored systems: quality with paired bootstrap, and what it costs.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="A B", help="folders of results; A is the baseline")
+    parser.add_argument("--pairs", type=comma_list, default=[], metavar="SRC-TGT,...", help="directions (default: all)")
+    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="draws of the bootstrap (default: 1000)")
+    style = parser.add_mutually_exclusive_group()
+    style.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    style.add_argument("--latex", action="store_true", help="print LaTeX tables for the package booktabs")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser

@@ -1,0 +1,158 @@
+"""``xmoe score``: the test sets of a data folder, translated with a checkpoint and scored."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sacrebleu.metrics import BLEU
+from tqdm import tqdm
+
+from ..arguments import CommandParser, comma_list, quiet_libraries
+from ..errors import UserError
+from .decoding import Decoding
+from .score import METRICS
+from .score_job import ScoreJob, read_benchmark
+from .score_page import render_markdown
+
+_EPILOG = """\
+DATA is a folder made by data_prep/prepare.sh: its test sets are translated with --checkpoint. RUN is the folder of a
+run, whose RUN/generate/SRC-TGT hold what fairseq-generate wrote: that is scored against --data, and --checkpoint, if
+given, only tells what the model costs.
+
+Written to --out, and to standard output: scores.json, scores.md, scores.tsv; and for each direction a folder with
+the translations (hyp.TGT), references and sources as plain text. Run again, finished directions are skipped. BLEU's
+tokenizer follows the language (13a, but zh, ja-mecab, ko-mecab or char where words are not spaced); spbleu is BLEU on
+the pieces of flores200.
+
+examples:
+  xmoe score data/demo4 --checkpoint runs/demo4/checkpoints/checkpoint_last.pt
+  xmoe score data/demo4 --checkpoint runs/demo4/checkpoints/checkpoint_last.pt --pairs en-ca,ca-en --metrics bleu
+  xmoe score runs/demo4 --data data/demo4 --json
+"""
+# The options of translating, by their names in `Decoding`.
+_TRANSLATING = ("beam", "lenpen", "max_len_b", "max_tokens", "moe_threshold", "fp16", "lines", "subset")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Translates the test sets with a checkpoint and scores them.
+
+    Args:
+        argv: the words after ``xmoe score``.
+
+    Raises:
+        UserError: an argument or a file is refused.
+    """
+    args = _parser().parse_args(argv)
+    quiet_libraries()
+    job, out = _job(args)
+    with tqdm(total=len(job.pairs), unit="direction", disable=args.quiet) as bar:
+        scores = job.run(args.out or out, bar)
+    if args.json:
+        print(json.dumps(scores.as_json(), indent=1, ensure_ascii=False))
+    else:
+        print(render_markdown(scores))
+        print(f"written: {args.out or out}")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="xmoe score",
+        usage="xmoe score DATA --checkpoint FILE [options]\n       xmoe score RUN --data DATA [options]",
+        description="Translates the test sets with a checkpoint and scores them with sacreBLEU.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("folder", type=Path, metavar="DATA|RUN", help="what to translate, or a run that was translated")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="the model")
+    parser.add_argument("--data", type=Path, metavar="DATA", help="with RUN: the data that was translated")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="results (default: CHECKPOINT-scores beside the checkpoint, RUN/scores)"
+    )
+    parser.add_argument(
+        "--metrics", type=comma_list, default=["bleu", "chrf"], metavar="NAMES", help="of bleu,chrf,spbleu (bleu,chrf)"
+    )
+    parser.add_argument("--tokenize", choices=BLEU.TOKENIZERS, metavar="NAME", help="BLEU's, for every language")
+    add_set_options(parser)
+    add_translating_options(parser)
+    parser.add_argument(
+        "--moe-threshold", type=float, metavar="P", help="another threshold than the model was trained with"
+    )
+    add_output_options(parser)
+    return parser
+
+
+def add_set_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what is translated."""
+    parser.add_argument(
+        "--pairs", type=comma_list, default=[], metavar="SRC-TGT,...", help="directions (default: all of the data)"
+    )
+    parser.add_argument("--subset", choices=("test", "valid"), help="(default: test)")
+    parser.add_argument("--lines", type=int, metavar="N", help="only the first N lines of each set")
+
+
+def add_translating_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how it is translated."""
+    parser.add_argument("--beam", type=int, metavar="N", help="hypotheses in the search (default: the benchmark's)")
+    parser.add_argument("--lenpen", type=float, metavar="X", help="length penalty (default: the benchmark's)")
+    parser.add_argument("--max-len-b", type=int, metavar="N", help="most pieces of a translation (default: 200)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="pieces in a batch (default: 6000)")
+    parser.add_argument("--fp16", action="store_const", const=True, help="half precision, for GPUs")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what all commands of evaluation have."""
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no hints")
+
+
+def _job(args: argparse.Namespace) -> tuple[ScoreJob, Path]:
+    """Gives the job and where its results go unless told otherwise."""
+    unknown = [name for name in args.metrics if name not in METRICS]
+    if unknown or not args.metrics:
+        raise UserError(f"--metrics {','.join(args.metrics)} is refused: choose from {','.join(METRICS)}")
+    common: dict[str, Any] = {"pairs": args.pairs, "metrics": args.metrics, "tokenizer": args.tokenize}
+    if (args.folder / "MANIFEST.json").is_file():
+        if args.checkpoint is None or args.data is not None:
+            raise UserError(
+                f"{args.folder} is a data folder: give --checkpoint FILE to translate it with, and no --data"
+            )
+        job = ScoreJob(args.folder, args.checkpoint, decoding_options(args, args.folder), **common)
+        return job, default_out(args.checkpoint, "scores")
+    if not (args.folder / "generate").is_dir():
+        raise UserError(
+            f"{args.folder} is neither a data folder (it has no MANIFEST.json) nor a run that was translated (it has "
+            "no folder generate): give DATA with --checkpoint, or translate first"
+        )
+    if args.data is None:
+        raise UserError(f"{args.folder} is a run: give --data, the folder whose test sets it translated")
+    given = [name for name in _TRANSLATING if getattr(args, name) is not None]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} goes with a data folder: {args.folder} was translated before")
+    job = ScoreJob(args.data, args.checkpoint, Decoding(), generated=args.folder / "generate", **common)
+    return job, args.folder / "scores"
+
+
+def default_out(checkpoint: Path, kind: str) -> Path:
+    """Names a folder beside a checkpoint, which no other checkpoint's results share."""
+    return checkpoint.with_name(f"{checkpoint.stem}-{kind}")
+
+
+def decoding_options(args: argparse.Namespace, data: Path) -> Decoding:
+    """Gathers how to translate; beam and length penalty are the benchmark's unless they are given.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+    benchmark = read_benchmark(data)
+    options: dict[str, Any] = {name: getattr(args, name, None) for name in _TRANSLATING}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("beam", "max_len_b", "max_tokens", "lines"):
+        if given.get(name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {given[name]} is out of range: it must be at least 1")
+    threshold = given.get("moe_threshold", 0)
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--moe-threshold {threshold:g} is out of range: it must be in [0, 1]")
+    return Decoding(**({"beam": benchmark.beam, "lenpen": benchmark.lenpen} | given))

@@ -1,0 +1,248 @@
+"""Scoring one system: what is not translated yet is translated, then all of it is scored."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..benchmarks import BENCHMARKS, Benchmark
+from ..checkpoints.shards import fingerprint
+from ..checkpoints.summary import summarize
+from ..errors import UserError
+from ..tasks.data_folder import read_groups
+from .decoding import Decoding, Translated, Translator
+from .language import MISSING, LanguageDetector, find_detector
+from .outputs import GENERATE_FILE, find_raw, read_hypotheses, read_lines, replacing
+from .result_folder import SCORES, ResultFolder, read_json, write_json
+from .score import build_metric
+from .score_page import render_markdown, render_tsv
+from .scores import Row, Scores, average, score_lines, words_per_second
+from .usage import LayerUsage, add_up
+from .versions import read_versions
+
+
+class ScoreJob:
+    """One system to be scored.
+
+    Args:
+        data: folder made by data_prep/prepare.sh.
+        checkpoint: to translate with; None where the translations are there.
+        decoding: how to translate.
+        pairs: directions, such as ``en-ca``; all of the data folder where there are none.
+        metrics: names of `METRICS`.
+        tokenizer: BLEU's, whatever the language.
+        generated: folder of what fairseq-generate wrote; None to translate.
+
+    Raises:
+        UserError: a direction is unknown, or a metric cannot be had.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        checkpoint: Path | None,
+        decoding: Decoding,
+        pairs: Sequence[str] = (),
+        metrics: Sequence[str] = ("bleu", "chrf"),
+        tokenizer: str | None = None,
+        generated: Path | None = None,
+    ) -> None:
+        self.data, self.checkpoint, self.decoding = data, checkpoint, decoding
+        self.metrics, self.tokenizer, self.generated = metrics, tokenizer, generated
+        self.benchmark = read_benchmark(data)
+        self.pairs = choose_pairs(_known_pairs(data, generated), pairs)
+        for pair in self.pairs:  # what cannot be had is said before anything is translated
+            for metric in metrics:
+                build_metric(metric, pair.partition("-")[2], tokenizer)
+            find_raw(data, decoding.subset, *pair.split("-"))
+        if checkpoint is not None and not checkpoint.is_file():
+            raise UserError(f"there is no checkpoint {checkpoint}: check --checkpoint")
+        self.settings = {"checkpoint": fingerprint(str(checkpoint)) if checkpoint else None, **asdict(decoding)}
+        self._translator: Translator | None = None
+
+    @property
+    def translator(self) -> Translator:
+        """The model, loaded when it is first needed."""
+        if self._translator is None:
+            assert self.checkpoint is not None
+            self._translator = Translator(self.checkpoint, self.data, self.decoding)
+        return self._translator
+
+    def run(self, out: Path, bar: tqdm) -> Scores:
+        """Translates what is not finished, scores everything and writes it to ``out``.
+
+        Args:
+            out: the folder of results.
+            bar: a progress bar, advanced by one for each direction; one that is disabled also keeps hints back.
+
+        Raises:
+            UserError: a file is missing or refused, or ``out`` holds results of other settings.
+        """
+        if self.checkpoint is not None:
+            _ = self.translator  # what cannot be loaded is said before a folder is made
+        folder = ResultFolder(out, self.settings)
+        languages = {language for pair in self.pairs for language in pair.split("-")}
+        detector = find_detector(languages)
+        if detector is None and not bar.disable:
+            _say_once(MISSING)
+        groups = read_groups_of(self.data, self.benchmark)
+        rows, usages = [], []
+        for pair in self.pairs:
+            bar.set_description(pair)
+            row, usage = self._direction(folder, pair, groups, detector)
+            rows.append(row)
+            usages.append(usage)
+            bar.update()
+        scores = self._scores(out, rows, add_up(usages), detector)
+        with replacing(out / "scores.md") as page, replacing(out / "scores.tsv") as table:
+            page.write_text(render_markdown(scores), encoding="utf-8")
+            table.write_text(render_tsv(scores), encoding="utf-8")
+            write_json(out / SCORES, scores.as_json())
+        return scores
+
+    def _direction(
+        self, folder: ResultFolder, pair: str, groups: dict[str, str], detector: LanguageDetector | None
+    ) -> tuple[Row, list[LayerUsage]]:
+        source, _, target = pair.partition("-")
+        sources, references = self._texts(source, target)
+        if not folder.finished(pair):
+            folder.keep(pair, sources, references, self._translated(pair, len(references)))
+        kept_sources, kept_references, found = folder.read(pair)
+        if (kept_sources, kept_references) != (sources, references):
+            raise UserError(f"{folder.path / pair} is of another test set than {self.data}: give another --out")
+        if self.generated is not None and list(found.hypotheses) != self._generated(pair, len(references)):
+            raise UserError(f"{folder.path / pair} holds other translations than {self.generated / pair}: remove it")
+        row = Row(
+            source=source,
+            target=target,
+            group=groups.get(target if source == self.benchmark.english else source, "all"),
+            **score_lines(sources, references, found.hypotheses, target, self.metrics, self.tokenizer, detector),
+            too_long=found.too_long,
+            seconds=found.seconds,
+            experts_per_token=_experts(found.usage) if self.checkpoint is not None else None,
+        )
+        return row, list(found.usage)
+
+    def _texts(self, source: str, target: str) -> tuple[list[str], list[str]]:
+        files = find_raw(self.data, self.decoding.subset, source, target)
+        sources, references = read_lines(files[0], "raw source"), read_lines(files[1], "raw reference")
+        if len(sources) != len(references):
+            raise UserError(f"{files[0]} has {len(sources)} lines but {files[1]} has {len(references)}")
+        lines = self.decoding.lines or len(references)
+        return sources[:lines], references[:lines]
+
+    def _translated(self, pair: str, count: int) -> Translated:
+        source, _, target = pair.partition("-")
+        if self.generated is not None:
+            usage = self.translator.usage(source, target) if self.checkpoint is not None else []
+            return Translated(self._generated(pair, count), None, None, usage)
+        found = self.translator.translate(source, target)
+        if len(found.hypotheses) != count:
+            raise UserError(
+                f"{self.data}/bin has {len(found.hypotheses)} sentences of {pair} but raw/ has {count}: prepare the "
+                "data again"
+            )
+        return found
+
+    def _generated(self, pair: str, count: int) -> list[str]:
+        assert self.generated is not None
+        return read_hypotheses(self.generated / pair / GENERATE_FILE, count)
+
+    def _scores(
+        self, out: Path, rows: Sequence[Row], usage: Sequence[LayerUsage], detector: LanguageDetector | None
+    ) -> Scores:
+        model = self.translator if self.checkpoint is not None else None
+        about = summarize(str(self.checkpoint)) if self.checkpoint is not None else None
+        settings = {
+            "file": str(self.checkpoint) if self.checkpoint else None,
+            "arch": about.arch if about else None,
+            "updates": about.updates if about else None,
+            "benchmark": self.benchmark.name,
+            **self.settings,
+        }
+        return Scores(
+            name=out.resolve().name,
+            settings=settings,
+            english=self.benchmark.english,
+            tokenize=self.tokenizer,
+            rows=rows,
+            averages=average(rows, self.benchmark.english),
+            model=model.size(usage) if model else None,
+            words_per_second=words_per_second(rows),
+            device=_device(model.device) if model and self.generated is None else None,
+            detector=detector.name if detector else None,
+            versions=read_versions(),
+        )
+
+
+@functools.cache
+def _say_once(hint: str) -> None:
+    """Prints a line above the progress bar, in a sweep not for every threshold."""
+    tqdm.write(hint, file=sys.stderr)
+
+
+def read_benchmark(data: Path) -> Benchmark:
+    """Tells the benchmark that a data folder was prepared for.
+
+    Raises:
+        UserError: the folder was not made by data_prep/prepare.sh, or for no benchmark of this version.
+    """
+    manifest = data / "MANIFEST.json"
+    if not manifest.is_file():
+        raise UserError(f"there is no {manifest}: give the folder that data_prep/prepare.sh made")
+    name = read_json(manifest).get("benchmark")
+    if name not in BENCHMARKS:
+        raise UserError(f"{manifest} names the benchmark {name!r}: this version knows {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def choose_pairs(known: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Gives the wanted directions, or all known ones where none is named.
+
+    Raises:
+        UserError: a direction is unknown or named twice.
+    """
+    for number, pair in enumerate(wanted):
+        if pair not in known:
+            raise UserError(
+                f"there is no direction {pair!r}: choose from {', '.join(known[:8])}{' ...' if len(known) > 8 else ''}"
+            )
+        if pair in wanted[:number]:
+            raise UserError(f"--pairs names {pair} twice: name each direction once")
+    return list(wanted or known)
+
+
+def _known_pairs(data: Path, generated: Path | None) -> list[str]:
+    known = read_lines(data / "bin" / "lang_pairs.txt", "list of directions")
+    if generated is None:
+        return known
+    found = [pair for pair in known if (generated / pair / GENERATE_FILE).is_file()]
+    if not found:
+        raise UserError(f"{generated} has no folder SRC-TGT/{GENERATE_FILE} of a direction of {data}: translate first")
+    return found
+
+
+def read_groups_of(data: Path, benchmark: Benchmark) -> dict[str, str]:
+    """Gives the group of each language; none where the data names no groups."""
+    if not benchmark.groups and not (data / "groups.tsv").is_file():
+        return {}
+    groups = read_groups(str(data / "bin"), benchmark)
+    return {language: group for group, members in groups.items() for language in members}
+
+
+def _experts(usage: Sequence[LayerUsage]) -> float:
+    tokens = sum(use.tokens for use in usage)
+    return sum(use.received for use in usage) / tokens if tokens else 0.0
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()}"

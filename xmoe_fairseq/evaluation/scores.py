@@ -1,0 +1,179 @@
+"""What ``xmoe score`` found: a row for each direction, and their averages."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from .decoding import ModelSize
+from .language import LanguageDetector
+from .score import build_bleu, build_metric
+
+
+@dataclass(frozen=True)
+class Row:
+    """One direction.
+
+    Attributes:
+        source, target: the languages.
+        group: of the language that is not English, by the amount of its training text.
+        sentences: in the set.
+        scores: by the name of the metric.
+        signatures: sacreBLEU's, by the name of the metric.
+        length_ratio: words of the translations a word of the references, as BLEU counts words in this language.
+        empty: empty translations.
+        copies: translations that are the source.
+        too_long: sources that are too long for the model, whose translations are empty; None where unknown.
+        wrong_language: share of the translations in another language; None where no detector knows the language.
+        wrong_references: the same for the references, hence the detector's own mistakes.
+        source_words: of the sources, as white space separates them.
+        seconds: that the search took; None where it was not run by this command.
+        experts_per_token: in an MoE layer; None where it was not measured, 0 for a dense model.
+    """
+
+    source: str
+    target: str
+    group: str
+    sentences: int
+    scores: Mapping[str, float]
+    signatures: Mapping[str, str]
+    length_ratio: float
+    empty: int
+    copies: int
+    too_long: int | None
+    wrong_language: float | None
+    wrong_references: float | None
+    source_words: int
+    seconds: float | None
+    experts_per_token: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}-{self.target}"
+
+
+@dataclass(frozen=True)
+class Average:
+    """Means over several directions, each with the same weight.
+
+    Attributes:
+        name: which directions: ``all``, ``en-xx``, ``xx-en``, or those of a group of languages, ``high en-xx``.
+        directions: how many they are.
+        scores: by the name of the metric.
+        length_ratio: as for a direction.
+    """
+
+    name: str
+    directions: int
+    scores: Mapping[str, float]
+    length_ratio: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Everything in ``scores.json``.
+
+    Attributes:
+        name: of the folder.
+        settings: the checkpoint, and what the translations depend on.
+        english: the code of English in the data.
+        tokenize: BLEU's tokenizer for every language; None for each language's own.
+        rows: the directions.
+        averages: see `average`.
+        model: what the model costs; None where translations were scored without it.
+        words_per_second: source words over all directions by the time of the search; None where unknown.
+        device: the search ran on; None where unknown.
+        detector: of languages; None where there is none.
+        versions: of Python and the packages used, by name.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    english: str
+    tokenize: str | None
+    rows: Sequence[Row]
+    averages: Sequence[Average]
+    model: ModelSize | None
+    words_per_second: float | None
+    device: str | None
+    detector: str | None
+    versions: Mapping[str, str]
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics, in the order that was asked for."""
+        return list(self.rows[0].scores)
+
+    def as_json(self) -> dict[str, Any]:
+        """Gives plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Scores:
+        """Undoes `as_json`.
+
+        Raises:
+            KeyError, TypeError: the values are not those of `as_json`.
+        """
+        parts = {
+            "rows": [Row(**row) for row in values["rows"]],
+            "averages": [Average(**one) for one in values["averages"]],
+            "model": ModelSize(**values["model"]) if values["model"] is not None else None,
+        }
+        return cls(**{**values, **parts})
+
+
+def score_lines(
+    sources: Sequence[str],
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    target: str,
+    metrics: Iterable[str],
+    tokenizer: str | None,
+    detector: LanguageDetector | None,
+) -> dict[str, Any]:
+    """Computes what a `Row` says of the texts themselves; all three have one line for each sentence."""
+    built = {name: build_metric(name, target, tokenizer) for name in metrics}
+    words = build_bleu(target, tokenizer)[0].corpus_score(hypotheses, [references])
+    return {
+        "sentences": len(references),
+        "scores": {name: metric.corpus_score(hypotheses, [references]).score for name, metric in built.items()},
+        "signatures": {name: str(metric.get_signature()) for name, metric in built.items()},
+        "length_ratio": words.sys_len / words.ref_len if words.ref_len else 0.0,
+        "empty": sum(not text.strip() for text in hypotheses),
+        "copies": sum(text.strip() == source.strip() != "" for text, source in zip(hypotheses, sources, strict=True)),
+        "wrong_language": detector.wrong_share(hypotheses, target) if detector else None,
+        "wrong_references": detector.wrong_share(references, target) if detector else None,
+        "source_words": sum(len(source.split()) for source in sources),
+    }
+
+
+def average(rows: Sequence[Row], english: str) -> list[Average]:
+    """Averages over all directions, those out of and into English, and the same for each group where there are some."""
+    sets: dict[str, list[Row]] = defaultdict(list)
+    several = len({row.group for row in rows}) > 1
+    for row in rows:
+        way = f"{english}-xx" if row.source == english else f"xx-{english}"
+        for name in ("all", way, *((f"{row.group}", f"{row.group} {way}") if several else ())):
+            sets[name].append(row)
+    order = ["all", f"{english}-xx", f"xx-{english}"]
+    names = sorted(sets, key=lambda name: order.index(name) if name in order else len(order))
+    return [_average(name, sets[name]) for name in names]
+
+
+def _average(name: str, rows: Sequence[Row]) -> Average:
+    scores = {metric: fmean(row.scores[metric] for row in rows) for metric in rows[0].scores}
+    return Average(name, len(rows), scores, fmean(row.length_ratio for row in rows))
+
+
+def words_per_second(rows: Iterable[Row]) -> float | None:
+    """Gives source words by seconds of search over all directions; None where a direction's time is unknown."""
+    words, seconds = 0, 0.0
+    for row in rows:
+        if row.seconds is None:
+            return None
+        words, seconds = words + row.source_words, seconds + row.seconds
+    return words / seconds if seconds else None

@@ -1,0 +1,138 @@
+"""``xmoe sweep``: quality against computation of one trained model at many thresholds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..arguments import CommandParser, quiet_libraries
+from ..errors import UserError
+from .outputs import replacing
+from .result_folder import write_json
+from .score import METRICS
+from .score_command import (
+    add_output_options,
+    add_set_options,
+    add_translating_options,
+    decoding_options,
+    default_out,
+)
+from .score_job import ScoreJob
+from .scores import Scores
+from .sweep import Sweep, make_point, read_thresholds, render_markdown, render_tsv
+from .sweep_plot import draw_sweep, save
+
+_EPILOG = """\
+Nothing is trained: the routers get another threshold. Written to --out: sweep.json, sweep.tsv, sweep.md, the picture
+sweep.png and sweep.svg, and for each threshold a folder as xmoe score writes it, which xmoe compare reads. Run again,
+finished thresholds and directions are skipped. To choose a threshold honestly, sweep --subset valid.
+
+examples:
+  xmoe sweep --checkpoint runs/demo4/checkpoints/checkpoint_last.pt --data data/demo4 --thresholds 0.1:1.0:0.1
+  xmoe sweep --checkpoint runs/demo4/checkpoints/checkpoint_last.pt --data data/demo4 --thresholds 0.3,0.6,0.9 \\
+      --pairs en-ca,ca-en --subset valid --lines 100 --lose 1
+"""
+_METRICS = ("bleu", "chrf")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures quality against computation of one model at many thresholds.
+
+    Args:
+        argv: the words after ``xmoe sweep``.
+
+    Raises:
+        UserError: an argument or a file is refused, or the model has no threshold router.
+    """
+    args = _parser().parse_args(argv)
+    quiet_libraries()
+    thresholds = read_thresholds(args.thresholds)
+    if not args.lose >= 0:
+        raise UserError(f"--lose {args.lose:g} is out of range: it must be at least 0")
+    out = args.out or default_out(args.checkpoint, "sweep")
+    decoding = decoding_options(args, args.data)
+    jobs = {
+        threshold: ScoreJob(
+            args.data,
+            args.checkpoint,
+            dataclasses.replace(decoding, moe_threshold=threshold),
+            pairs=args.pairs,
+            metrics=_METRICS,
+        )
+        for threshold in thresholds
+    }
+    found = _score(jobs, out, args.quiet)
+    sweep = _sweep(args.checkpoint.stem, found, args.lose)
+    _write(sweep, out)
+    if args.json:
+        print(json.dumps(sweep.as_json(), indent=1, ensure_ascii=False))
+    else:
+        print(render_markdown(sweep))
+        print(f"written: {out}")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="xmoe sweep",
+        usage="xmoe sweep --checkpoint FILE --data DATA --thresholds FIRST:LAST:STEP [options]",
+        description="Measures BLEU, chrF++, FLOPs and speed of one trained model at many thresholds.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a model with threshold routers")
+    parser.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder made by data_prep/prepare.sh")
+    parser.add_argument(
+        "--thresholds", required=True, metavar="LIST", help="FIRST:LAST:STEP, the last included, or 0.3,0.5,0.9"
+    )
+    parser.add_argument("--lose", type=float, default=0.5, metavar="X", help="BLEU that may be lost (default: 0.5)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="results (default: CHECKPOINT-sweep beside the checkpoint)"
+    )
+    add_set_options(parser)
+    add_translating_options(parser)
+    add_output_options(parser)
+    return parser
+
+
+def _score(jobs: dict[float, ScoreJob], out: Path, quiet: bool) -> dict[float, Scores]:
+    """Runs the jobs one after the other, so that only one model is in memory, under one progress bar."""
+    found = {}
+    with tqdm(total=sum(len(job.pairs) for job in jobs.values()), unit="direction", disable=quiet) as bar:
+        for threshold in list(jobs):
+            bar.set_postfix(threshold=f"{threshold:g}")
+            found[threshold] = jobs.pop(threshold).run(out / f"threshold-{threshold:g}", bar)
+    return found
+
+
+def _sweep(name: str, found: dict[float, Scores], lose: float) -> Sweep:
+    first = next(iter(found.values()))
+    signatures = {
+        metric: sorted({row.signatures[metric] for row in first.rows}) for metric in METRICS if metric in _METRICS
+    }
+    return Sweep(
+        name=name,
+        points=[make_point(threshold, scores) for threshold, scores in found.items()],
+        lose=lose,
+        device=first.device or "",
+        sentences=sum(row.sentences for row in first.rows),
+        directions=len(first.rows),
+        signatures=signatures,
+    )
+
+
+def _write(sweep: Sweep, out: Path) -> None:
+    """Writes all files, or none."""
+    paths = [out / f"sweep.{ending}" for ending in ("md", "tsv", "png", "svg")]
+    with (
+        replacing(paths[0]) as page,
+        replacing(paths[1]) as table,
+        replacing(paths[2]) as png,
+        replacing(paths[3]) as svg,
+    ):
+        page.write_text(render_markdown(sweep), encoding="utf-8")
+        table.write_text(render_tsv(sweep), encoding="utf-8")
+        save(draw_sweep(sweep), png, svg)
+        write_json(out / "sweep.json", sweep.as_json())
