@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -84,6 +85,8 @@ def transformers_nllb(layer: MoELayer, x: Tensor) -> Run | None:
     if importlib.util.find_spec("transformers") is None:
         return None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # transformers would import fairseq's torchaudio, which does not load beside every torch.
+    sys.modules.setdefault("torchaudio", None)  # type: ignore[arg-type]
     from transformers import NllbMoeConfig
     from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 

@@ -39,7 +39,8 @@ class Run:
         environment = environment or {}
         self.save, self.log = save, save / f"log{environment.get('RANK', '')}"
         words = [str(data), *TRAIN_ARGS, *OPTIONS, "--save-dir", str(save), *options]
-        self.process = CONTEXT.Process(target=_train, args=(words, str(self.log), dies_after, room, environment))
+        arguments = (words, str(self.log), dies_after, room, environment)
+        self.process = CONTEXT.Process(target=_train, args=arguments, daemon=True)
         self.process.start()
 
     def wait(self) -> int:

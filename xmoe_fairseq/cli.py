@@ -14,8 +14,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "checkpoint": ("checkpoints.command", "Says what a checkpoint holds; splits, joins and averages checkpoints."),
     "score": ("evaluation.score_command", "Translates the test sets with a checkpoint and scores them."),
     "compare": ("evaluation.compare_command", "Compares scored systems, with paired bootstrap."),
+    "analyze": ("analysis.command", "Shows where the computation of a model with experts goes."),
     "sweep": ("evaluation.sweep_command", "Measures quality against computation at many thresholds."),
-    "analyze": ("analysis.command", "Says where the capacity goes: by language, layer, token and position."),
     "report": ("report.command", "One page on a run: curves, scores, where the capacity goes, shaded translations."),
 }
 

@@ -38,10 +38,11 @@ def check(*words: str, on_gpu: bool = False) -> None:
         ("--ddp-backend fully_sharded", "--ddp-backend fully_sharded needs"),
         (
             "--ddp-backend slowmo --moe-expert-parallel 2",
-            "--ddp-backend slowmo does not .* use --ddp-backend",
+            "--ddp-backend slowmo does not .* use legacy_ddp",
         ),
-        ("--zero-sharding os --moe-expert-parallel 2", "--zero-sharding os does not work"),
+        ("--zero-sharding os --moe-expert-parallel 2", "--zero-sharding os does not work .*: leave it out"),
         ("--use-bmuf --moe-expert-parallel 2", "--use-bmuf does not work with .*: leave it out"),
+        ("--amp --moe-expert-parallel 4", "--amp does not work .*: use --bf16"),
         ("--fp16 --moe-expert-parallel 2", "--fp16 with flat gradients does not work .*: add --fp16-no-flatten-grads"),
     ],
 )

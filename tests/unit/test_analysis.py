@@ -192,7 +192,7 @@ def test_tokens_ranks_and_extremes(case: Case) -> None:
         for end, part in (("high", often[-tenth:]), ("low", often[:tenth])):
             (row,) = case.found.tables["frequency_extremes"].where(stack=stack, capacity=end).records()
             ranks = [ranked.index(i) + 1 for i in part]
-            assert row["kinds"] == len(ranks)
+            assert row["types"] == len(ranks)
             assert (row["q05"], row["q50"]) == close((float(np.quantile(ranks, 0.05)), float(np.median(ranks))))
         for row in case.found.tables["frequency"].where(stack=stack).records():
             inside = ranked[row["first"] - 1 : row["last"]]
@@ -278,7 +278,7 @@ def test_memory_does_not_grow_with_the_text(threshold: Case) -> None:
     vocabulary = len(model.encoder.dictionary)
     for name, layer in many.layers.items():
         place = layer.place
-        rows = 4 + POSITION_BINS + vocabulary  # directions, positions, kinds of tokens
+        rows = 4 + POSITION_BINS + vocabulary  # directions, positions, token types
         sums = rows * len(SUMS) + (place.most + 1) + (place.routers + 1) + 4 * place.experts + place.experts**2
         assert layer.nbytes == few.layers[name].nbytes == 8 * sums
         tensors = {key for key, value in vars(layer).items() if isinstance(value, torch.Tensor)}

@@ -36,7 +36,7 @@ def directions(table: Table, value: str) -> Figure:
     groups = _direction_groups(overall, value)
     columns = [(title, names[i : i + _ROWS]) for title, names in groups for i in range(0, len(names), _ROWS)]
     rows = max(len(names) for _, names in columns)
-    figure = Figure(figsize=(max(WIDTH_INCHES, 1.9 * len(columns)), 1.1 + rows * _ROW_INCHES), layout="constrained")
+    figure = Figure(figsize=(max(WIDTH_INCHES, 1.9 * len(columns)), 1.3 + rows * _ROW_INCHES), layout="constrained")
     panels = figure.subplots(1, len(columns), sharex=True, squeeze=False)[0]
     for axes, (title, names) in zip(panels, columns, strict=True):
         grid_rows(axes, rows)
@@ -219,11 +219,11 @@ def frequency(ranks: Table, extreme: Table, value: str) -> Figure:
             lower.barh(place, box["q75"] - box["q25"], left=box["q25"], height=0.5, color=COLOURS[stack],
                        alpha=0.9 if box["capacity"] == "high" else 0.35)  # fmt: skip
             lower.plot([box["q50"]] * 2, [place - 0.25, place + 0.25], color="black", linewidth=1.4, gid="median")
-        lower.set_yticks(range(len(boxes)), [f"{box['capacity']} ({box['kinds']} kinds)" for box in boxes])
+        lower.set_yticks(range(len(boxes)), [f"{box['capacity']} ({box['types']} types)" for box in boxes])
         lower.set_ylim(len(boxes) - 0.4, -0.6)
         lower.set_xlabel("frequency rank of the token (1: most frequent)")
         lower.tick_params(axis="y", length=0)
-    panels[0][0].set_ylabel(f"{CAPACITY[value]}\n(band: half of the kinds)")
+    panels[0][0].set_ylabel(f"{CAPACITY[value]}\n(band: half of the types)")
     return figure
 
 

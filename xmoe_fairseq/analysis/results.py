@@ -87,7 +87,7 @@ def analysis(counts: Counts, words: Mapping[str, Sequence[str | None]], min_coun
         shown: tokens of most and of least capacity.
     """
     value = tables.measure(counts)
-    kinds = tokens.by_token(counts, words)
+    types = tokens.by_token(counts, words)
     loads = [language_load(counts, stack) for stack in counts.stacks]
     made = [
         tables.by_layer(counts),
@@ -98,10 +98,10 @@ def analysis(counts: Counts, words: Mapping[str, Sequence[str | None]], min_coun
         tables.distribution(counts),
         tables.expert_load(counts),
         tables.together(counts),
-        kinds,
-        tokens.by_rank(kinds, value),
-        tokens.ranks_of_extremes(kinds, value, min_count),
-        tokens.extremes(kinds, value, min_count, shown),
+        types,
+        tokens.by_rank(types, value),
+        tokens.ranks_of_extremes(types, value, min_count),
+        tokens.extremes(types, value, min_count, shown),
         *(load.load_table() for load in loads),
         *(load.similarity_table() for load in loads),
     ]

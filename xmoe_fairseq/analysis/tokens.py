@@ -1,4 +1,4 @@
-"""Tables about kinds of tokens: how often they occur and what they take."""
+"""Tables about token types: how often they occur and what they take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from .collect import Counts
 from .tables import MEANS, Table, add, means
 
-# A token counts as of high or low capacity where it belongs to this share of the kinds of tokens.
+# A token counts as of high or low capacity where it belongs to this share of the token types.
 EXTREME_SHARE = 0.1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -23,7 +23,7 @@ def text_tokens(dictionary: Any, languages: Iterable[str]) -> Sequence[str | Non
 
 
 def by_token(counts: Counts, words: Mapping[str, Sequence[str | None]]) -> Table:
-    """Kinds of tokens: how often each occurs, its rank by that, and means over the layers of the stack.
+    """Token types: how often each occurs, its rank by that, and means over the layers of the stack.
 
     Args:
         words: by stack, the token of each id; none for what is no text: special symbols and language tokens.
@@ -68,7 +68,7 @@ def _often(tokens: Table, stack: str, value: str, min_count: int) -> list[tuple[
 
 
 def by_rank(tokens: Table, value: str) -> Table:
-    """Frequency ranks, binned by powers of two: the mean over tokens and quartiles over kinds of tokens."""
+    """Frequency ranks, binned by powers of two: the mean over tokens and quartiles over token types."""
     rows = []
     for stack in dict.fromkeys(tokens.column("stack")):
         here = tokens.where(stack=stack)
@@ -94,4 +94,4 @@ def ranks_of_extremes(tokens: Table, value: str, min_count: int) -> Table:
                 quantiles = np.quantile([row[rank] for row in part], QUANTILES).tolist()
                 rows.append((stack, end, len(part), *quantiles))
     names = tuple(f"q{round(100 * quantile):02d}" for quantile in QUANTILES)
-    return Table("frequency_extremes", ("stack", "capacity", "kinds", *names), rows)
+    return Table("frequency_extremes", ("stack", "capacity", "types", *names), rows)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairseq.distributed import utils as distributed
 from omegaconf import open_dict
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from ..errors import UserError
 from . import layout
 
 # What torchrun, and nothing else, sets in each of its processes.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Those that leave experts of other processes alone; two have an older name, too.
+_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
 
 
 def one_job(call_main: Any) -> Any:
@@ -62,7 +65,19 @@ def _join_torchrun(options: Any, on_gpu: bool) -> None:
     options.device_id = local % gpus if on_gpu else 0
     options.distributed_no_spawn = True
     if size > 1:
-        options.distributed_init_method = "env://"
+        options.distributed_init_method = "torchrun://"
+
+
+def _meet(url: str, **options: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """Lets the processes of torchrun find each other.
+
+    Its store outlives a restart, after which torch's own ``env://`` may find the addresses of processes that died.
+    """
+    store, rank, size = next(rendezvous("env://", **options))
+    yield dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size
+
+
+register_rendezvous_handler("torchrun", _meet)
 
 
 def _without_gpu(options: Any) -> None:
@@ -92,19 +107,20 @@ def check(cfg: Any, on_gpu: bool) -> None:
     if size == 1 or experts == 1:
         return
     layout.check(experts, size)
-    wrong = {
-        f"--ddp-backend {backend}": backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"),
-        "--fp16 with flat gradients": cfg.common.fp16
-        and not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16),
-        "--zero-sharding os": str(options.zero_sharding) == "os",
-        "--use-bmuf": cfg.optimization.use_bmuf,
-    }
-    instead = {"--fp16 with flat gradients": "add --fp16-no-flatten-grads", "--use-bmuf": "leave it out"}
-    for name in (name for name, given in wrong.items() if given):
-        raise UserError(
-            f"{name} does not work with --moe-expert-parallel {experts}, because processes hold different experts: "
-            + instead.get(name, "use --ddp-backend legacy_ddp or pytorch_ddp, without --zero-sharding")
-        )
+    flat = cfg.common.fp16 and not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16)
+    for name, given, instead in (
+        (f"--ddp-backend {backend}", backend not in _BACKENDS, "use legacy_ddp or pytorch_ddp"),
+        ("--fp16 with flat gradients", flat, "add --fp16-no-flatten-grads"),
+        # Its scaler leaves out an update in the processes that see an infinite gradient only.
+        ("--amp", cfg.common.amp, "use --bf16, or --fp16 --fp16-no-flatten-grads"),
+        ("--zero-sharding os", str(options.zero_sharding) == "os", "leave it out"),
+        ("--use-bmuf", cfg.optimization.use_bmuf, "leave it out"),
+    ):
+        if given:
+            raise UserError(
+                f"{name} does not work with --moe-expert-parallel {experts}, because processes hold different experts: "
+                + instead
+            )
 
 
 def _check_fully_sharded(on_gpu: bool) -> None:
