@@ -8,6 +8,7 @@ setup(
     description="Adaptive-computation Mixture-of-Experts translation models for stock fairseq",
     license="MIT",
     packages=find_packages(include=["xmoe_fairseq", "xmoe_fairseq.*"]),
+    package_data={"xmoe_fairseq.report": ["templates/*"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.6",
@@ -15,6 +16,7 @@ setup(
         "sentencepiece>=0.2",
         "sacrebleu>=2.3",
         "tabulate>=0.9",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "tqdm>=4.60",

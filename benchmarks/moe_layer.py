@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from cases import DIM, HIDDEN, Case, dense, inference, make_case, training
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, StratifiedMoE
+
+PARTS = ("training", "forward", "decoding", "threshold", "strata", "router", "memory", "growth", "peers")
 
 
 def output(layer: nn.Module, x: Tensor) -> Tensor:
@@ -38,9 +40,12 @@ class Benchmark:
         self.rounds = 3 if args.quick else args.rounds
         self.tokens = 1024 if args.quick else 4096
 
-    def compare(self, case: str, over: object, under: object, goal: str = "", scale: float = 1.0) -> Row:
+    def compare(
+        self, case: str, over: object, under: object, goal: str = "", scale: float = 1.0, most_rounds: int = 1000
+    ) -> Row:
         """Times two functions; the ratio is divided by ``scale``, the work of the first over that of the second."""
-        times = seconds({"over": over, "under": under}, self.rounds, self.device)  # type: ignore[dict-item]
+        rounds = min(self.rounds, most_rounds)
+        times = seconds({"over": over, "under": under}, rounds, self.device)  # type: ignore[dict-item]
         return ratio(case, [value / scale for value in times["over"]], times["under"], goal)
 
     def make(self, tokens: int | None = None, **options: float) -> Case:
@@ -145,7 +150,8 @@ class Benchmark:
                 print(f"{name}: the package is not installed, no row", file=sys.stderr)
                 continue
             module = nn.ModuleList([run.module, case.layer])  # type: ignore[attr-defined]
-            yield self.compare(f"{name}, its time over ours", training(run, module, case.x), ours, goal)
+            theirs = training(run, module, case.x)
+            yield self.compare(f"{name}, its time over ours", theirs, ours, goal, most_rounds=3)
 
     def memory(self) -> Iterator[Row]:
         peaks = {}
@@ -156,11 +162,12 @@ class Benchmark:
         value = peaks["moe"] / peaks["dense"]
         yield Row(f"peak memory beyond parameters and gradients, {peaks['moe']:.0f} MiB", value, value, value, "<= 1.2")
 
-    def all(self) -> Iterator[Row]:
-        parts = [self.training, self.forward, self.decoding, self.threshold, self.strata, self.router]
-        parts += [self.peers, self.memory, self.growth]
-        for part in tqdm(parts, unit="part"):
-            yield from part()
+    def measure(self, names: Sequence[str]) -> Iterator[Row]:
+        """Measures parts by name, and says each row at once."""
+        for name in tqdm(names, unit="part"):
+            for row in getattr(self, name)():
+                tqdm.write(f"{row.case}: {row.ratio:.2f}", file=sys.stderr)
+                yield row
 
 
 def peak(benchmark: Benchmark, kind: str) -> float:
@@ -199,15 +206,14 @@ def main() -> None:
     options = parser("MoE layer against dense feed-forward of equal active work")
     options.add_argument("--kernel", default="auto", help="kernel of the experts")
     options.add_argument("--rounds", type=int, default=9, help="rounds, of which the quartiles are shown")
-    options.add_argument("--only", nargs="*", help="names of the parts to measure")
+    options.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts to measure")
     options.add_argument("--peak", choices=("moe", "dense"), help=argparse.SUPPRESS)
     args = options.parse_args()
     benchmark = Benchmark(args)
     if args.peak:
         print(peak(benchmark, args.peak))
         return
-    parts = [getattr(benchmark, name) for name in args.only] if args.only else [benchmark.all]
-    finish([row for part in parts for row in part()], args)
+    finish(list(benchmark.measure(args.only)), args)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # From a bare machine to a table of BLEU scores: installs, builds the embedded corpus, trains a small XMoE model on
 # 8 directions, translates the test sets, scores them. Run again, it goes on where it stopped.
 #
-#   RUN      where the run is written (default: runs/demo4): report.md, report.json, report.png
+#   RUN      where the run is written (default: runs/demo4): report.html, report.md, report.json, report.png
 #   DATA     where the data is written (default: data/demo4)
 #   UPDATES  training steps (default: 1000)
 #   PREPARE  more options for data_prep/prepare.sh, such as "--train 2000"
@@ -55,6 +55,10 @@ translate() {
     bash scripts/translate.sh "$DATA" "$RUN" "$RUN/checkpoints/checkpoint_last.pt" "$1" -- --max-len-b 100
 }
 
+analyze() {
+    python -m xmoe_fairseq analyze --checkpoint "$RUN/checkpoints/checkpoint_last.pt" --data "$DATA" --out "$RUN/analysis"
+}
+
 report() {
     python - "$RUN" <<'PY'
 import json, pathlib, sys
@@ -62,7 +66,7 @@ run = pathlib.Path(sys.argv[1])
 seconds = {path.name: float(path.read_text()) for path in sorted((run / ".done").iterdir(), key=lambda p: p.stat().st_mtime)}
 (run / "seconds.json").write_text(json.dumps(seconds, indent=1))
 PY
-    python -m xmoe_fairseq.evaluation.report --run "$RUN" --data "$DATA" --task multilingual_demo4 \
+    python -m xmoe_fairseq report "$RUN" --data "$DATA" --task multilingual_demo4 \
         --checkpoint "$RUN/checkpoints/checkpoint_last.pt"
 }
 
@@ -72,5 +76,6 @@ stage train train
 while read -r direction; do
     stage "translate-$direction" translate "$direction" < /dev/null
 done < "$DATA/bin/lang_pairs.txt"
+stage analyze analyze
 report
-echo "== report: $RUN/report.md, $RUN/report.png"
+echo "== report: $RUN/report.html, $RUN/report.md, $RUN/report.png"

@@ -61,7 +61,7 @@ for name in $MODELS; do
     mkdir -p "$STUDY/$name"
     train "$name"
     bash scripts/translate.sh "$DATA" "$STUDY/$name" "$STUDY/$name/checkpoints/checkpoint_last.pt" -- --beam "$BEAM"
-    python -m xmoe_fairseq.evaluation.report --run "$STUDY/$name" --data "$DATA" \
+    python -m xmoe_fairseq report "$STUDY/$name" --data "$DATA" \
         --checkpoint "$STUDY/$name/checkpoints/checkpoint_last.pt"
 done
 # shellcheck disable=SC2086

@@ -15,6 +15,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("evaluation.score_command", "Translates the test sets with a checkpoint and scores them."),
     "compare": ("evaluation.compare_command", "Compares scored systems, with paired bootstrap."),
     "sweep": ("evaluation.sweep_command", "Measures quality against computation at many thresholds."),
+    "analyze": ("analysis.command", "Says where the capacity goes: by language, layer, token and position."),
+    "report": ("report.command", "One page on a run: curves, scores, where the capacity goes, shaded translations."),
 }
 
 

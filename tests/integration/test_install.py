@@ -68,6 +68,7 @@ def test_the_command_xmoe_is_installed(site: Path, tmp_path: Path) -> None:
         check=True,
     )
     assert json.loads(result.stdout)["parameters"]["total"] > 1_000_000
+    assert (site / "xmoe_fairseq/report/templates/page.html").is_file()  # data, not code
 
 
 @pytest.mark.slow
@@ -96,11 +97,14 @@ def test_quickstart_writes_a_report_and_skips_what_is_done(tmp_path: Path) -> No
     assert all(1 <= layer["mean_experts"] <= 8 for layer in report["layers"])
     assert len(report["samples"]) == 10
     assert (tmp_path / "run/report.png").read_bytes().startswith(b"\x89PNG")
+    html = (tmp_path / "run/report.html").read_text()
+    for shown in ('class="tokens" data-stack="encoder"', "<figcaption>Loss</figcaption>", 'src="data:image/'):
+        assert shown in html
     page = (tmp_path / "run/report.md").read_text()
     assert "sacrebleu" in page.lower() or "nrefs:1" in page
     (tmp_path / "run/report.md").unlink()
     again = quickstart()
-    assert again.count("done before") == 10
+    assert again.count("done before") == 11
     assert (tmp_path / "run/report.md").read_text() == page
     other = {**environment, "UPDATES": "21"}  # must not pass off the old results as those of other settings
     command = ["bash", str(ROOT / "scripts/quickstart.sh")]

@@ -186,7 +186,9 @@ def linked_zip() -> bytes:
 
 
 @pytest.mark.parametrize(
-    "content", [linked_tar(tarfile.SYMTYPE), linked_tar(tarfile.LNKTYPE), linked_tar(tarfile.FIFOTYPE), linked_zip()]
+    "content",
+    [linked_tar(tarfile.SYMTYPE), linked_tar(tarfile.LNKTYPE), linked_tar(tarfile.FIFOTYPE), linked_zip()],
+    ids=["symbolic link", "hard link", "pipe", "zip"],
 )
 def test_link_is_not_followed(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Scores against the sacrebleu program, sums of routing against float64, and the report of a made-up run."""
+"""Scores against the sacrebleu program, and sums of routing against float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,16 +17,14 @@ import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils, models, tasks
+from helpers_translation import generated, sacrebleu_program, write_output
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.image import imread
 
-from xmoe_fairseq import benchmarks
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import report, score, usage
+from xmoe_fairseq.evaluation import score, usage
 from xmoe_fairseq.evaluation.outputs import read_hypotheses, read_lines, replacing, write_lines
-from xmoe_fairseq.evaluation.plot import DOTS_PER_INCH, WIDTH_INCHES
-from xmoe_fairseq.evaluation.usage import LayerUsage, accumulate, computation_saved
+from xmoe_fairseq.evaluation.usage import accumulate, computation_saved
 from xmoe_fairseq.moe.statistics import RouterSums, RoutingStats
 
 REFERENCES = [
@@ -39,26 +36,6 @@ REFERENCES = [
 ]
 HYPOTHESES = ["The cat sat on a mat.", "It cost\t$3.50 in 1999 .", "a\u2028b and\rc", "", "<s> | one two  three "]
 CHINESE = (["我喜欢猫。", "今天是2024年", "你好"], ["我喜欢狗。", "今天是2023年", ""])
-TASK = "multilingual_demo4"
-XX, YY = benchmarks.DEMO4[:2]
-DIRECTIONS = benchmarks.directions(benchmarks.DEMO4)
-
-
-def generated(hypotheses: list[str], order: list[int] | None = None) -> str:
-    """What fairseq-generate writes, in the order of its batches."""
-    lines = ["2026-01-01 00:00:00 | INFO | fairseq_cli.generate | loading model(s)"]
-    for index in order or reversed(range(len(hypotheses))):
-        text = hypotheses[index]
-        lines += [f"S-{index}\tsource", f"T-{index}\t<unk> target", f"H-{index}\t-0.53\t▁pieces {index}"]
-        lines += [f"D-{index}\t{-0.53 if text else '-inf'}\t{text}", f"P-{index}\t-0.5 -0.6"]
-    return "\n".join([*lines, "Generate test with beam=5: BLEU4 = 12.34, 50/20/9/4 (BP=1.000)", ""])
-
-
-def write_output(folder: Path, text: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "generate-test.txt"
-    path.write_bytes(text.encode())
-    return path
 
 
 def message(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -136,12 +113,6 @@ def test_replacing_leaves_the_old_file_on_an_error(tmp_path: Path) -> None:
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
-
-
-def sacrebleu_program(reference: Path, plain: Path, tokenizer: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "sacrebleu", str(reference), "-i", str(plain), "-m", "bleu", "chrf"]
-    command += ["--chrf-word-order", "2", "--tokenize", tokenizer, "--width", "12", "--format", "json"]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 @pytest.mark.parametrize(
@@ -393,159 +364,3 @@ def test_measure_of_a_dense_fairseq_model(toy_data: Path, tmp_path: Path, monkey
     (bin_dir / "test.en-xx.en.idx").unlink()
     with pytest.raises(UserError, match="no binarised test set"):
         usage.measure(tmp_path / "dense.pt", bin_dir)
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Path]:
-    """A decoded run of demo4 in ``run`` with its data in ``data``."""
-    raw = tmp_path / "data" / "raw"
-    raw.mkdir(parents=True)
-    for pair in (f"en-{xx}" for xx in benchmarks.DEMO4):
-        for language in pair.split("-"):
-            write_lines(raw / f"test.{pair}.{language}", [f"{language} line {i} of the *test* | $" for i in range(25)])
-    for direction in DIRECTIONS:
-        target = direction.split("-")[1]
-        lines = [f"{target} line {i} of {direction}" for i in range(24)]
-        write_output(tmp_path / "run" / "generate" / direction, generated([*lines, ""]))
-    (tmp_path / "run" / "seconds.json").write_text('{"data": 3.1, "train": 83, "generate": 7260.4}')
-    yield tmp_path / "run"
-
-
-def fake_usage(checkpoint: Path, bin_dir: Path) -> list[LayerUsage]:
-    assert (checkpoint.name, bin_dir.name) == ("checkpoint_best.pt", "bin")
-    return [
-        LayerUsage(name, 1000, received + 50, received, 20, 700.0, (received // 4,) * 4, (700, 100, 100, 100), 1250)
-        for name, received in (("encoder.1", 1500), ("decoder.1", 2500))
-    ]
-
-
-def make_report(run: Path, measure: report.Measure = fake_usage, task: str | None = TASK) -> dict[str, Any]:
-    options = ["--run", str(run), "--data", str(run.parent / "data"), *(["--task", task] if task else [])]
-    report.main(options, measure)
-    return json.loads((run / "report.json").read_text(encoding="utf-8"))
-
-
-def test_report_has_every_figure(run: Path) -> None:
-    data = make_report(run)
-    assert [f"{row['source']}-{row['target']}" for row in data["directions"]] == DIRECTIONS
-    assert data["mean_bleu"] == pytest.approx(np.mean([row["bleu"] for row in data["directions"]]))
-    first = data["directions"][0]
-    plain = run / "generate" / f"en-{XX}" / f"hyp.{XX}"
-    bleu, chrf = sacrebleu_program(run.parent / "data" / "raw" / f"test.en-{XX}.{XX}", plain, "13a")
-    assert first["bleu"] == pytest.approx(bleu["score"], abs=1e-11) and first["bleu_signature"] == bleu["signature"]
-    assert first["chrf"] == pytest.approx(chrf["score"], abs=1e-11) and first["chrf_signature"] == chrf["signature"]
-    assert first["sentences"] == 25
-    assert data["moe_computation_saved"] == 0.5
-    assert [(row["layer"], row["experts"], row["mean_experts"]) for row in data["layers"]] == [
-        ("encoder.1", 4, 1.5),
-        ("decoder.1", 4, 2.5),
-    ]
-    assert data["layers"][0]["first_choices"] == [700, 100, 100, 100]
-    assert data["seconds"] == {"data": 3.1, "train": 83.0, "generate": 7260.4}
-    assert {"python", "torch", "sacrebleu"} <= data["versions"].keys()
-
-
-def test_samples_are_spread_and_repeat(run: Path) -> None:
-    samples = make_report(run)["samples"]
-    assert samples == make_report(run)["samples"] and len(samples) == 10
-    directions = [f"{s['source_language']}-{s['target_language']}" for s in samples]
-    assert directions == [*DIRECTIONS, *DIRECTIONS[:2]]
-    assert len({s["sentence"] for s in samples}) == 10 and max(s["sentence"] for s in samples) > 20
-    for s in samples:
-        assert s["source"] == f"{s['source_language']} line {s['sentence']} of the *test* | $"
-        assert s["reference"] == f"{s['target_language']} line {s['sentence']} of the *test* | $"
-        assert s["hypothesis"].startswith(f"{s['target_language']} line {s['sentence']} of") or s["sentence"] == 24
-
-
-def test_page_shows_the_figures_and_no_markup_of_the_text(run: Path) -> None:
-    data = make_report(run)
-    page = (run / "report.md").read_text(encoding="utf-8")
-    assert page.startswith("# multilingual\\_demo4\n") and "![BLEU and expert usage](report.png)" in page
-    assert f"| **mean** |  | **{data['mean_bleu']:.1f}** | **{data['mean_chrf']:.1f}** |" in page
-    assert "**50% of the MoE computation saved**" in page
-    assert "| `encoder.1` | 4 | 1.50 | 1.25 | 62.5% | 1.6% | 56.0% |" in page
-    assert "\\*test\\* \\| \\$" in page and "*test*" not in page
-    assert page.count(data["directions"][0]["bleu_signature"]) == 1
-    assert [line for line in page.splitlines() if line.startswith("| data |")] == ["| data | 3.1 s |"]
-    assert "| train | 1 min 23 s |" in page and "| generate | 2 h 1 min |" in page
-
-
-def test_picture_has_the_width_of_a_page(run: Path) -> None:
-    make_report(run)
-    height, width, _ = imread(run / "report.png").shape
-    assert width == WIDTH_INCHES * DOTS_PER_INCH and 400 < height < 800
-
-
-def test_report_of_a_dense_model_without_times(run: Path) -> None:
-    (run / "seconds.json").unlink()
-    data = make_report(run, lambda checkpoint, bin_dir: [], task=None)
-    assert data["layers"] == [] and data["moe_computation_saved"] is None and data["seconds"] == {}
-    assert data["name"] == "run" and len(data["directions"]) == 8
-    page = (run / "report.md").read_text(encoding="utf-8")
-    assert "The model is dense" in page and "No MoE layers" in page and "wall-clock" not in page
-    assert imread(run / "report.png").shape[1] == WIDTH_INCHES * DOTS_PER_INCH
-
-
-def test_report_of_a_small_test_set_has_fewer_samples(run: Path) -> None:
-    for direction in DIRECTIONS[1:]:
-        (run / "generate" / direction / "generate-test.txt").unlink()
-        (run / "generate" / direction).rmdir()
-    for language in ("en", XX):
-        write_lines(run.parent / "data" / "raw" / f"test.en-{XX}.{language}", ["a b c d", "e f g h"])
-    write_output(run / "generate" / f"en-{XX}", generated(["x\u2028y", ""]))
-    assert [s["sentence"] for s in make_report(run, task=None)["samples"]] == [0, 1]
-    page = (run / "report.md").read_text(encoding="utf-8")
-    assert "| translation | x y |" in page and "| translation | *(empty)* |" in page
-
-
-def test_signatures_that_differ_name_their_directions(run: Path) -> None:
-    raw = run.parent / "data" / "raw"
-    (run / "generate" / f"en-{XX}").rename(run / "generate" / "en-th")
-    for language, stored in (("en", "en"), ("th", XX)):
-        (raw / f"test.en-th.{language}").symlink_to(raw / f"test.en-{XX}.{stored}")
-    make_report(run, task=None)
-    page = (run / "report.md").read_text(encoding="utf-8")
-    assert "- BLEU (en → th): `nrefs:1|case:mixed|eff:no|tok:char" in page and "- chrF++: `" in page
-
-
-def lose(path: str) -> Callable[[Path], object]:
-    return lambda run: (run / path).unlink()
-
-
-def put(path: str, text: str) -> Callable[[Path], object]:
-    return lambda run: (run / path).write_text(text)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "expected"),
-    [
-        (lose(f"generate/en-{XX}/generate-test.txt"), f"cannot read the output of fairseq-generate .*en-{XX}"),
-        (lose(f"../data/raw/test.en-{XX}.{XX}"), f"no raw reference .*test.en-{XX}.{XX} or .*test.{XX}-en.{XX}"),
-        (put(f"../data/raw/test.en-{YY}.{YY}", "a\n"), "25 hypotheses, .* but the reference has 1 lines"),
-        (put(f"../data/raw/test.en-{XX}.en", "a\n"), f"en has 1 lines but .*test.en-{XX}.{XX} has 25"),
-        (put("seconds.json", "{"), "seconds.json is not JSON"),
-        (put("seconds.json", '{"train": "long"}'), "seconds.json must map each stage to its seconds"),
-        (put("seconds.json", "[1]"), "seconds.json must map each stage to its seconds"),
-        (lambda run: (run / f"generate/en-{XX}").rename(run / "gone"), f"lacks en-{XX} of multilingual_demo4"),
-        (lambda run: (run / "generate/en-xx").mkdir(), "has en-xx, not a direction of multilingual_demo4"),
-        (lambda run: (run / "generate/logs").mkdir(), "generate/logs is not named SRC-TGT"),
-        (lambda run: (run / "generate").rename(run / "gone"), "no folder .*generate/SRC-TGT"),
-    ],
-)
-def test_faults_are_named_and_leave_the_old_report(run: Path, spoil: Callable[[Path], object], expected: str) -> None:
-    make_report(run)
-    before = {ending: (run / f"report.{ending}").read_bytes() for ending in ("md", "json", "png")}
-    spoil(run)
-    with pytest.raises(UserError, match=expected):
-        make_report(run)
-    assert before == {ending: (run / f"report.{ending}").read_bytes() for ending in ("md", "json", "png")}
-    assert not list(run.glob(".*.tmp"))
-
-
-def test_task_must_be_known_and_local_takes_any_direction(run: Path) -> None:
-    with pytest.raises(UserError, match="unknown --task 'translation': choose from multilingual_demo4"):
-        make_report(run, task="translation")
-    assert report.find_directions(run, "multilingual_local") == sorted(DIRECTIONS)

@@ -77,10 +77,11 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int)
         max_tokens: the most tokens of a batch, padding included.
 
     Raises:
-        UserError: the split is missing, or no sentence is usable.
+        UserError: the split is missing, or a direction has no usable sentence.
     """
     try:
-        task.load_dataset(split)
+        if split not in task.datasets:  # stock fairseq cannot load one twice
+            task.load_dataset(split)
     except FileNotFoundError as error:
         raise UserError(f"the data has no split {split}: {error}") from error
     longest = utils.resolve_max_positions(task.max_positions(), model.max_positions())
@@ -89,10 +90,12 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int)
         count = min(max_sentences or len(dataset), len(dataset))
         order = dataset.ordered_indices()
         indices, _ = dataset.filter_indices_by_size(order[order < count], longest)
+        if not len(indices):
+            raise UserError(
+                f"no sentence of {source}-{target} in the split {split} is within the model's {longest} tokens"
+            )
         batches = dataset.batch_by_size(indices, max_tokens=max_tokens)
         texts.append(Text(source, target, dataset, [list(map(int, batch)) for batch in batches]))
-    if not any(text.batches for text in texts):
-        raise UserError(f"no sentence of the split {split} is short enough for the model ({longest} tokens)")
     return texts
 
 

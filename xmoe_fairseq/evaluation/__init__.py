@@ -1,1 +1,1 @@
-"""Scores of a run with sacreBLEU, its use of experts, and the page that shows both."""
+"""Scores of a run with sacreBLEU, and its use of experts."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from .score import METRICS
@@ -14,8 +13,8 @@ def render_markdown(scores: Scores) -> str:
     """Writes averages, directions, what the model costs, and the signatures."""
     blocks = [
         f"# {scores.name}",
-        markdown(*_averages(scores)),
-        markdown(*_directions(scores)),
+        markdown(*averages(scores)),
+        markdown(*directions(scores)),
         "Signatures of sacreBLEU:",
         "\n".join(_signatures(scores)),
         *_model(scores),
@@ -25,10 +24,11 @@ def render_markdown(scores: Scores) -> str:
 
 def render_tsv(scores: Scores) -> str:
     """Writes a line a direction."""
-    return tsv(*_directions(scores, digits=4, short_names=False))
+    return tsv(*directions(scores, digits=4, short_names=False))
 
 
-def _averages(scores: Scores) -> tuple[list[str], list[list[str]]]:
+def averages(scores: Scores) -> tuple[list[str], list[list[str]]]:
+    """Lays out the means over sets of directions: the names of the columns, and the cells."""
     header = ["mean of", "directions", *(METRICS[name] for name in scores.metrics), "length ratio"]
     rows = [
         [one.name, str(one.directions), *_values(one.scores), number(one.length_ratio, 3)] for one in scores.averages
@@ -40,7 +40,7 @@ def _values(scores: Mapping[str, float]) -> list[str]:
     return [number(value, 2) for value in scores.values()]
 
 
-def _directions(scores: Scores, digits: int = 2, short_names: bool = True) -> tuple[list[str], list[list[str]]]:
+def directions(scores: Scores, digits: int = 2, short_names: bool = True) -> tuple[list[str], list[list[str]]]:
     """Lays out the directions; columns that nothing is known of are left out."""
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("direction", lambda row: row.name),
@@ -65,16 +65,10 @@ def _directions(scores: Scores, digits: int = 2, short_names: bool = True) -> tu
 
 
 def _signatures(scores: Scores) -> list[str]:
-    """One line for each signature, with its directions where there are several of one metric."""
-    lines = []
-    for name in scores.metrics:
-        users: dict[str, list[str]] = defaultdict(list)
-        for row in scores.rows:
-            users[row.signatures[name]].append(row.name)
-        for signature, pairs in users.items():
-            where = f" ({', '.join(pairs)})" if len(users) > 1 else ""
-            lines.append(f"- {METRICS[name]}{where}: `{signature}`")
-    return lines
+    return [
+        f"- {METRICS[name]}{f' ({joined})' if (joined := ', '.join(pairs)) else ''}: `{signature}`"
+        for name, pairs, signature in scores.signatures()
+    ]
 
 
 def _model(scores: Scores) -> list[str]:

@@ -107,6 +107,16 @@ class Scores:
         """The names of the metrics, in the order that was asked for."""
         return list(self.rows[0].scores)
 
+    def signatures(self) -> list[tuple[str, list[str], str]]:
+        """Lists metrics and signatures, with the directions that each is of where a metric has several."""
+        found = []
+        for name in self.metrics:
+            users: dict[str, list[str]] = defaultdict(list)
+            for row in self.rows:
+                users[row.signatures[name]].append(row.name)
+            found += [(name, pairs if len(users) > 1 else [], signature) for signature, pairs in users.items()]
+        return found
+
     def as_json(self) -> dict[str, Any]:
         """Gives plain values."""
         return asdict(self)

@@ -56,7 +56,7 @@ def read_row(study: Path, name: str) -> Row:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"no report {path}: run xmoe_fairseq.evaluation.report for it first") from error
+        raise UserError(f"no report {path}: run xmoe report for it first") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}): make the report again") from error
     directions, layers = report["directions"], report["layers"]

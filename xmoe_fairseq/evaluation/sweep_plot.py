@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from .plot import STYLE
+from ..report.picture import STYLE
 from .score import METRICS
 from .sweep import COSTS, Point, Sweep, pareto
 

@@ -38,16 +38,21 @@ STYLE = {
 def draw_report(report: Report, path: Path) -> None:
     """Draws the report as a PNG, 1600 pixels wide, as high as its directions and layers need.
 
-    The left half shows BLEU and chrF++, the right half experts a token; a dense model has no right half.
+    The left half shows BLEU and chrF++, the right half experts a token; what there is nothing to show of is left out.
     """
     rows = max(len(report.directions), len(report.layers), _FEWEST_ROWS)
     with style.context(["default", STYLE]):
         # Without pyplot there is no display to look for: matplotlib draws a PNG with Agg.
         figure = Figure(figsize=(WIDTH_INCHES, rows * _ROW_INCHES + _FRAME_INCHES), layout="constrained")
-        halves = figure.subfigures(1, 2 if report.layers else 1, wspace=0.06, squeeze=False)[0]
-        _draw_directions(halves[0], rows, report)
-        if report.layers:
-            _draw_layers(halves[1], rows, report)
+        drawn = [
+            draw for draw, shown in ((_draw_directions, report.directions), (_draw_layers, report.layers)) if shown
+        ]
+        if not drawn:
+            figure.suptitle("No translations, no MoE layers")
+        for half, draw in zip(
+            figure.subfigures(1, len(drawn) or 1, wspace=0.06, squeeze=False)[0], drawn, strict=False
+        ):
+            draw(half, rows, report)
         figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
 
 

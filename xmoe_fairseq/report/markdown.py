@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from .results import Report, Sample
-from .score import sacrebleu_command
+from ..evaluation.score import METRICS, sacrebleu_command
+from .results import Report, Sample, arrow, duration
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
 
@@ -27,8 +26,12 @@ def render_page(report: Report, picture: str) -> str:
 def _summary(report: Report) -> str:
     sentences = sum(direction.score.sentences for direction in report.directions)
     text = (
-        f"**{report.mean_bleu:.1f} BLEU** and **{report.mean_chrf:.1f} chrF++** on average over"
-        f" {len(report.directions)} directions, {sentences:,} test sentences."
+        "Nothing was translated."
+        if not report.directions
+        else (
+            f"**{report.mean_bleu:.1f} BLEU** and **{report.mean_chrf:.1f} chrF++** on average over"
+            f" {len(report.directions)} directions, {sentences:,} test sentences."
+        )
     )
     if report.computation_saved is None:
         return f"{text} The model is dense: it has no MoE layers."
@@ -39,6 +42,8 @@ def _summary(report: Report) -> str:
 
 
 def _translation(report: Report) -> list[str]:
+    if not report.directions:
+        return []
     rows = [
         (_arrow(direction.source, direction.target), f"{direction.score.sentences:,}",
          f"{direction.score.bleu:.1f}", f"{direction.score.chrf:.1f}")
@@ -60,13 +65,9 @@ def _translation(report: Report) -> list[str]:
 def _signatures(report: Report) -> list[str]:
     """One line for each signature, with its directions where there are several of one metric."""
     lines = []
-    for metric, field in (("BLEU", "bleu_signature"), ("chrF++", "chrf_signature")):
-        users: dict[str, list[str]] = defaultdict(list)
-        for direction in report.directions:
-            users[getattr(direction.score, field)].append(_arrow(direction.source, direction.target))
-        for signature, names in users.items():
-            where = f" ({', '.join(names)})" if len(users) > 1 else ""
-            lines.append(f"- {metric}{where}: `{signature}`")
+    for metric, names, signature in report.scores.signatures() if report.scores else []:
+        where = f" ({_plain(', '.join(names))})" if names else ""
+        lines.append(f"- {METRICS[metric]}{where}: `{signature}`")
     return lines
 
 
@@ -93,7 +94,7 @@ def _experts(report: Report) -> list[str]:
 
 
 def _samples(samples: Sequence[Sample]) -> list[str]:
-    blocks = ["## Samples"]
+    blocks = ["## Samples"] if samples else []
     for sample in samples:
         header = (_arrow(sample.source_language, sample.target_language), f"sentence {sample.sentence}")
         rows = (
@@ -108,7 +109,7 @@ def _samples(samples: Sequence[Sample]) -> list[str]:
 def _run(report: Report) -> list[str]:
     blocks = ["## Run"]
     if report.seconds:
-        rows = [(_plain(stage), _duration(seconds)) for stage, seconds in report.seconds.items()]
+        rows = [(_plain(stage), duration(seconds)) for stage, seconds in report.seconds.items()]
         blocks.append(_table(("stage", "wall-clock time"), rows))
     blocks.append(", ".join(f"{_plain(name)} {version}" for name, version in report.versions.items()))
     return blocks
@@ -121,7 +122,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = T
 
 
 def _arrow(source: str, target: str) -> str:
-    return f"{_plain(source)} → {_plain(target)}"
+    return _plain(arrow(source, target))
 
 
 def _text(sentence: str) -> str:
@@ -132,11 +133,3 @@ def _text(sentence: str) -> str:
 def _plain(text: str) -> str:
     """Keeps Markdown and HTML from reading markup into a text."""
     return _MARKUP.sub(r"\\\1", text)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

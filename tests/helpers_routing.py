@@ -1,0 +1,98 @@
+"""What MoE layers do with each token, by loops over the tokens and the routers' probabilities."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from helpers import TINY_ARGS
+from torch import Tensor
+
+from xmoe_fairseq.moe import ROUTERS, Router
+
+MODELS = {
+    **{kind: (*TINY_ARGS, "--moe-router", kind) for kind in ROUTERS},
+    "cmr": (*TINY_ARGS, "--moe-regularizer", "cmr"),
+    "eom": (*TINY_ARGS, "--moe-regularizer", "eom"),
+    "stack": (*TINY_ARGS, "--moe-stack", "2"),
+    "smoe": (
+        *("--arch", "smoe_transformer", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "32"),
+        *("--encoder-layers", "2", "--encoder-attention-heads", "2", "--share-all-embeddings"),
+        *("--moe-num-experts", "6", "--moe-strata", "2-3-1"),
+    ),
+}
+
+
+def sharpen(model: torch.nn.Module) -> None:
+    """Gives routers opinions, so that tokens differ."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            for weight in module.parameters():
+                torch.nn.init.normal_(weight, std=1.0)
+
+
+def one_pass(router: Any, logits: list[float], token: int) -> tuple[list[int], float, float]:
+    """One pass of one token by the papers' words: its experts, the first choice's probability, the entropy."""
+    kind = next(name for name, made in ROUTERS.items() if type(router) is made)
+    if kind == "hash":
+        return [token * 2654435761 % 2**32 * router.num_experts // 2**32], 1.0, 0.0
+    total = sum(math.exp(value) for value in logits)
+    probs = [math.exp(value) / total for value in logits]
+    ranked = sorted(range(len(probs)), key=lambda e: -probs[e])
+    if kind == "balanced":
+        return ranked[:1], 1 / (1 + math.exp(-logits[ranked[0]])), 0.0
+    taken = ranked[: router.options.top_k]
+    if kind == "threshold":
+        taken = []
+        while not taken or sum(probs[e] for e in taken) < router.options.threshold:
+            taken.append(ranked[len(taken)])
+    return taken, probs[ranked[0]], -sum(p * math.log(p) for p in probs)
+
+
+class Naive:
+    """Watches the routers of a model, and adds up by loops what each layer did with each token.
+
+    Attributes:
+        layers: by layer, one tally a row (``taken``, ``passes``, ``top1_prob``, ``entropy``); empty for padding.
+    """
+
+    def __init__(self, model: torch.nn.Module, strata: tuple[int, ...] = ()) -> None:
+        self.strata = strata
+        self.calls: dict[str, list[tuple[Any, ...]]] = {}
+        for layer in [module for module in model.modules() if hasattr(module, "moe_name")]:
+            for router in [module for module in layer.modules() if isinstance(module, Router)]:
+                router.register_forward_hook(partial(self._hook, layer.moe_name))
+
+    def _hook(self, name: str, router: Any, given: tuple[Any, ...], plan: Any) -> None:
+        self.calls.setdefault(name, []).append((router, *given))
+
+    def rows(self, layer: str, real: list[bool], experts: int) -> list[dict[str, Any]]:
+        rows = [{"taken": [0] * experts, "passes": 0, "top1_prob": 0.0, "entropy": 0.0} for _ in real]
+        inside = [row for row in range(len(real)) if real[row]]
+        ends = list(accumulate(self.strata))
+        stratum = dict.fromkeys(inside, 0)  # that each token enters next
+        for number, (router, x, _, ids) in enumerate(self.calls[layer]):
+            # A stratum sees its tokens only; a layer sees all rows.
+            here = [row for row in inside if stratum[row] == number] if self.strata else list(range(len(real)))
+            start = [0, *ends][number] if self.strata else number * experts // len(self.calls[layer])
+            assert len(here) == len(x)
+            for i, row in enumerate(here):
+                if not real[row]:
+                    continue
+                logits = [] if hasattr(router, "num_experts") else (router.weight.detach() @ x[i]).tolist()
+                chosen, probability, entropy = one_pass(router, logits, int(ids[i]))
+                for expert in chosen:
+                    rows[row]["taken"][start + expert] += 1
+                rows[row]["passes"] += 1
+                rows[row]["top1_prob"] += probability
+                rows[row]["entropy"] += entropy
+                stratum[row] = sum(end <= start + chosen[0] for end in ends) + 1
+        return rows
+
+
+def flattened(values: Tensor) -> list[Any]:
+    """(batch, length, ...) in the order in which layers see tokens."""
+    return values.transpose(0, 1).flatten(0, 1).tolist()

@@ -1,0 +1,134 @@
+"""``xmoe analyze``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..arguments import CommandParser
+from ..errors import UserError
+from .collect import INPUTS, Counts, collect, places, total_sentences
+from .results import Analysis, analysis, write
+from .text import load, read
+from .tokens import text_tokens
+
+_EPILOG = """\
+A token's capacity is the number of experts that it takes or, in stratified layers, of strata that it passes (RC). The
+model reads the references (teacher forcing); memory does not grow with the text.
+
+written to --out, each figure as .png and .svg beside the .tsv of its numbers:
+  directions, layers, distribution, positions   capacity by direction, layer, token and place in the sentence
+  frequency, extremes                           capacity by frequency rank; the tokens that take most and least
+  flops                                         computation of each layer, and what is saved
+  experts_by_language_*, language_similarity_*  which languages share experts
+  coselection                                   which experts are taken together
+  languages.tsv, tokens.tsv, expert_load.tsv    by language, every token, every expert
+  analysis.json                                 all but the longest tables
+
+examples:
+  xmoe analyze --checkpoint runs/demo4/checkpoints/checkpoint_best.pt --data data/demo4 --out runs/demo4/analysis
+  xmoe analyze --checkpoint model.pt --data data/local --pairs en-de,de-en --split valid --max-sentences 500 --out de
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Where the capacity goes: experts a token by language, layer, token and position.
+
+    Args:
+        argv: the words after ``xmoe analyze``.
+
+    Raises:
+        UserError: an argument or a file is refused, or the model has no experts.
+    """
+    args = _parser().parse_args(argv)
+    _check(args)
+    # Importing fairseq leaves the root logger at the level of debugging.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # fairseq's, not the user's
+    start = time.monotonic()
+    model, task = load(args.checkpoint, args.data, args.pairs)
+    if not places(model):
+        raise UserError(f"the model of {args.checkpoint} is dense: there are no experts to analyse")
+    texts = read(task, model, args.split, args.max_sentences, args.max_tokens)
+    with tqdm(total=total_sentences(texts), desc="analyse", unit="sentence", disable=args.quiet) as progress:
+        counts = collect(model, texts, task.source_dictionary.pad(), progress)
+    found = analysis(counts, _words(model, counts), args.min_count, args.tokens)
+    about = {
+        "checkpoint": str(args.checkpoint),
+        "data": str(args.data),
+        "split": args.split,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    paths = write(found, args.out, about)
+    if args.json:
+        print(json.dumps({**about, **found.as_json()}, indent=1, ensure_ascii=False))
+    elif not args.quiet:
+        print("\n".join([*_lines(found), f"{len(paths)} files in {args.out}"]))
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="xmoe analyze",
+        description="Collects what each MoE layer does with each token of real text, and draws it.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="FILE", help="of any architecture with experts"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DATA", help="folder made by data_prep/prepare.sh, or its bin/"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for figures and tables")
+    parser.add_argument("--pairs", metavar="A-B,...", help="directions, such as en-de,de-en (default: all)")
+    parser.add_argument("--split", default="test", metavar="NAME", help="train, valid or test (default: test)")
+    parser.add_argument(
+        "--max-sentences", type=int, default=0, metavar="N", help="of each direction, the first N (default: all)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=4096, metavar="N", help="the most tokens in a batch (default: 4096)"
+    )
+    parser.add_argument(
+        "--min-count",
+        type=int,
+        default=10,
+        metavar="N",
+        help="occurrences that a token needs to be compared (default: 10)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=20, metavar="N", help="tokens shown that take most, and least (default: 20)"
+    )
+    parser.add_argument("--json", action="store_true", help="print what analysis.json holds")
+    parser.add_argument("--quiet", action="store_true", help="show no progress and print nothing but --json")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("max_sentences", 0), ("max_tokens", 1), ("min_count", 1), ("tokens", 1)):
+        if getattr(args, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {getattr(args, name)} is out of range: it must be at least {least}")
+
+
+def _words(model: Any, counts: Counts) -> dict[str, Sequence[str | None]]:
+    languages = {language for pair in counts.directions for language in pair}
+    return {stack: text_tokens(getattr(model, stack).dictionary, languages) for stack in INPUTS}
+
+
+def _lines(found: Analysis) -> list[str]:
+    """Says the most important in a few lines."""
+    lines = []
+    for stack, row in found.summary().items():
+        passes = f", {row['passes']:.2f} strata (RC)" if found.capacity == "passes" else ""
+        lines.append(
+            f"{stack}: {row['experts']:.2f} experts a token{passes}; {row['saved_against_all']:.0%} of all experts' "
+            f"FLOPs saved, {1 - row['saved_against_dense']:.2f} times a dense network's ({row['tokens']:,} tokens)"
+        )
+    return [*lines, *found.notes]

@@ -1,0 +1,231 @@
+"""Gathers what a report shows: scores, the use of experts, the logs, the settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .. import benchmarks
+from ..errors import UserError
+from ..evaluation.outputs import GENERATE_FILE, find_raw, read_hypotheses, read_lines, write_lines
+from ..evaluation.result_folder import SCORES, read_scores, read_texts
+from ..evaluation.score_command import default_out
+from ..evaluation.score_job import read_benchmark, read_groups_of
+from ..evaluation.scores import Row, Scores, average, score_lines
+from ..evaluation.usage import LayerUsage, measure
+from ..evaluation.versions import read_versions
+from .drawings import read_drawings
+from .logs import find_logs, read_training
+from .results import Direction, Report, Sample, TracedSample, pick_samples
+from .settings import Settings, read_settings
+from .traces import trace
+
+TASK_PREFIX = "multilingual_"
+METRICS = ("bleu", "chrf")
+
+# Sentences shown token by token: as many of each direction, so that a page of many directions stays small.
+_MOST_TRACED, _MOST_OF_ONE_DIRECTION = 400, 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint with its data, folder of data_prep/prepare.sh, and the tokens in a batch of its test set."""
+
+    checkpoint: Path
+    data: Path
+    max_tokens: int = 4096
+
+    def settings(self) -> Settings:
+        """Reads what it was trained with."""
+        return read_settings(self.checkpoint)
+
+    def usage(self) -> list[LayerUsage]:
+        """Measures the use of experts on the whole test set."""
+        return measure(self.checkpoint, self.data / "bin", self.max_tokens)
+
+    def trace(self, samples: Sequence[Sample]) -> list[TracedSample]:
+        """Counts the experts of each token of translated sentences."""
+        return trace(self.checkpoint, self.data, samples)
+
+
+def find_checkpoint(run: Path) -> Path:
+    """Finds a run's best checkpoint, or its last one where none was the best.
+
+    Raises:
+        UserError: there is neither.
+    """
+    names = [folder / f"checkpoint_{kind}.pt" for kind in ("best", "last") for folder in (run / "checkpoints", run)]
+    found = next((path for path in names if path.is_file()), None)
+    if found is None:
+        raise UserError(f"no checkpoint {names[0]}: train first, or give --checkpoint")
+    return found
+
+
+def find_directions(run: Path, task: str | None) -> list[str]:
+    """Lists the directions that were decoded, ``SRC-TGT``, each a folder of ``RUN/generate``.
+
+    Args:
+        run: the folder of the run; nothing was decoded where it has no such folders.
+        task: ``multilingual_NAME``; where the benchmark NAME fixes its languages, the folders must be its directions,
+            no fewer and no more, and come in its order.
+
+    Raises:
+        UserError: the task is unknown, or the folders are not those of the task.
+    """
+    generate = run / "generate"
+    found = sorted(path.name for path in generate.iterdir() if path.is_dir()) if generate.is_dir() else []
+    wrong = [name for name in found if not all(name.partition("-")[::2])]
+    if wrong:
+        raise UserError(f"{generate}/{wrong[0]} is not named SRC-TGT")
+    expected = _directions_of(task) if task else []
+    if not expected:
+        return found
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        raise UserError(f"{generate} lacks {', '.join(missing)} of {task}: decode them, or leave --task out")
+    if extra:
+        raise UserError(f"{generate} has {', '.join(extra)}, not a direction of {task}: leave --task out")
+    return expected
+
+
+def _directions_of(task: str) -> list[str]:
+    """The directions of a task; empty where its data folder decides."""
+    tasks = {f"{TASK_PREFIX}{name}": benchmark for name, benchmark in benchmarks.BENCHMARKS.items()}
+    if task not in tasks:
+        raise UserError(f"unknown --task {task!r}: choose from {', '.join(tasks)}")
+    return benchmarks.directions(tasks[task].languages, tasks[task].english)
+
+
+def find_scores(run: Path, checkpoint: Path) -> Path | None:
+    """Finds the folder where ``xmoe score`` keeps a run's results on the test set unless told otherwise."""
+    for folder in (run / "scores", default_out(checkpoint, "scores")):
+        if (folder / SCORES).is_file() and read_scores(folder).settings.get("subset") == "test":
+            return folder
+    return None
+
+
+def read_scored(folder: Path) -> tuple[Scores, list[Direction]]:
+    """Reads what ``xmoe score`` found and kept.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    scores = read_scores(folder)
+    directions = []
+    for row in scores.rows:
+        texts = read_texts(folder, row.name)
+        files = (folder / row.name / f"ref.{row.target}", folder / row.name / f"hyp.{row.target}")
+        directions.append(Direction(row, *files, *texts))
+    return scores, directions
+
+
+def score_generated(run: Path, data: Path, names: Sequence[str]) -> tuple[Scores, list[Direction]]:
+    """Scores what ``fairseq-generate`` wrote, and puts the translations beside it as plain text.
+
+    Raises:
+        UserError: a file is missing, incomplete or of another length.
+    """
+    benchmark = read_benchmark(data) if (data / "MANIFEST.json").is_file() else None
+    english = benchmark.english if benchmark else "en"
+    groups = read_groups_of(data, benchmark) if benchmark else {}
+    directions = []
+    for name in tqdm(names, desc="score", unit="direction"):
+        source, _, target = name.partition("-")
+        group = groups.get(target if source == english else source, "all")
+        directions.append(_score_direction(run / "generate" / name, data, source, target, group))
+    rows = [direction.row for direction in directions]
+    scores = Scores(
+        name=run.resolve().name,
+        settings={},
+        english=english,
+        tokenize=None,
+        rows=rows,
+        averages=average(rows, english),
+        model=None,
+        words_per_second=None,
+        device=None,
+        detector=None,
+        versions=read_versions(),
+    )
+    return scores, directions
+
+
+def _score_direction(generated: Path, data: Path, source: str, target: str, group: str) -> Direction:
+    source_file, reference_file = find_raw(data, "test", source, target)
+    references = read_lines(reference_file, "reference")
+    hypotheses = read_hypotheses(generated / GENERATE_FILE, len(references))
+    sources = read_lines(source_file, "raw source")
+    if len(sources) != len(references):
+        raise UserError(f"{source_file} has {len(sources)} lines but {reference_file} has {len(references)}")
+    plain = generated / f"hyp.{target}"
+    write_lines(plain, hypotheses)
+    measured = score_lines(sources, references, hypotheses, target, METRICS, None, None)
+    row = Row(source, target, group, too_long=None, seconds=None, experts_per_token=None, **measured)
+    return Direction(row, reference_file, plain, sources, references, hypotheses)
+
+
+def read_seconds(path: Path) -> dict[str, float]:
+    """Reads the seconds of every stage, ``{"data": 3.1, "train": 80.2}``; none where the file is absent.
+
+    Raises:
+        UserError: the file is not a flat JSON object of numbers.
+    """
+    if not path.exists():
+        return {}
+    try:
+        seconds = json.loads("\n".join(read_lines(path, "seconds by stage")))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(seconds, dict) or not all(type(value) in (int, float) for value in seconds.values()):
+        raise UserError(f"{path} must map each stage to its seconds, as in {{'train': 80.2}}")
+    return {stage: float(value) for stage, value in seconds.items()}
+
+
+def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path] | None = None) -> Report:
+    """Gathers everything for the report of a run.
+
+    Scoring comes first, since it finds what is missing in seconds.
+
+    Args:
+        run: the folder of the run.
+        task: as for ``find_directions``; also the title of the page, the folder's name if None.
+        model: whose use of experts is measured, and on which data.
+        logs: of the training; None to take those of the run.
+
+    Raises:
+        UserError: an input is missing or unusable.
+    """
+    seconds = read_seconds(run / "seconds.json")
+    training = read_training(find_logs(run) if logs is None else logs)
+    settings = model.settings()
+    scores, directions = _scored(run, task, model)
+    layers = model.usage()
+    of_each = max(1, min(_MOST_OF_ONE_DIRECTION, _MOST_TRACED // max(len(directions), 1)))
+    traced = model.trace(pick_samples(directions, of_each * len(directions)))
+    name = task or run.resolve().name
+    drawn = (run / "analysis", run / "sweep", default_out(model.checkpoint, "sweep"))
+    return Report(
+        name=name,
+        scores=scores,
+        directions=directions,
+        layers=layers,
+        drawings=[one for folder in drawn if layers for one in read_drawings(folder)],
+        traced=traced,
+        training=training,
+        settings=settings,
+        seconds=seconds,
+        versions=read_versions(),
+    )
+
+
+def _scored(run: Path, task: str | None, model: Model) -> tuple[Scores | None, list[Direction]]:
+    """Gives what ``xmoe score`` found, or else the scores of what ``fairseq-generate`` wrote, or else nothing."""
+    folder = find_scores(run, model.checkpoint)
+    if folder is not None:
+        return read_scored(folder)
+    names = find_directions(run, task)
+    return score_generated(run, model.data, names) if names else (None, [])

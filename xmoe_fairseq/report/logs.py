@@ -1,0 +1,193 @@
+"""What fairseq logged while it trained, whichever ``--log-format`` wrote it.
+
+Read are the lines of ``simple``, ``json`` and ``tqdm`` (the progress bar), of ``--log-file`` or of what a terminal
+showed, with or without the date that fairseq puts before a line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+
+Values = Mapping[str, float]
+
+# fairseq's own names: the means since the last line, and those of an epoch.
+INNER, EPOCH = "train_inner", "train"
+
+# A progress bar ends without a line break, so a message may follow in its line.
+_BREAK = re.compile(r"\r|\n|(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| [A-Z]+ \| )")
+_HEAD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| [A-Z]+ \| \S+ \| ")
+_SIMPLE = re.compile(r"epoch \d+:\s+\d+ / \d+ (\S+=\S+(?:, \S+=\S+)*)")
+_BAR = re.compile(r"epoch \d+: .*\[[^\[]*?, (\w+=[^\[\]]*)\]")
+_SUMMARY = re.compile(r"epoch \d+(?: \| valid on '([^']+)' subset)? \| (\S+ \S+(?: \| \S+ \S+)*)")
+# fairseq writes down all options whenever it starts.
+_START = re.compile(r"\{'_name': None, 'common': ")
+_UPDATES = "num_updates"
+
+
+class Record(NamedTuple):
+    """One line of the log: what it is of, after how many updates, and its figures; a start has no figures."""
+
+    subset: str
+    update: int
+    values: Values
+
+
+_STARTED = Record("", 0, {})
+
+
+@dataclass(frozen=True)
+class Training:
+    """The course of one training, whatever was stopped, repeated or thrown away on the way.
+
+    Attributes:
+        subsets: figures by subset and update, in the order of updates: ``train_inner``, ``train`` (whole epochs), and
+            the validation subsets under their names.
+        restarts: updates of the first line after training was started again.
+    """
+
+    subsets: Mapping[str, Mapping[int, Values]]
+    restarts: Sequence[int]
+
+    @property
+    def train(self) -> Mapping[int, Values]:
+        """The figures of training; those of whole epochs where no others were logged."""
+        return self.subsets.get(INNER) or self.subsets.get(EPOCH, {})
+
+    @property
+    def valid(self) -> dict[str, Mapping[int, Values]]:
+        """The figures of each validation subset."""
+        return {name: points for name, points in self.subsets.items() if name not in (INNER, EPOCH)}
+
+    @property
+    def updates(self) -> int:
+        """The last update that a line is of."""
+        return max(max(points) for points in self.subsets.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Gives the last figures of each subset, and where training was started again."""
+        last = {name: {"update": max(points), **points[max(points)]} for name, points in self.subsets.items()}
+        return {"updates": self.updates, "restarts": list(self.restarts), "last": last}
+
+
+def find_logs(run: Path) -> list[Path]:
+    """Lists the logs of a run that hold figures of training: ``*.log`` in its folder and in ``checkpoints``."""
+    candidates = sorted((*run.glob("*.log"), *(run / "checkpoints").glob("*.log")))
+    return [path for path in candidates if path.is_file() and any(record.values for record in _records(path))]
+
+
+def read_training(paths: Sequence[Path]) -> Training | None:
+    """Reads the logs of one training; none where there are no logs.
+
+    The order of the paths does not matter: a log comes after those that start at an earlier update. Where training
+    was started again from a checkpoint, what had been logged beyond it was thrown away, and so it is here.
+
+    Raises:
+        UserError: a file cannot be read, or holds no figures of training.
+    """
+    logs = [_read(path) for path in paths]
+    course = _Course()
+    for log in sorted(logs, key=lambda log: next(record.update for record in log if record.values)):
+        for record in log:
+            course.add(record)
+    return course.training() if logs else None
+
+
+def _read(path: Path) -> list[Record]:
+    records: list[Record] = []
+    for record in _records(path):
+        # A bar is drawn again and again with the same figures.
+        if not records or records[-1][:2] != record[:2]:
+            records.append(record)
+    if not any(record.values for record in records):
+        raise UserError(f"{path} holds no figures of fairseq-train: give what --log-file or the terminal received")
+    return records
+
+
+def _records(path: Path) -> Iterator[Record]:
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+            for line in lines:
+                # A line without an end was cut off, perhaps within a number.
+                parts = _BREAK.split(line if line.endswith("\n") else line.rpartition("]")[0] + "]")
+                yield from (record for part in parts if (record := _record(_HEAD.sub("", part.strip(), count=1))))
+    except OSError as error:
+        raise UserError(f"cannot read the log {path}: {error.strerror}") from error
+
+
+def _record(text: str) -> Record | None:
+    """Reads a line, without its date and logger; none where it is no line of figures."""
+    if text.startswith('{"epoch"'):
+        return _from_json(text)
+    if _START.match(text):
+        return _STARTED
+    if inner := _SIMPLE.fullmatch(text) or _BAR.fullmatch(text):
+        return _make(INNER, (pair.partition("=")[::2] for pair in inner[1].split(", ")))
+    if summary := _SUMMARY.fullmatch(text):
+        return _make(summary[1] or EPOCH, (pair.partition(" ")[::2] for pair in summary[2].split(" | ")))
+    return None
+
+
+def _from_json(text: str) -> Record | None:
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError:  # cut off
+        return None
+    # Means over a while have plain names, the others the subset's name before each.
+    ending = f"_{_UPDATES}"
+    subset = next((name.removesuffix(ending) for name in entries if name.endswith(ending)), INNER)
+    prefix = "" if subset == INNER else f"{subset}_"
+    return _make(subset, ((name.removeprefix(prefix), str(value)) for name, value in entries.items()))
+
+
+def _make(subset: str, pairs: Iterator[tuple[str, str]]) -> Record | None:
+    values = {}
+    for name, text in pairs:
+        try:
+            values[name] = float(text)
+        except ValueError:
+            continue
+    update = values.pop(_UPDATES, math.nan)
+    return Record(subset, int(update), values) if math.isfinite(update) and values else None
+
+
+class _Course:
+    """Takes lines in the order in which they were written, and takes back what a restart threw away."""
+
+    def __init__(self) -> None:
+        self._subsets: dict[str, dict[int, Values]] = {}
+        self._restarts: list[int] = []
+        self._latest = 0
+        self._stopped = False
+
+    def add(self, record: Record) -> None:
+        if not record.values:
+            self._stopped = True
+            return
+        if record.update < self._latest:
+            self._stopped = True
+            self._forget(record.update)
+        if self._stopped and any(min(points) < record.update for points in self._subsets.values()):
+            self._restarts.append(record.update)
+        self._stopped = False
+        self._latest = record.update
+        self._subsets.setdefault(record.subset, {})[record.update] = record.values
+
+    def _forget(self, update: int) -> None:
+        """Forgets what was logged after an update."""
+        kept = {
+            name: {place: values for place, values in points.items() if place <= update}
+            for name, points in self._subsets.items()
+        }
+        self._subsets = {name: points for name, points in kept.items() if points}
+        self._restarts = [place for place in self._restarts if place < update]
+
+    def training(self) -> Training:
+        return Training(self._subsets, self._restarts)
