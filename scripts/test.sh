@@ -13,4 +13,4 @@ ruff format --check .
 mypy
 # Two processes of one thread each: the models are tiny, and waiting threads would only take each other's time.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest --numprocesses 2 "${@:-tests}"
+python -m pytest --numprocesses 2 --dist worksteal "${@:-tests}"
