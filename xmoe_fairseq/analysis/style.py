@@ -45,6 +45,7 @@ def drawing(texts: Iterable[str] = ()) -> Iterator[None]:
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Writes ``name.png`` and ``name.svg``."""
     figure.savefig(folder / f"{name}.png", dpi=DOTS_PER_INCH)
+    figure.set_layout_engine("none")  # laying it out once is enough
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
