@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..pairs import Pairs
@@ -39,7 +40,9 @@ class ExpertWeights:
     ) -> ExpertWeights:
         """Prepares parameters for one forward pass, in which they may be used several times."""
         gradients = WeightGradients(buffers)
-        parts = collect(gradients, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
+        parts = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+        if torch.is_grad_enabled():
+            parts = collect(gradients, **parts)
         return cls(**parts, gradients=gradients)
 
 
