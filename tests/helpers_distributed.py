@@ -24,12 +24,12 @@ class World:
         patience: seconds that a collective call waits for the others.
     """
 
-    def __init__(self, size: int, patience: float = 30) -> None:
+    def __init__(self, size: int, patience: float = 60) -> None:
         self.size, self.patience = size, patience
         self.members: list[tuple[Any, Connection]] = []
         self.folder = tempfile.TemporaryDirectory()
 
-    def run(self, function: Callable[..., Any], *args: Any, limit: float = 60) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, limit: float = 120) -> list[Any]:
         """Calls ``function(rank, *args)`` in every process and gives the results.
 
         Raises:
@@ -40,7 +40,7 @@ class World:
         assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]
 
-    def attempt(self, function: Callable[..., Any], *args: Any, limit: float = 60) -> list[tuple[bool, Any]]:
+    def attempt(self, function: Callable[..., Any], *args: Any, limit: float = 120) -> list[tuple[bool, Any]]:
         """As `run`, but gives what failed, too: whether a process did well, and its result or its error."""
         if not self.members:
             self._start()

@@ -45,7 +45,7 @@ class Run:
 
     def wait(self) -> int:
         """Gives the exit code, negative for the signal that ended it."""
-        self.process.join(120)
+        self.process.join(300)
         assert self.process.exitcode is not None
         return self.process.exitcode
 
