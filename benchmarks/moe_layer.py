@@ -11,10 +11,12 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from cases import DIM, HIDDEN, Case, dense, inference, make_case, training
-from peers import fairscale_top2, one_hot, padded_loop, transformers_nllb
+from peers import fairscale_top2, one_hot, padded_loop, released_xmoe, transformers_nllb
 from rows import Row, finish, parser, ratio, seconds
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -37,6 +39,7 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.quick, self.kernel = args.device, args.quick, args.kernel
+        self.released = args.released
         self.rounds = 3 if args.quick else args.rounds
         self.tokens = 1024 if args.quick else 4096
 
@@ -140,14 +143,15 @@ class Benchmark:
         case = self.make(self.tokens)
         ours = training(lambda x: output(case.layer, x), case.layer, case.x)
         for name, make, goal in (
-            ("released XMoE's method (padded loop, drops)", padded_loop, ">= 2"),
+            ("released XMoE code", partial(released_xmoe, clone=self.released), ">= 2"),
+            ("released XMoE's method in our words (padded loop, drops)", padded_loop, ">= 2"),
             ("one-hot einsum", one_hot, ">= 4"),
             ("fairscale MOELayer, top-2", fairscale_top2, ">= 1"),
             ("transformers NLLB-MoE block, top-2", transformers_nllb, ">= 1"),
         ):
             run = make(case.layer, case.x)
             if run is None:
-                print(f"{name}: the package is not installed, no row", file=sys.stderr)
+                print(f"{name}: not installed, or no folder is given: no row", file=sys.stderr)
                 continue
             module = nn.ModuleList([run.module, case.layer])  # type: ignore[attr-defined]
             theirs = training(run, module, case.x)
@@ -207,6 +211,7 @@ def main() -> None:
     options.add_argument("--kernel", default="auto", help="kernel of the experts")
     options.add_argument("--rounds", type=int, default=9, help="rounds, of which the quartiles are shown")
     options.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts to measure")
+    options.add_argument("--released", type=Path, metavar="FOLDER", help="clone of github.com/ysngki/XMoE to measure")
     options.add_argument("--peak", choices=("moe", "dense"), help=argparse.SUPPRESS)
     args = options.parse_args()
     benchmark = Benchmark(args)

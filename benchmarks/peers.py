@@ -6,6 +6,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -17,28 +19,55 @@ Run = Callable[[Tensor], Tensor]
 
 
 def padded_loop(layer: MoELayer, x: Tensor, capacity_factor: float = 2.0) -> Run:
-    """The method of the released XMoE code: a buffer of capacity rows an expert, and a loop over the experts.
+    """The method of the released XMoE code in our words: a loop over the experts, each of which takes as many rows as
+    its capacity and adds what it makes of them to the output in place.
 
-    Every row of the buffer is multiplied, whatever the threshold; pairs beyond the capacity are dropped.
+    Every row is multiplied, whatever the threshold; pairs beyond the capacity are dropped.
     """
-    experts = layer.experts
-    capacity = int(capacity_factor * len(x) / len(experts.fc1_weight))
+    capacity = int(capacity_factor * len(x) / len(layer.experts.fc1_weight))
     networks = _networks(layer)
 
     def run(x: Tensor) -> Tensor:
         plan = layer.router(x)
-        expert = torch.repeat_interleave(torch.arange(len(plan.group_sizes), device=x.device), plan.group_sizes)
-        starts = plan.group_sizes.cumsum(0) - plan.group_sizes
-        place = torch.arange(len(expert), device=x.device) - starts[expert]
-        fits = place < capacity
-        slot = (expert * capacity + place)[fits]
-        token = plan.token[fits]
-        buffer = x.new_zeros(len(networks) * capacity, x.shape[1]).index_copy(0, slot, x[token])
-        out = torch.cat([net(rows) for net, rows in zip(networks, buffer.split(capacity), strict=True)])
+        expert = torch.repeat_interleave(torch.arange(len(networks), device=x.device), plan.group_sizes)
+        combine = x.new_zeros(len(x), len(networks)).index_put((plan.token, expert), plan.weight.to(x.dtype))
+        taken = combine.detach().topk(capacity, dim=0).indices
         y = torch.zeros_like(x)
-        return y.index_add(0, token, out[slot] * plan.weight[fits].to(x.dtype).unsqueeze(-1))
+        for number, net in enumerate(networks):
+            rows = taken[:, number]
+            y[rows] += net(x[rows]) * combine[:, number][rows].unsqueeze(-1)
+        return y
 
     run.module = networks  # type: ignore[attr-defined]
+    return run
+
+
+def released_xmoe(layer: MoELayer, x: Tensor, clone: Path | None) -> Run | None:
+    """The gate and the experts of the released XMoE code itself, with its capacity factor of 2.
+
+    Args:
+        layer: with a threshold router, whose weight and threshold the gate gets.
+        x: (T, d).
+        clone: of github.com/ysngki/XMoE; none: None is returned.
+    """
+    if clone is None:
+        return None
+    sys.modules.setdefault("deepspeed", ModuleType("deepspeed")).comm = None  # type: ignore[attr-defined]
+    spec = importlib.util.spec_from_file_location("released", clone / "fairseq/fairseq/modules/mlp_gating.py")
+    assert spec is not None and spec.loader is not None
+    released = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(released)
+    networks = _networks(layer)
+    gate = released.TopKGate(x.shape[1], len(networks), 2, 2.0, 2.0, 4, threshold=layer.router.options.threshold)
+    experts = released.Experts(networks[0], 0)
+    experts.yyh_local_experts = networks
+    gate.to(x.device).wg.weight.data.copy_(layer.router.weight)
+
+    def run(x: Tensor) -> Tensor:
+        _, combine, _, _, _, rows = gate(x, moe_type="threshold")
+        return experts(x, combine, rows)[0]
+
+    run.module = nn.ModuleList([gate, networks])  # type: ignore[attr-defined]
     return run
 
 
