@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from cases import DIM, HIDDEN, Case, dense, inference, make_case, training
-from peers import fairscale_top2, one_hot, padded_loop, released_xmoe, transformers_nllb
+from peers import RELEASED, fairscale_top2, one_hot, padded_loop, released_xmoe, transformers_nllb
 from rows import Row, finish, parser, ratio, seconds
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -214,6 +214,8 @@ def main() -> None:
     options.add_argument("--released", type=Path, metavar="FOLDER", help="clone of github.com/ysngki/XMoE to measure")
     options.add_argument("--peak", choices=("moe", "dense"), help=argparse.SUPPRESS)
     args = options.parse_args()
+    if args.released and not (args.released / RELEASED).is_file():
+        options.error(f"--released {args.released} has no {RELEASED}: git clone https://github.com/ysngki/XMoE")
     benchmark = Benchmark(args)
     if args.peak:
         print(peak(benchmark, args.peak))

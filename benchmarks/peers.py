@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 from xmoe_fairseq.moe import MoELayer
 
 Run = Callable[[Tensor], Tensor]
+# Where the released XMoE code has its gate and experts.
+RELEASED = Path("fairseq/fairseq/modules/mlp_gating.py")
 
 
 def padded_loop(layer: MoELayer, x: Tensor, capacity_factor: float = 2.0) -> Run:
@@ -52,11 +55,14 @@ def released_xmoe(layer: MoELayer, x: Tensor, clone: Path | None) -> Run | None:
     """
     if clone is None:
         return None
-    sys.modules.setdefault("deepspeed", ModuleType("deepspeed")).comm = None  # type: ignore[attr-defined]
-    spec = importlib.util.spec_from_file_location("released", clone / "fairseq/fairseq/modules/mlp_gating.py")
+    spec = importlib.util.spec_from_file_location("released", clone / RELEASED)
     assert spec is not None and spec.loader is not None
     released = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(released)
+    # It imports deepspeed's communication, which threshold routing does not use; for the import alone there is one.
+    stand_in = ModuleType("deepspeed")
+    stand_in.comm = None  # type: ignore[attr-defined]
+    with patch.dict(sys.modules, deepspeed=stand_in):
+        spec.loader.exec_module(released)
     networks = _networks(layer)
     gate = released.TopKGate(x.shape[1], len(networks), 2, 2.0, 2.0, 4, threshold=layer.router.options.threshold)
     experts = released.Experts(networks[0], 0)
