@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .exchange import Exchange
-from .kernels import Buffers, ExpertWeights, choose
+from .kernels import RELU, Buffers, ExpertWeights, choose
 from .pairs import Pairs
 from .parallel import ExpertGroup
 
@@ -103,7 +103,9 @@ class Experts(nn.Module):
     def _compute(self, x: Tensor, pairs: Pairs, weights: ExpertWeights) -> Tensor:
         """Runs the experts held here."""
         dropout = self.dropout.p if self.training else 0.0
-        return choose(self.kernel, x, pairs, self.fc1_weight.shape[1])(x, pairs, weights, self.activation, dropout)
+        plain = self.activation in RELU and not dropout
+        kernel = choose(self.kernel, x, pairs, self.fc1_weight.shape[1], plain)
+        return kernel(x, pairs, weights, self.activation, dropout)
 
     def weights(self, device: torch.device) -> ExpertWeights:
         """Prepares the parameters for one forward pass, in the autocast precision where one is set for the device."""

@@ -18,14 +18,40 @@ class RankedProbs:
     Attributes:
         logits: (T, E).
         probs: (T, E) softmax of ``logits``.
-        sorted: (T, E) ``probs`` in descending order, without gradient.
-        order: (T, E) int64, the expert at each rank; equal probabilities keep the experts' order.
+        sorted: (T, E) ``probs`` in descending order, without gradient; of a plan that is made, (T, 1) may be left.
+        order: (T, E) int64, the expert at each rank; equal probabilities keep the experts' order; or (T, 1).
     """
 
     logits: Tensor
     probs: Tensor
     sorted: Tensor
     order: Tensor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a token, which takes its most probable experts first, takes no more.
+
+    Attributes:
+        number: it has so many experts, at least 1.
+        mass: their probabilities add up to this; none sets no such limit. The first choice is always taken.
+    """
+
+    number: int
+    mass: float | None = None
+
+
+def within(sorted_probs: Tensor, limits: Limits) -> Tensor:
+    """Says which ranks are taken: (T, E) bool, from probabilities (T, E) in descending order."""
+    ranks = torch.arange(sorted_probs.shape[-1], device=sorted_probs.device)
+    if limits.mass is None:
+        return (ranks < limits.number).expand(sorted_probs.shape)
+    # No mass is before the first choice.
+    mass = max(limits.mass, torch.finfo(sorted_probs.dtype).tiny)
+    mass_before = sorted_probs.cumsum(-1).sub_(sorted_probs)
+    # Written so that a probability that is no number reaches the output.
+    taken = (mass_before >= mass).logical_not_()
+    return taken if limits.number >= sorted_probs.shape[-1] else taken.logical_and_(ranks < limits.number)
 
 
 def rank(logits: Tensor) -> RankedProbs:

@@ -11,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ranking import RankedProbs, rank
+from .device_routing import plan_on_device, routes_on_device
+from .ranking import Limits, RankedProbs, rank, within
 from .routing import RoutingPlan, assign, make_plan, real_tokens
 
 
@@ -66,15 +67,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.uniform_(self.weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
 
-    def choose(self, sorted_probs: Tensor) -> Tensor:
-        """Says which ranks each token takes.
-
-        Args:
-            sorted_probs: (T, E) probabilities in descending order.
-
-        Returns:
-            (T, E) bool, by rank.
-        """
+    def limits(self) -> Limits:
+        """Says when a token takes no more experts."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> RoutingPlan:
@@ -99,17 +93,21 @@ class Router(nn.Module):
 
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
         """Routes by given logits: (T, E); padding_mask: (T,) bool, true for padding."""
-        ranked = self.rank(logits)
         limited = self.training and self.options.capacity_factor > 0
-        return make_plan(
-            ranked,
-            self.choose(ranked.sorted),
-            padding_mask,
-            capacity=self.capacity if limited else None,
-            normalize=self.normalize,
-            most=self.most_pairs(len(logits)) if self.static(logits) else None,
-            most_each=self.most_each(len(logits)),
-        )
+        most = self.most_pairs(len(logits)) if self.static(logits) else None
+        rest = {"normalize": self.normalize, "most": most, "most_each": self.most_each(len(logits))}
+        if self.by_probability and routes_on_device(logits):
+            real = torch.full((), len(logits), device=logits.device) if padding_mask is None else (~padding_mask).sum()
+            capacity = self.capacity(real) if limited else None
+            return plan_on_device(logits, self.limits(), padding_mask, capacity, **rest)
+        ranked = self.rank(logits)
+        capacity = self.capacity if limited else None
+        return make_plan(ranked, within(ranked.sorted, self.limits()), padding_mask, capacity=capacity, **rest)
+
+    @property
+    def by_probability(self) -> bool:
+        """Whether experts are taken in the order of their probabilities."""
+        return True
 
     def static(self, like: Tensor) -> bool:
         """Says whether plans have a size known beforehand."""
@@ -153,14 +151,10 @@ class ThresholdRouter(Router):
         if not 0 <= options.threshold <= 1:
             raise ValueError(f"threshold {options.threshold} is outside [0, 1]")
 
-    def choose(self, sorted_probs: Tensor) -> Tensor:
-        if self.options.threshold == 1:  # rounding of the sum must not leave an expert out
-            return torch.ones_like(sorted_probs, dtype=torch.bool)
-        # No mass is before the first choice, which is always taken.
-        threshold = max(self.options.threshold, torch.finfo(sorted_probs.dtype).tiny)
-        mass_before = sorted_probs.cumsum(-1).sub_(sorted_probs)
-        # Written so that a probability that is no number reaches the output.
-        return (mass_before >= threshold).logical_not_()
+    def limits(self) -> Limits:
+        experts, threshold = self.weight.shape[0], self.options.threshold
+        # Rounding of the sum must not leave an expert out.
+        return Limits(experts, None if threshold == 1 else threshold)
 
 
 class TopKRouter(Router):
@@ -177,9 +171,8 @@ class TopKRouter(Router):
         if not 1 <= options.top_k <= num_experts:
             raise ValueError(f"top_k {options.top_k} is outside [1, {num_experts}], the number of experts")
 
-    def choose(self, sorted_probs: Tensor) -> Tensor:
-        ranks = torch.arange(sorted_probs.shape[-1], device=sorted_probs.device)
-        return (ranks < self.options.top_k).expand(sorted_probs.shape)
+    def limits(self) -> Limits:
+        return Limits(self.options.top_k)
 
     def most_pairs(self, tokens: int) -> int | None:
         by_capacity = super().most_pairs(tokens)
@@ -202,9 +195,13 @@ class GShardRouter(TopKRouter):
         # A last stratum may have one expert only.
         super().__init__(dim, num_experts, replace(options, top_k=min(2, num_experts)))
 
+    @property
+    def by_probability(self) -> bool:
+        return not self.training or self.options.second_expert == "gate"
+
     def rank(self, logits: Tensor) -> RankedProbs:
         ranked = rank(logits)
-        if not self.training or self.options.second_expert == "gate":
+        if self.by_probability:
             return ranked
         # The largest of log-probabilities plus Gumbel noise is a draw by probability.
         noise = -torch.empty_like(logits).exponential_().log()

@@ -77,13 +77,37 @@ def make_plan(
     if normalize:
         total = weight.new_zeros(tokens).index_add(0, token, weight).index_select(0, token)
         weight = weight / (total if used is None else total.masked_fill(~used, 1.0))
-    load = received.sum(0)
+    return planned(token, weight, received.sum(0), ranked, lambda: received, wanted, padding_mask, most_each)
+
+
+def planned(
+    token: Tensor,
+    weight: Tensor,
+    load: Tensor,
+    ranked: RankedProbs,
+    received: Callable[[], Tensor],
+    wanted: Tensor,
+    padding_mask: Tensor | None,
+    most_each: int | None,
+) -> RoutingPlan:
+    """Makes a plan of the pairs and of what they were chosen by.
+
+    Args:
+        token: as in `Pairs`.
+        weight: as in `Pairs`.
+        load: (E,) as ``group_sizes`` in `Pairs`.
+        ranked: probabilities and the first choices.
+        received: makes the pairs that were left, (T, E) bool.
+        wanted: what adds up to the number of pairs before capacity.
+        padding_mask: (T,) bool, true for padding.
+        most_each: as in `Pairs`.
+    """
     return RoutingPlan(
         token=token,
         weight=weight,
         group_sizes=load,
         first=ranked.order[:, 0],
-        num_tokens=tokens,
+        num_tokens=len(ranked.logits),
         count=partial(_statistics, ranked, wanted, received, load, padding_mask),
         most_each=most_each,
         trace=partial(_token_routing, ranked, received, padding_mask),
@@ -166,7 +190,11 @@ def _place_in_expert(ranked: RankedProbs, wanted: Tensor) -> Tensor:
 
 
 def _statistics(
-    ranked: RankedProbs, wanted: Tensor, received: Tensor, load: Tensor, padding_mask: Tensor | None
+    ranked: RankedProbs,
+    wanted: Tensor,
+    received: Callable[[], Tensor],
+    load: Tensor,
+    padding_mask: Tensor | None,
 ) -> RoutingStats:
     keep = real_tokens(padding_mask, ranked.probs)
     real, first = keep.sum(), ranked.order[:, 0]
@@ -176,10 +204,10 @@ def _statistics(
     if padding_mask is not None:
         probs = probs.masked_fill(padding_mask.unsqueeze(-1), 0.0)
         squares, top1_prob = squares.masked_fill(padding_mask, 0.0), top1_prob.masked_fill(padding_mask, 0.0)
-    dropped = keep & ~received.gather(1, first.unsqueeze(-1)).squeeze(-1)
+    dropped = keep & ~received().gather(1, first.unsqueeze(-1)).squeeze(-1)
     return RoutingStats(
         tokens=real,
-        wanted=load.sum() if wanted is received else wanted.sum(),
+        wanted=wanted.sum(),
         received=load.sum(),
         first_dropped=dropped.sum(),
         top1_prob=top1_prob.sum(),
@@ -190,10 +218,10 @@ def _statistics(
     )
 
 
-def _token_routing(ranked: RankedProbs, received: Tensor, padding_mask: Tensor | None) -> TokenRouting:
+def _token_routing(ranked: RankedProbs, received: Callable[[], Tensor], padding_mask: Tensor | None) -> TokenRouting:
     keep = real_tokens(padding_mask, ranked.probs)
     return TokenRouting(
-        taken=received.long(),
+        taken=received().long(),
         passes=keep.long(),
         top1_prob=ranked.sorted[:, 0].masked_fill(~keep, 0.0),
         entropy=entropy(ranked.probs).masked_fill(~keep, 0.0),

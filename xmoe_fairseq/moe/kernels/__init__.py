@@ -7,20 +7,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..pairs import Pairs
+from .activation import RELU
 from .contract import Activation, ExpertKernel, ExpertWeights
 from .few import few
 from .fused import fused
 from .grouped_mm import grouped_mm
 from .loop import loop
 from .memory import Buffers
+from .tiled import installed, tiled
 
-KERNELS: dict[str, ExpertKernel] = {"fused": fused, "few": few, "grouped_mm": grouped_mm, "loop": loop}
+KERNELS: dict[str, ExpertKernel] = {
+    "fused": fused,
+    "few": few,
+    "grouped_mm": grouped_mm,
+    "triton": tiled,
+    "loop": loop,
+}
 # Up to so many rows an expert on average, `few` is faster than `fused`; measured with 64 experts of two sizes.
 FEW = 16
 CHOICES = ("auto", *KERNELS)
 
 
-def choose(name: str, x: Tensor, pairs: Pairs, hidden: int) -> ExpertKernel:
+def choose(name: str, x: Tensor, pairs: Pairs, hidden: int, plain: bool = True) -> ExpertKernel:
     """Finds a kernel by its name, or for ``auto`` the fastest for a device and dtype.
 
     Args:
@@ -28,6 +36,7 @@ def choose(name: str, x: Tensor, pairs: Pairs, hidden: int) -> ExpertKernel:
         x: (T, d), what it will be given.
         pairs: what it will be given.
         hidden: h.
+        plain: whether the activation is ReLU, without dropout.
 
     Raises:
         ValueError: the name is unknown.
@@ -36,20 +45,16 @@ def choose(name: str, x: Tensor, pairs: Pairs, hidden: int) -> ExpertKernel:
         raise ValueError(f"there is no kernel {name!r}: choose one of {', '.join(CHOICES)}")
     if name != "auto":
         return KERNELS[name]
-    if x.shape[-1] % 8 == 0 and hidden % 8 == 0 and _groups_stay_on_the_device(x):
-        return grouped_mm
+    if x.is_cuda:
+        capability = torch.cuda.get_device_capability(x.device)[0]
+        if plain and capability >= 8 and x.dtype in (torch.bfloat16, torch.float16) and installed():
+            return tiled
+        # Other dtypes and older GPUs read the groups back in every product; `fused` does it once a layer.
+        aligned = x.shape[-1] % 8 == 0 and hidden % 8 == 0
+        if capability >= 9 and x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):
+            return grouped_mm
     scattered = len(pairs.token) <= FEW * len(pairs.group_sizes)
     return few if scattered and not torch.is_grad_enabled() else fused
 
 
-def _groups_stay_on_the_device(x: Tensor) -> bool:
-    # Other dtypes and older GPUs read the groups back in every product; `fused` does it once a layer.
-    return (
-        x.dtype == torch.bfloat16
-        and x.is_cuda
-        and hasattr(F, "grouped_mm")
-        and torch.cuda.get_device_capability(x.device)[0] >= 9
-    )
-
-
-__all__ = ["CHOICES", "KERNELS", "Activation", "Buffers", "ExpertKernel", "ExpertWeights", "choose"]
+__all__ = ["CHOICES", "KERNELS", "RELU", "Activation", "Buffers", "ExpertKernel", "ExpertWeights", "choose"]

@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 from .contract import Activation
 
-_RELU = (torch.relu, F.relu)
+RELU = (torch.relu, F.relu)
 
 
 def activate(pre: Tensor, activation: Activation) -> Tensor:
     """Gives the hidden units before dropout; overwrites ``pre`` with what `activated` must be given later."""
-    return pre.relu_() if activation in _RELU else activation(pre)
+    return pre.relu_() if activation in RELU else activation(pre)
 
 
 def activated(kept: Tensor, activation: Activation, factor: Tensor | None) -> tuple[Tensor, Activation]:
@@ -24,7 +24,7 @@ def activated(kept: Tensor, activation: Activation, factor: Tensor | None) -> tu
         activation: elementwise function.
         factor: what dropout multiplies the hidden units by; the gradient may be overwritten.
     """
-    if activation in _RELU:
+    if activation in RELU:
         hidden = kept if factor is None else kept * factor
 
         def through(grad: Tensor) -> Tensor:

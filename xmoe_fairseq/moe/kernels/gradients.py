@@ -51,14 +51,32 @@ class WeightGradients:
         else:
             out += rows.sum(-2)
 
-    def take(self, name: str, like: Tensor) -> Tensor:
-        """Gives the sum, zero for experts that had no rows, and forgets it."""
+    def whole(self, name: str, like: Tensor) -> tuple[Tensor, bool]:
+        """Gives the memory of a sum, every expert of which is then written, and whether to add to what is there."""
+        begun = name in self._sums
         total = self._sum(name, like)
+        if begun:
+            self._fill(name)
+        else:
+            self._written |= {(name, expert) for expert in range(len(total))}
+        return total, begun
+
+    def take(self, name: str, like: Tensor, brought: Tensor | None) -> Tensor:
+        """Gives the sum, zero for experts that had no rows, plus what autograd brings, and forgets it."""
+        if name not in self._sums and brought is not None:
+            return brought
+        total = self._sum(name, like)
+        self._fill(name)
+        self._written -= {(name, expert) for expert in range(len(total))}
+        del self._sums[name]
+        return total if brought is None else total.add_(brought)
+
+    def _fill(self, name: str) -> None:
+        """Writes zeros where no expert has written."""
+        total = self._sums[name]
         for expert in range(len(total)):
             if self._first(name, expert):
                 total[expert].zero_()
-        self._written -= {(name, expert) for expert in range(len(total))}
-        return self._sums.pop(name)
 
     def _sum(self, name: str, like: Tensor) -> Tensor:
         if name not in self._sums:
@@ -84,9 +102,8 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *brought: Tensor | None) -> tuple[Tensor | None, ...]:
-        totals = [ctx.gradients.take(*named) for named in zip(ctx.names, ctx.saved_tensors, strict=True)]
-        added = [total if grad is None else total.add_(grad) for total, grad in zip(totals, brought, strict=True)]
-        return None, None, *added
+        named = zip(ctx.names, ctx.saved_tensors, brought, strict=True)
+        return None, None, *(ctx.gradients.take(*one) for one in named)
 
 
 def collect(gradients: WeightGradients, **weights: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,147 @@
+"""The programs that route on a GPU, each for a block of tokens; see `device_routing`.
+
+Here a rank matrix (T, E) says as which choice a token takes an expert: 0 is the first, -1 is not at all.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def take(
+    probs, padding, ranks, first, top, counts, tokens, experts, blocks, mass, number,
+    PADDED: tl.constexpr, LIMITED: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Takes each token's most probable experts until their mass is reached, ``number`` at most; grid (blocks,).
+
+    Equal ones are taken in the experts' order. Writes the ranks, the first choice and its probability, and how many
+    of the block's tokens took each expert: (E, blocks). LIMITED says that there is a mass.
+    """
+    block = tl.program_id(0)
+    row = block * ROWS + tl.arange(0, ROWS)
+    real = row < tokens
+    expert = tl.arange(0, SPAN)
+    place = row.to(tl.int64)[:, None] * experts + expert[None, :]
+    inside = real[:, None] & (expert < experts)[None, :]
+    prob = tl.load(probs + place, mask=inside, other=-1.0)
+    # What is no number comes first, and makes the mass no number, so that it reaches the output.
+    left = tl.where(prob != prob, 2.0, prob)
+    best = tl.argmax(left, axis=1, tie_break_left=True)
+    tl.store(first + row, best.to(tl.int64), mask=real)
+    tl.store(top + row, tl.sum(tl.where(expert[None, :] == best[:, None], prob, 0.0), axis=1), mask=real)
+    if PADDED:
+        real = real & (tl.load(padding + row, mask=real, other=1) == 0)
+    rank = tl.full((ROWS, SPAN), -1, tl.int32)
+    before = tl.zeros((ROWS,), tl.float32)
+    step = 0
+    going = tl.max(real.to(tl.int32))
+    while going > 0:
+        picked = (expert[None, :] == best[:, None]) & real[:, None]
+        rank = tl.where(picked, step, rank)
+        left = tl.where(picked, -2.0, left)
+        before += tl.sum(tl.where(picked, prob, 0.0), axis=1)
+        step += 1
+        if LIMITED:
+            real = real & ~(before >= mass)
+        best = tl.argmax(left, axis=1, tie_break_left=True)
+        going = tl.where(step < number, tl.max(real.to(tl.int32)), 0)
+    tl.store(ranks + place, rank.to(tl.int16), mask=inside)
+    tl.store(counts + expert * blocks + block, tl.sum((rank >= 0).to(tl.int32), axis=0), mask=expert < experts)
+
+
+@triton.jit
+def limit(probs, ranks, counts, kept, most, tokens, experts, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Leaves an expert no more than ``most`` tokens: lower ranks first, then higher probability; grid (E,).
+
+    Of equals those of the earliest tokens stay. Finds the last that stays digit by digit, from the counts of its
+    digits; where all can stay, only copies the counts of the blocks.
+    """
+    expert = tl.program_id(0)
+    index = tl.arange(0, BLOCK)
+    total = 0
+    for begin in range(0, blocks, BLOCK):
+        here = tl.load(counts + expert * blocks + begin + index, mask=begin + index < blocks, other=0)
+        tl.store(kept + expert * blocks + begin + index, here, mask=begin + index < blocks)
+        total += tl.sum(here)
+    room = tl.load(most).to(tl.int32)
+    if total <= room:
+        return
+    last = tl.zeros((), tl.int64)
+    for number in tl.static_range(6):
+        digits = tl.zeros((256,), tl.int32)
+        for begin in range(0, tokens, BLOCK):
+            key, taken = _keys(probs, ranks, begin + index, tokens, experts, expert)
+            match = taken & ((key >> (48 - 8 * number)) == last)
+            digits += tl.histogram(((key >> (40 - 8 * number)) & 255).to(tl.int32), 256, mask=match)
+        below = tl.cumsum(digits, axis=0)
+        digit = tl.sum((below < room).to(tl.int32))
+        room -= tl.sum(tl.where(tl.arange(0, 256) < digit, digits, 0))
+        last = last * 256 + digit
+    for begin in range(0, tokens, BLOCK):
+        key, taken = _keys(probs, ranks, begin + index, tokens, experts, expert)
+        equal = (taken & (key == last)).to(tl.int32)
+        number = tl.cumsum(equal, axis=0)
+        stays = taken & ((key < last) | ((equal > 0) & (number <= room)))
+        room -= tl.sum(equal)
+        place = (begin + index).to(tl.int64) * experts + expert
+        tl.store(ranks + place, tl.full((BLOCK,), -1, tl.int16), mask=taken & ~stays)
+        block = begin // ROWS + tl.arange(0, BLOCK // ROWS)
+        sums = tl.sum(tl.reshape(stays.to(tl.int32), (BLOCK // ROWS, ROWS)), axis=1)
+        tl.store(kept + expert * blocks + block, sums, mask=block < blocks)
+
+
+@triton.jit
+def _keys(probs, ranks, token, tokens, experts, expert):
+    """Whole numbers in the order in which tokens stay, and whether they took the expert."""
+    place = token.to(tl.int64) * experts + expert
+    rank = tl.load(ranks + place, mask=token < tokens, other=-1).to(tl.int64)
+    # The bits of floats that are not negative, taken for a whole number, are in the order of the floats.
+    bits = tl.load(probs + place, mask=token < tokens, other=0.0).to(tl.int32, bitcast=True).to(tl.int64)
+    return rank * 4294967296 + (4294967295 - bits), rank >= 0
+
+
+@triton.jit
+def pairs(
+    probs, ranks, ends, token, weight, tokens, experts, blocks,
+    NORMALIZE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Lists the pairs by expert, then by token, with their weights; grid (blocks,)."""
+    row, place, inside, got, position = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
+    share = tl.load(probs + place, mask=inside & got, other=0.0)
+    if NORMALIZE:
+        share = share / tl.sum(share, axis=1)[:, None]
+    tl.store(token + position, row.to(tl.int64)[:, None] + tl.zeros_like(position), mask=got)
+    tl.store(weight + position, share, mask=got)
+
+
+@triton.jit
+def pairs_gradient(
+    probs, ranks, ends, grad_weight, grad_probs, tokens, experts, blocks,
+    NORMALIZE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the weights of `pairs` by the probabilities, (T, E); grid (blocks,)."""
+    row, place, inside, got, position = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
+    grad = tl.load(grad_weight + position, mask=got, other=0.0)
+    if NORMALIZE:
+        share = tl.load(probs + place, mask=inside & got, other=0.0)
+        total = tl.sum(share, axis=1)
+        mean = tl.sum(grad * share, axis=1) / total
+        grad = tl.where(got, (grad - mean[:, None]) / total[:, None], 0.0)
+    tl.store(grad_probs + place, grad, mask=inside)
+
+
+@triton.jit
+def _positions(ranks, ends, tokens, experts, blocks, SPAN: tl.constexpr, ROWS: tl.constexpr):
+    """Where the pairs of a block lie: ``ends`` (E, blocks) counts all pairs up to an expert's block."""
+    block = tl.program_id(0)
+    row = block * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, SPAN)
+    place = row.to(tl.int64)[:, None] * experts + expert[None, :]
+    inside = (row < tokens)[:, None] & (expert < experts)[None, :]
+    got = tl.load(ranks + place, mask=inside, other=-1) >= 0
+    number = tl.cumsum(got.to(tl.int32), axis=0)
+    end = tl.load(ends + expert * blocks + block, mask=expert < experts, other=0)
+    here = tl.sum(got.to(tl.int32), axis=0)
+    return row, place, inside, got, (end - here)[None, :] + number - 1

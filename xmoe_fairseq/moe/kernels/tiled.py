@@ -1,0 +1,222 @@
+"""All experts at once by Triton programs that gather, add the bias, activate and sum up where they multiply.
+
+Nothing is written that is not needed: no gathered copy of the input, no hidden units before their activation. The
+programs find on the device which rows they have, so the host never waits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..pairs import Pairs
+from .activation import RELU
+from .contract import Activation, ExpertWeights
+from .fused import fused
+from .gradients import WeightGradients
+
+# Rows, columns and depth of a tile, warps and stages of loading.
+_PRODUCT = (128, 256, 64, 8, 3)
+_GRADIENT = (128, 256, 64, 8, 3)
+_ROWS = 1024
+
+
+@cache
+def installed() -> bool:
+    """Says whether Triton is there: it comes with torch's builds for GPUs."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def tiled(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
+    """Runs all experts at once; see `ExpertKernel`. With dropout or another activation than ReLU, this is `fused`.
+
+    Raises:
+        ModuleNotFoundError: Triton is not installed.
+    """
+    if dropout or activation not in RELU:
+        return fused(x, pairs, weights, activation, dropout)
+    y: Tensor = _Tiled.apply(
+        x,
+        pairs.weight,
+        weights.fc1_weight,
+        weights.fc1_bias,
+        weights.fc2_weight,
+        weights.fc2_bias,
+        pairs.token,
+        pairs.group_sizes,
+        weights.gradients,
+    )
+    return y
+
+
+class _Rows:
+    """The rows of a call, as the programs need them.
+
+    Args:
+        token: (R,) int64.
+        group_sizes: (E,) int64.
+        tokens: T.
+    """
+
+    def __init__(self, token: Tensor, group_sizes: Tensor, tokens: int) -> None:
+        from . import tiles
+
+        experts, count = len(group_sizes), len(token)
+        self.token, self.count, self.experts = token, count, experts
+        self.span = _power_of_two(experts)
+        self.tiles = -(-count // _PRODUCT[0]) + experts
+        numbers = token.new_empty(experts + 1 + 2 * self.tiles, dtype=torch.int32)
+        self.starts, self.tile_expert, self.tile_row = numbers.split([experts + 1, self.tiles, self.tiles])
+        tiles.schedule[(experts + 1,)](
+            group_sizes, self.starts, self.tile_expert, self.tile_row, experts, self.tiles, self.span, _PRODUCT[0]
+        )
+        self.total = self.starts[experts:]
+        counts = token.new_zeros(2 * tokens + 1, dtype=torch.int32)
+        blocks = (-(-count // _ROWS),)
+        tiles.count[blocks](token, self.total, counts, _ROWS)
+        self.offsets = counts[: tokens + 1].cumsum(0, dtype=torch.int32)
+        self.of_token = token.new_empty(count, dtype=torch.int32)
+        tiles.list_rows[blocks](token, self.total, self.offsets, counts[tokens + 1 :], self.of_token, _ROWS)
+
+    def multiply(
+        self,
+        a: Tensor,
+        w: Tensor,
+        *,
+        transposed: bool = False,
+        gather: bool = False,
+        bias: Tensor | None = None,
+        relu: bool = False,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """Gives each row of ``a`` times its expert's matrix, (R, n); see `tiles.multiply`.
+
+        Args:
+            a: (R, k), or (T, k) to ``gather`` from.
+            w: (E, k, n), or (E, n, k) where ``transposed``.
+            transposed: what ``w`` is.
+            gather: what ``a`` is.
+            bias: (E, n) to add.
+            relu: whether negative values become 0.
+            kept: (R, n), where it is 0 the result is.
+        """
+        from . import tiles
+
+        inner, width = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
+        steps = (1, inner) if transposed else (width, 1)
+        out = a.new_empty(self.count, width)
+        rows, columns, depth, warps, stages = _PRODUCT
+        columns = min(columns, max(_power_of_two(width), 16))
+        even = inner % depth == 0 and width % columns == 0
+        tiles.multiply[(self.tiles * -(-width // columns),)](
+            a, self.token, w, bias, kept, out, self.starts, self.tile_expert, self.tile_row, width, inner, *steps,
+            gather, bias is not None, relu, kept is not None, even, rows, columns, depth,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        return out
+
+    def weight_gradient(
+        self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor, *, add: bool, gather: bool = False, bias_of_a: bool
+    ) -> None:
+        """Writes each expert's ``a^T b``, (E, m, n), and the sums of the rows of one of them; see `tiles.weight_gradient`.
+
+        Args:
+            a: (R, m).
+            b: (R, n), or (T, n) to ``gather`` from.
+            out: (E, m, n).
+            bias: (E, m) if it is ``bias_of_a``, else (E, n).
+            add: whether to add to what is there, else it is overwritten.
+            gather: what ``b`` is.
+            bias_of_a: what ``bias`` is.
+        """
+        from . import tiles
+
+        height, width = out.shape[1:]
+        up, columns, depth, warps, stages = _GRADIENT
+        up, columns = min(up, max(_power_of_two(height), 16)), min(columns, max(_power_of_two(width), 16))
+        grid = (self.experts * -(-height // up) * -(-width // columns),)
+        tiles.weight_gradient[grid](
+            a, b, self.token, out, bias, self.starts, height, width, gather, bias_of_a, add, up, columns, depth,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def combine(self, values: Tensor, share: Tensor | None, tokens: int) -> Tensor:
+        """Adds up the rows (R, d) of each token, times their share (R,): (T, d)."""
+        from . import tiles
+
+        y = values.new_empty(tokens, values.shape[1])
+        columns = min(_power_of_two(values.shape[1]), 1024)
+        grid = (tokens, -(-values.shape[1] // columns))
+        tiles.combine[grid](
+            values, share, self.offsets, self.of_token, y, values.shape[1], self.span, columns, share is not None
+        )
+        return y
+
+    def spread(self, grad: Tensor, values: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of `combine`: (R, d) and (R,)."""
+        from . import tiles
+
+        outer, grad_share = torch.empty_like(values), torch.empty_like(share)
+        grid = (-(-self.count // 8),)
+        tiles.spread[grid](
+            grad, self.token, values, share, self.total, outer, grad_share, self.count, values.shape[1], 8, 256
+        )
+        return outer, grad_share
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        share: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        token: Tensor,
+        group_sizes: Tensor,
+        gradients: WeightGradients,
+    ) -> Tensor:
+        x, share = x.contiguous(), share.contiguous()
+        if not len(token):
+            ctx.rows = None
+            ctx.save_for_backward(x, share)
+            return torch.zeros_like(x)
+        rows = _Rows(token, group_sizes, len(x))
+        hidden = rows.multiply(x, fc1_weight, transposed=True, gather=True, bias=fc1_bias, relu=True)
+        values = rows.multiply(hidden, fc2_weight, bias=fc2_bias)
+        ctx.save_for_backward(x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values)
+        ctx.rows, ctx.gradients = rows, gradients
+        return rows.combine(values, share, len(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.rows is None:
+            x, share = ctx.saved_tensors
+            return torch.zeros_like(x), torch.zeros_like(share), *[None] * 7
+        x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values = ctx.saved_tensors
+        rows: _Rows = ctx.rows
+        outer, grad_share = rows.spread(grads[0].contiguous(), values, share)
+        gradients: WeightGradients = ctx.gradients
+        weight, add = gradients.whole("fc2_weight", fc2_weight)
+        bias, _ = gradients.whole("fc2_bias", fc2_bias)
+        rows.weight_gradient(hidden, outer, weight, bias, add=add, bias_of_a=False)
+        inner = rows.multiply(outer, fc2_weight, transposed=True, kept=hidden)
+        weight, add = gradients.whole("fc1_weight", fc1_weight)
+        bias, _ = gradients.whole("fc1_bias", fc1_bias)
+        rows.weight_gradient(inner, x, weight, bias, add=add, gather=True, bias_of_a=True)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = rows.combine(rows.multiply(inner, fc1_weight), None, len(x))
+        return grad_x, grad_share, *[None] * 7
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 1).bit_length()
