@@ -69,12 +69,12 @@ def limit(probs, ranks, counts, kept, most, tokens, experts, blocks, ROWS: tl.co
     if total <= room:
         return
     last = tl.zeros((), tl.int64)
-    for number in tl.static_range(6):
+    for digit_number in tl.static_range(6):
         digits = tl.zeros((256,), tl.int32)
         for begin in range(0, tokens, BLOCK):
             key, taken = _keys(probs, ranks, begin + index, tokens, experts, expert)
-            match = taken & ((key >> (48 - 8 * number)) == last)
-            digits += tl.histogram(((key >> (40 - 8 * number)) & 255).to(tl.int32), 256, mask=match)
+            match = taken & ((key >> (48 - 8 * digit_number)) == last)
+            digits += tl.histogram(((key >> (40 - 8 * digit_number)) & 255).to(tl.int32), 256, mask=match)
         below = tl.cumsum(digits, axis=0)
         digit = tl.sum((below < room).to(tl.int32))
         room -= tl.sum(tl.where(tl.arange(0, 256) < digit, digits, 0))
@@ -82,8 +82,8 @@ def limit(probs, ranks, counts, kept, most, tokens, experts, blocks, ROWS: tl.co
     for begin in range(0, tokens, BLOCK):
         key, taken = _keys(probs, ranks, begin + index, tokens, experts, expert)
         equal = (taken & (key == last)).to(tl.int32)
-        number = tl.cumsum(equal, axis=0)
-        stays = taken & ((key < last) | ((equal > 0) & (number <= room)))
+        nth = tl.cumsum(equal, axis=0)
+        stays = taken & ((key < last) | ((equal > 0) & (nth <= room)))
         room -= tl.sum(equal)
         place = (begin + index).to(tl.int64) * experts + expert
         tl.store(ranks + place, tl.full((BLOCK,), -1, tl.int16), mask=taken & ~stays)

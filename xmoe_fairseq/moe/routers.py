@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .device_routing import plan_on_device, routes_on_device
+from .precise import is_precise, precise_linear
 from .ranking import Limits, RankedProbs, rank, within
 from .routing import RoutingPlan, assign, make_plan, real_tokens
 
@@ -83,6 +84,8 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Maps x: (T, d) to (T, E), in float32 at least."""
+        if is_precise(x, self.weight):
+            return precise_linear(x, self.weight)
         dtype = torch.promote_types(x.dtype, torch.float32)
         # Entering this costs as much as a small product, so decoding does without.
         precise = (

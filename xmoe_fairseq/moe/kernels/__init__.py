@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..pairs import Pairs
 from .activation import RELU
 from .contract import Activation, ExpertKernel, ExpertWeights
 from .few import few
 from .fused import fused
-from .grouped_mm import grouped_mm
+from .grouped_mm import grouped_mm, stays_on_the_device
 from .loop import loop
 from .memory import Buffers
-from .tiled import installed, tiled
+from .tiled import runs_on, tiled
 
 KERNELS: dict[str, ExpertKernel] = {
     "fused": fused,
@@ -45,14 +44,12 @@ def choose(name: str, x: Tensor, pairs: Pairs, hidden: int, plain: bool = True) 
         raise ValueError(f"there is no kernel {name!r}: choose one of {', '.join(CHOICES)}")
     if name != "auto":
         return KERNELS[name]
-    if x.is_cuda:
-        capability = torch.cuda.get_device_capability(x.device)[0]
-        if plain and capability >= 8 and x.dtype in (torch.bfloat16, torch.float16) and installed():
-            return tiled
-        # Other dtypes and older GPUs read the groups back in every product; `fused` does it once a layer.
-        aligned = x.shape[-1] % 8 == 0 and hidden % 8 == 0
-        if capability >= 9 and x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):
-            return grouped_mm
+    aligned = x.shape[-1] % 8 == 0 and hidden % 8 == 0
+    if aligned and plain and runs_on(x):
+        return tiled
+    # Other dtypes and older GPUs read the groups back in every product; `fused` does it once a layer.
+    if aligned and stays_on_the_device(x):
+        return grouped_mm
     scattered = len(pairs.token) <= FEW * len(pairs.group_sizes)
     return few if scattered and not torch.is_grad_enabled() else fused
 

@@ -26,6 +26,7 @@ class WeightGradients:
         self.buffers = buffers
         self._sums: dict[str, Tensor] = {}
         self._written: set[tuple[str, int]] = set()
+        self._whole: set[str] = set()  # names of which every expert is written
 
     def add_product(self, name: str, like: Tensor, expert: int, left: Tensor, right: Tensor) -> None:
         """Adds a product of batches to one expert's gradient.
@@ -51,15 +52,22 @@ class WeightGradients:
         else:
             out += rows.sum(-2)
 
+    def begun(self, name: str) -> bool:
+        """Says whether there is something to add to."""
+        return name in self._sums
+
+    def adopt(self, name: str, total: Tensor) -> None:
+        """Takes a first sum over, which holds every expert."""
+        self._sums[name] = total
+        self._whole.add(name)
+
     def whole(self, name: str, like: Tensor) -> tuple[Tensor, bool]:
         """Gives the memory of a sum, every expert of which is then written, and whether to add to what is there."""
-        begun = name in self._sums
-        total = self._sum(name, like)
-        if begun:
+        if self.begun(name):
             self._fill(name)
-        else:
-            self._written |= {(name, expert) for expert in range(len(total))}
-        return total, begun
+            return self._sums[name], True
+        self.adopt(name, self.buffers.empty(name, tuple(like.shape), like))
+        return self._sums[name], False
 
     def take(self, name: str, like: Tensor, brought: Tensor | None) -> Tensor:
         """Gives the sum, zero for experts that had no rows, plus what autograd brings, and forgets it."""
@@ -67,16 +75,19 @@ class WeightGradients:
             return brought
         total = self._sum(name, like)
         self._fill(name)
-        self._written -= {(name, expert) for expert in range(len(total))}
+        self._whole.remove(name)
         del self._sums[name]
         return total if brought is None else total.add_(brought)
 
     def _fill(self, name: str) -> None:
         """Writes zeros where no expert has written."""
-        total = self._sums[name]
-        for expert in range(len(total)):
-            if self._first(name, expert):
-                total[expert].zero_()
+        if name not in self._whole:
+            total = self._sums[name]
+            for expert in range(len(total)):
+                if self._first(name, expert):
+                    total[expert].zero_()
+            self._written -= {(name, expert) for expert in range(len(total))}
+            self._whole.add(name)
 
     def _sum(self, name: str, like: Tensor) -> Tensor:
         if name not in self._sums:
@@ -84,7 +95,7 @@ class WeightGradients:
         return self._sums[name]
 
     def _first(self, name: str, expert: int) -> bool:
-        first = (name, expert) not in self._written
+        first = name not in self._whole and (name, expert) not in self._written
         self._written.add((name, expert))
         return first
 

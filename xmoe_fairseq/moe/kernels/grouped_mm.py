@@ -45,6 +45,16 @@ def grouped_mm(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Acti
     )
 
 
+def stays_on_the_device(x: Tensor) -> bool:
+    """Says whether torch multiplies groups of ``x`` without reading their sizes back."""
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and hasattr(F, "grouped_mm")
+        and torch.cuda.get_device_capability(x.device)[0] >= 9
+    )
+
+
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ..pairs import Pairs
 from .activation import RELU
 from .contract import Activation, ExpertWeights
 from .fused import fused
 from .gradients import WeightGradients
+from .grouped_mm import stays_on_the_device
 
-# Rows, columns and depth of a tile, warps and stages of loading.
-_PRODUCT = (128, 256, 64, 8, 3)
-_GRADIENT = (128, 256, 64, 8, 3)
+# Rows, columns and depth of a tile, warps, stages of loading, and whether they go on from tile to tile.
+_PRODUCT = (128, 256, 64, 8, 3, 0)
+_GRADIENT = (128, 128, 64, 4, 3)
 _ROWS = 1024
 
 
@@ -30,6 +32,16 @@ _ROWS = 1024
 def installed() -> bool:
     """Says whether Triton is there: it comes with torch's builds for GPUs."""
     return importlib.util.find_spec("triton") is not None
+
+
+def runs_on(x: Tensor) -> bool:
+    """Says whether this is made for the device and dtype of ``x``."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(x.device)[0] >= 8
+        and installed()
+    )
 
 
 def tiled(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
@@ -70,11 +82,11 @@ class _Rows:
         self.token, self.count, self.experts = token, count, experts
         self.span = _power_of_two(experts)
         self.tiles = -(-count // _PRODUCT[0]) + experts
-        numbers = token.new_empty(experts + 1 + 2 * self.tiles, dtype=torch.int32)
-        self.starts, self.tile_expert, self.tile_row = numbers.split([experts + 1, self.tiles, self.tiles])
-        tiles.schedule[(experts + 1,)](
-            group_sizes, self.starts, self.tile_expert, self.tile_row, experts, self.tiles, self.span, _PRODUCT[0]
-        )
+        parts = (experts + 1, experts + 1, self.tiles, self.tiles)
+        numbers = token.new_empty(sum(parts), dtype=torch.int32)
+        self.starts, self.tile_starts, self.tile_expert, self.tile_row = numbers.split(parts)
+        self.schedule = (self.starts, self.tile_starts, self.tile_expert, self.tile_row, experts)
+        tiles.schedule[(experts + 1,)](group_sizes, *self.schedule, self.span, _PRODUCT[0])
         self.total = self.starts[experts:]
         counts = token.new_zeros(2 * tokens + 1, dtype=torch.int32)
         blocks = (-(-count // _ROWS),)
@@ -93,6 +105,7 @@ class _Rows:
         bias: Tensor | None = None,
         relu: bool = False,
         kept: Tensor | None = None,
+        sums: Tensor | None = None,
     ) -> Tensor:
         """Gives each row of ``a`` times its expert's matrix, (R, n); see `tiles.multiply`.
 
@@ -104,35 +117,38 @@ class _Rows:
             bias: (E, n) to add.
             relu: whether negative values become 0.
             kept: (R, n), where it is 0 the result is.
+            sums: (tiles, n), overwritten by the sum of the rows of each tile.
         """
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
         from . import tiles
 
         inner, width = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
-        steps = (1, inner) if transposed else (width, 1)
         out = a.new_empty(self.count, width)
-        rows, columns, depth, warps, stages = _PRODUCT
-        columns = min(columns, max(_power_of_two(width), 16))
-        even = inner % depth == 0 and width % columns == 0
-        tiles.multiply[(self.tiles * -(-width // columns),)](
-            a, self.token, w, bias, kept, out, self.starts, self.tile_expert, self.tile_row, width, inner, *steps,
-            gather, bias is not None, relu, kept is not None, even, rows, columns, depth,
-            num_warps=warps, num_stages=stages,
+        rows, columns, depth, warps, stages, flat = _PRODUCT
+        columns, depth = min(columns, max(_power_of_two(width), 16)), min(depth, max(_power_of_two(inner), 16))
+        block = [1, columns, depth] if transposed else [1, depth, columns]
+        left = a if gather else TensorDescriptor.from_tensor(a, [rows, depth])
+        mask = None if kept is None else TensorDescriptor.from_tensor(kept, [rows, columns])
+        programs = self.tiles * -(-width // columns)
+        if flat:
+            programs = min(programs, flat * torch.cuda.get_device_properties(a.device).multi_processor_count)
+        tiles.multiply[(programs,)](
+            left, self.token, TensorDescriptor.from_tensor(w, block), bias, mask, out, sums, *self.schedule,
+            width, inner, gather, transposed, bias is not None, relu, kept is not None, sums is not None,
+            inner % depth == 0, flat > 0, rows, columns, depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out
 
-    def weight_gradient(
-        self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor, *, add: bool, gather: bool = False, bias_of_a: bool
-    ) -> None:
-        """Writes each expert's ``a^T b``, (E, m, n), and the sums of the rows of one of them; see `tiles.weight_gradient`.
+    def weight_gradient(self, a: Tensor, b: Tensor, gather: bool, out: Tensor, add: bool) -> None:
+        """Writes each expert's ``a^T b``, (E, m, n); see `tiles.weight_gradient`.
 
         Args:
             a: (R, m).
-            b: (R, n), or (T, n) to ``gather`` from.
-            out: (E, m, n).
-            bias: (E, m) if it is ``bias_of_a``, else (E, n).
-            add: whether to add to what is there, else it is overwritten.
+            b: (R, n), or (T, n) to gather from.
             gather: what ``b`` is.
-            bias_of_a: what ``bias`` is.
+            out: (E, m, n).
+            add: whether to add to what is there, else it is overwritten.
         """
         from . import tiles
 
@@ -141,9 +157,28 @@ class _Rows:
         up, columns = min(up, max(_power_of_two(height), 16)), min(columns, max(_power_of_two(width), 16))
         grid = (self.experts * -(-height // up) * -(-width // columns),)
         tiles.weight_gradient[grid](
-            a, b, self.token, out, bias, self.starts, height, width, gather, bias_of_a, add, up, columns, depth,
+            a, b, self.token, out, self.starts, height, width, gather, add, up, columns, depth,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Copies each row's token from x (T, d): (R, d)."""
+        from . import tiles
+
+        out = x.new_empty(self.count, x.shape[1])
+        tiles.gather[(-(-self.count // 16), -(-x.shape[1] // 256))](x, self.token, out, self.total, x.shape[1], 16, 256)
+        return out
+
+    def sums(self, width: int) -> Tensor:
+        """Makes room for the sums of the rows of each tile."""
+        return self.token.new_empty(self.tiles, width, dtype=torch.float32)
+
+    def add_up(self, sums: Tensor, out: Tensor, add: bool) -> None:
+        """Adds up sums (tiles, n) over the tiles of each expert, (E, n), and over what is there if ``add``."""
+        from . import tiles
+
+        width = out.shape[1]
+        tiles.add_up[(self.experts, -(-width // 256))](sums, out, self.tile_starts, width, add, 256)
 
     def combine(self, values: Tensor, share: Tensor | None, tokens: int) -> Tensor:
         """Adds up the rows (R, d) of each token, times their share (R,): (T, d)."""
@@ -157,14 +192,13 @@ class _Rows:
         )
         return y
 
-    def spread(self, grad: Tensor, values: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of `combine`: (R, d) and (R,)."""
+    def spread(self, grad: Tensor, values: Tensor, share: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of `combine`, (R, d) and (R,); overwrites ``sums`` (tiles, d) by those of the first."""
         from . import tiles
 
-        outer, grad_share = torch.empty_like(values), torch.empty_like(share)
-        grid = (-(-self.count // 8),)
-        tiles.spread[grid](
-            grad, self.token, values, share, self.total, outer, grad_share, self.count, values.shape[1], 8, 256
+        outer, grad_share = torch.empty_like(values), torch.zeros_like(share)
+        tiles.spread[(self.tiles,)](
+            grad, self.token, values, share, outer, grad_share, sums, *self.schedule, values.shape[1], _PRODUCT[0], 64
         )
         return outer, grad_share
 
@@ -203,19 +237,32 @@ class _Tiled(torch.autograd.Function):
             return torch.zeros_like(x), torch.zeros_like(share), *[None] * 7
         x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values = ctx.saved_tensors
         rows: _Rows = ctx.rows
-        outer, grad_share = rows.spread(grads[0].contiguous(), values, share)
         gradients: WeightGradients = ctx.gradients
-        weight, add = gradients.whole("fc2_weight", fc2_weight)
-        bias, _ = gradients.whole("fc2_bias", fc2_bias)
-        rows.weight_gradient(hidden, outer, weight, bias, add=add, bias_of_a=False)
-        inner = rows.multiply(outer, fc2_weight, transposed=True, kept=hidden)
-        weight, add = gradients.whole("fc1_weight", fc1_weight)
-        bias, _ = gradients.whole("fc1_bias", fc1_bias)
-        rows.weight_gradient(inner, x, weight, bias, add=add, gather=True, bias_of_a=True)
+        sums = rows.sums(x.shape[1])
+        outer, grad_share = rows.spread(grads[0].contiguous(), values, share, sums)
+        rows.add_up(sums, *gradients.whole("fc2_bias", fc2_bias))
+        _add_gradient(rows, gradients, "fc2_weight", fc2_weight, hidden, outer)
+        sums = rows.sums(hidden.shape[1])
+        inner = rows.multiply(outer, fc2_weight, transposed=True, kept=hidden, sums=sums)
+        rows.add_up(sums, *gradients.whole("fc1_bias", fc1_bias))
+        _add_gradient(rows, gradients, "fc1_weight", fc1_weight, inner, x, gather=True)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = rows.combine(rows.multiply(inner, fc1_weight), None, len(x))
         return grad_x, grad_share, *[None] * 7
+
+
+def _add_gradient(
+    rows: _Rows, gradients: WeightGradients, name: str, weight: Tensor, a: Tensor, b: Tensor, gather: bool = False
+) -> None:
+    """Adds each expert's ``a^T b`` to the gradient of a weight; see `_Rows.weight_gradient`."""
+    if gradients.begun(name) or not stays_on_the_device(a):
+        out, add = gradients.whole(name, weight)
+        rows.weight_gradient(a, b, gather, out, add)
+        return
+    # Faster by half, but it has to write the experts without rows, too, and cannot add.
+    b = rows.gather(b) if gather else b
+    gradients.adopt(name, F.grouped_mm(a.mT, b, offs=rows.starts[1:]))
 
 
 def _power_of_two(number: int) -> int:

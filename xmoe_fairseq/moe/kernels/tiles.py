@@ -16,10 +16,10 @@ _NONE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def schedule(sizes, starts, tile_expert, tile_row, experts, tiles, SPAN: tl.constexpr, ROWS: tl.constexpr):
+def schedule(sizes, starts, tile_starts, tile_expert, tile_row, experts, SPAN: tl.constexpr, ROWS: tl.constexpr):
     """Cuts the rows of each expert into tiles of ROWS; grid (E + 1,).
 
-    Writes each tile's expert and first row; -1 for the tiles that are not needed.
+    Writes where the rows and the tiles of each expert start, (E + 1) each, and each tile's expert and first row.
     """
     expert = tl.program_id(0)
     index = tl.arange(0, SPAN)
@@ -27,13 +27,12 @@ def schedule(sizes, starts, tile_expert, tile_row, experts, tiles, SPAN: tl.cons
     needed = tl.cdiv(size, ROWS)
     start = tl.sum(tl.where(index < expert, size, 0))
     first = tl.sum(tl.where(index < expert, needed, 0))
-    mine = tl.sum(tl.where(index == expert, needed, 0))
+    last = first + tl.sum(tl.where(index == expert, needed, 0))
     tl.store(starts + expert, start)
-    last = tl.where(expert == experts, tiles, first + mine)
-    named = tl.where(expert == experts, -1, expert)
+    tl.store(tile_starts + expert, first)
     for begin in range(first, last, SPAN):
         place = begin + index
-        tl.store(tile_expert + place, tl.zeros_like(place) + named, mask=place < last)
+        tl.store(tile_expert + place, tl.zeros_like(place) + expert, mask=place < last)
         tl.store(tile_row + place, start + (place - first) * ROWS, mask=place < last)
 
 
@@ -78,84 +77,119 @@ def combine(values, share, offsets, rows, y, dim, SPAN: tl.constexpr, COLS: tl.c
 
 
 @triton.jit
-def spread(grad, token, values, share, total, outer, grad_share, rows, dim, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The gradient of `combine`: that of each row, (R, d), and of its share, (R,); grid (R / ROWS,)."""
+def spread(
+    grad, token, values, share, outer, grad_share, sums, starts, tile_starts, tile_expert, tile_row,
+    experts, dim, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of `combine`: that of each row, (R, d), and of its share, (R,); grid (programs,).
+
+    Also sums up the rows of each tile: (tiles, d).
+    """
+    for tile in range(tl.program_id(0), tl.load(tile_starts + experts), tl.num_programs(0)):
+        row = tl.load(tile_row + tile) + tl.arange(0, ROWS)
+        used = row < tl.load(starts + tl.load(tile_expert + tile) + 1)
+        owner = tl.load(token + row, mask=used, other=0)
+        factor = tl.load(share + row, mask=used, other=0.0)
+        dot = tl.zeros((ROWS,), tl.float32)
+        for begin in range(0, dim, COLS):
+            column = begin + tl.arange(0, COLS)
+            inside = used[:, None] & (column < dim)[None, :]
+            here = tl.load(grad + owner[:, None] * dim + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            place = row.to(tl.int64)[:, None] * dim + column[None, :]
+            dot += tl.sum(here * tl.load(values + place, mask=inside, other=0.0).to(tl.float32), axis=1)
+            here *= factor[:, None]
+            tl.store(outer + place, here.to(outer.dtype.element_ty), mask=inside)
+            tl.store(sums + tile * dim + column, tl.sum(here, axis=0), mask=column < dim)
+        tl.store(grad_share + row, dot, mask=used)
+
+
+@triton.jit
+def gather(x, token, out, total, dim, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Copies each row's token: (R, d); grid (R / ROWS, d / COLS)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    used = row < tl.load(total)
-    owner = tl.load(token + row, mask=used, other=0)
-    factor = tl.load(share + row, mask=used, other=0.0)
-    dot = tl.zeros((ROWS,), tl.float32)
-    for begin in range(0, dim, COLS):
-        column = begin + tl.arange(0, COLS)
-        inside = used[:, None] & (column < dim)[None, :]
-        here = tl.load(grad + owner[:, None] * dim + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        place = row.to(tl.int64)[:, None] * dim + column[None, :]
-        dot += tl.sum(here * tl.load(values + place, mask=inside, other=0.0).to(tl.float32), axis=1)
-        tl.store(outer + place, (here * factor[:, None]).to(outer.dtype.element_ty), mask=inside)
-    # Rows that are not used have no gradient.
-    tl.store(grad_share + row, dot, mask=row < rows)
+    column = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (row < tl.load(total))[:, None] & (column < dim)[None, :]
+    owner = tl.load(token + row, mask=row < tl.load(total), other=0)
+    here = tl.load(x + owner[:, None] * dim + column[None, :], mask=inside)
+    tl.store(out + row.to(tl.int64)[:, None] * dim + column[None, :], here, mask=inside)
+
+
+@triton.jit
+def add_up(sums, out, tile_starts, width, ADD: tl.constexpr, COLS: tl.constexpr):
+    """Adds up the sums of the tiles of each expert, (tiles, n): (E, n); grid (E, n / COLS)."""
+    expert = tl.program_id(0)
+    column = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((COLS,), tl.float32)
+    if ADD:
+        total += tl.load(out + expert * width + column, mask=column < width, other=0.0).to(tl.float32)
+    for tile in range(tl.load(tile_starts + expert), tl.load(tile_starts + expert + 1)):
+        total += tl.load(sums + tile * width + column, mask=column < width, other=0.0)
+    tl.store(out + expert * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
 @triton.jit
 def multiply(
-    a, token, w, bias, kept, out, starts, tile_expert, tile_row,
-    width, inner, step_inner, step_width,
-    GATHER: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+    a, token, w, bias, kept, out, sums, starts, tile_starts, tile_expert, tile_row, experts, width, inner,
+    GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr,
+    SUM: tl.constexpr, EVEN: tl.constexpr, FLAT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies each expert's rows of ``a``, (R, k) or by ``token`` (T, k), with its matrix of ``w``, (E, k, n).
+    """Multiplies each expert's rows of ``a``, (R, k) or by ``token`` (T, k), with its matrix of ``w``; grid (programs,).
 
-    Then adds the bias (E, n), applies ReLU, or zeroes where ``kept`` (R, n) is 0. Grid (tiles * n / COLS,).
+    The matrices are (E, k, n), or (E, n, k) if TRANSPOSED. Then adds the bias (E, n), applies ReLU, zeroes where
+    ``kept`` (R, n) is 0, or sums up the rows of each tile: (tiles, n). ``w``, ``kept``, and ``a`` without
+    GATHER are descriptors.
     """
     across = tl.cdiv(width, COLS)
-    tile, column = tl.program_id(0) // across, tl.program_id(0) % across
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
-    first, end = tl.load(tile_row + tile), tl.load(starts + expert + 1)
-    row = first + tl.arange(0, ROWS)
-    used = row < end
-    # Rows of others are computed from a row of this one and then not written.
-    source = tl.where(used, row, first).to(tl.int64)
-    if GATHER:
-        source = tl.load(token + source)
-    column = column * COLS + tl.arange(0, COLS)
-    inside = column < width
     depth = tl.arange(0, DEPTH)
-    matrix = w + expert.to(tl.int64) * width * inner
-    left = a + source[:, None] * inner + depth[None, :]
-    right = matrix + depth[:, None] * step_inner + column[None, :] * step_width
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for begin in range(0, inner, DEPTH):
-        if EVEN:
-            x, y = tl.load(left), tl.load(right)
-        else:
-            there = begin + depth < inner
-            x = tl.load(left, mask=there[None, :], other=0.0)
-            y = tl.load(right, mask=there[:, None] & inside[None, :], other=0.0)
-        total = tl.dot(x, y, total, input_precision="ieee")
-        left += DEPTH
-        right += DEPTH * step_inner
-    place = row.to(tl.int64)[:, None] * width + column[None, :]
-    written = used[:, None] & inside[None, :]
-    if BIAS:
-        total += tl.load(bias + expert * width + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if RELU:
-        total = tl.where(total < 0, 0.0, total)
-    if MASK:
-        total = tl.where(tl.load(kept + place, mask=written, other=0.0) > 0, total, 0.0)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=written)
+    last = tl.load(tile_starts + experts) * across
+    for number in tl.range(tl.program_id(0), last, tl.num_programs(0), flatten=FLAT):
+        tile, left = number // across, number % across * COLS
+        expert, first = tl.load(tile_expert + tile), tl.load(tile_row + tile)
+        row = first + tl.arange(0, ROWS)
+        used = row < tl.load(starts + expert + 1)
+        total = tl.zeros((ROWS, COLS), tl.float32)
+        if GATHER:
+            # Rows of others are computed from a row of this one and then not written.
+            owner = tl.load(token + tl.where(used, row, first))
+            here = a + owner[:, None] * inner + depth[None, :]
+        for begin in range(0, inner, DEPTH):
+            if GATHER:
+                x = (
+                    tl.load(here + begin)
+                    if EVEN
+                    else tl.load(here + begin, mask=(begin + depth < inner)[None, :], other=0.0)
+                )
+            else:
+                x = a.load([first, begin])
+            if TRANSPOSED:
+                y = w.load([expert, left, begin]).reshape(COLS, DEPTH).T
+            else:
+                y = w.load([expert, begin, left]).reshape(DEPTH, COLS)
+            total = tl.dot(x, y, total, input_precision="ieee")
+        column = left + tl.arange(0, COLS)
+        inside = column < width
+        place = row.to(tl.int64)[:, None] * width + column[None, :]
+        written = used[:, None] & inside[None, :]
+        if BIAS:
+            total += tl.load(bias + expert * width + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if RELU:
+            total = tl.where(total < 0, 0.0, total)
+        if MASK:
+            total = tl.where(kept.load([first, left]) > 0, total, 0.0)
+        if SUM:
+            tl.store(sums + tile * width + column, tl.sum(tl.where(written, total, 0.0), axis=0), mask=inside)
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=written)
 
 
 @triton.jit
 def weight_gradient(
-    a, b, token, out, bias, starts, height, width,
-    GATHER: tl.constexpr, BIAS_OF_A: tl.constexpr, ADD: tl.constexpr,
-    UP: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    a, b, token, out, starts, height, width,
+    GATHER: tl.constexpr, ADD: tl.constexpr, UP: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Multiplies each expert's rows of ``a`` (R, m), transposed, with those of ``b``, (R, n) or by ``token`` (T, n).
 
-    Sums the rows of one of them for the bias, (E, m) or (E, n). ADD adds to what is there. Grid (E * m / UP * n / COLS,).
+    ADD adds to what is there. Grid (E * m / UP * n / COLS,).
     """
     high, across = tl.cdiv(height, UP), tl.cdiv(width, COLS)
     expert = tl.program_id(0) // (high * across)
@@ -180,29 +214,3 @@ def weight_gradient(
     if ADD:
         total += tl.load(place, mask=written, other=0.0).to(tl.float32)
     tl.store(place, total.to(out.dtype.element_ty), mask=written)
-    if BIAS_OF_A:
-        if column == 0:
-            _sum_rows(a, bias, expert, start, end, height, m, ADD, UP, DEPTH)
-    else:
-        if up == 0:
-            _sum_rows(b, bias, expert, start, end, width, n, ADD, COLS, DEPTH)
-
-
-@triton.jit
-def _sum_rows(
-    values, bias, expert, start, end, width, column, ADD: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr
-):
-    total = tl.zeros((COLS,), tl.float32)
-    for begin in range(start, end, DEPTH):
-        row = begin + tl.arange(0, DEPTH)
-        inside = (row < end)[:, None] & (column < width)[None, :]
-        total += tl.sum(
-            tl.load(values + row.to(tl.int64)[:, None] * width + column[None, :], mask=inside, other=0.0).to(
-                tl.float32
-            ),
-            axis=0,
-        )
-    place = bias + expert * width + column
-    if ADD:
-        total += tl.load(place, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(place, total.to(bias.dtype.element_ty), mask=column < width)

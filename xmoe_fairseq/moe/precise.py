@@ -1,0 +1,47 @@
+"""A product of bf16 matrices whose result is float32, on tensor cores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def is_precise(x: Tensor, weight: Tensor) -> bool:
+    """Says whether `precise_linear` is made for these."""
+    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
+
+
+def precise_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Computes ``x W^T`` as exactly as in float32: products of bf16 numbers are exact, and are added up in float32.
+
+    Args:
+        x: (T, d) bf16, on a GPU.
+        weight: (E, d) bf16.
+
+    Returns:
+        (T, E) float32.
+    """
+    y: Tensor = _PreciseLinear.apply(x, weight)
+    return y
+
+
+class _PreciseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        # Two bf16 numbers hold 16 bits of a float32.
+        high = grad.to(x.dtype)
+        halves = torch.cat([high, (grad - high).to(x.dtype)], dim=1)
+        grad_x = torch.mm(halves, torch.cat([weight, weight])) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.mm(halves.t(), x, out_dtype=torch.float32).view(2, *weight.shape).sum(0)
+        return grad_x, grad_weight.to(weight.dtype)
