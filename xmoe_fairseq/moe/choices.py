@@ -11,13 +11,14 @@ import triton.language as tl
 
 @triton.jit
 def take(
-    probs, padding, ranks, first, top, counts, tokens, experts, blocks, mass, number,
+    logits, probs, padding, ranks, first, top, counts, tokens, experts, blocks, mass, number,
     PADDED: tl.constexpr, LIMITED: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Takes each token's most probable experts until their mass is reached, ``number`` at most; grid (blocks,).
 
-    Equal ones are taken in the experts' order. Writes the ranks, the first choice and its probability, and how many
-    of the block's tokens took each expert: (E, blocks). LIMITED says that there is a mass.
+    Equal ones are taken in the experts' order. Writes the probabilities, the ranks, the first choice
+    and its probability, and how many of the block's tokens took each expert: (E, blocks). LIMITED says that there is
+    a mass.
     """
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
@@ -25,9 +26,12 @@ def take(
     expert = tl.arange(0, SPAN)
     place = row.to(tl.int64)[:, None] * experts + expert[None, :]
     inside = real[:, None] & (expert < experts)[None, :]
-    prob = tl.load(probs + place, mask=inside, other=-1.0)
+    prob = tl.load(logits + place, mask=inside, other=-float("inf"))
+    prob = tl.exp(prob - tl.max(prob, axis=1)[:, None])
+    prob = prob / tl.sum(prob, axis=1)[:, None]
+    tl.store(probs + place, prob, mask=inside)
     # What is no number comes first, and makes the mass no number, so that it reaches the output.
-    left = tl.where(prob != prob, 2.0, prob)
+    left = tl.where(prob != prob, 2.0, tl.where((expert < experts)[None, :], prob, -1.0))
     best = tl.argmax(left, axis=1, tie_break_left=True)
     tl.store(first + row, best.to(tl.int64), mask=real)
     tl.store(top + row, tl.sum(tl.where(expert[None, :] == best[:, None], prob, 0.0), axis=1), mask=real)
@@ -52,11 +56,14 @@ def take(
 
 
 @triton.jit
-def limit(probs, ranks, counts, kept, most, tokens, experts, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def limit(
+    probs, ranks, counts, kept, most, tokens, experts, blocks,
+    COUNTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Leaves an expert no more than ``most`` tokens: lower ranks first, then higher probability; grid (E,).
 
     Of equals those of the earliest tokens stay. Finds the last that stays digit by digit, from the counts of its
-    digits; where all can stay, only copies the counts of the blocks.
+    digits; where all can stay, only copies the counts of the blocks. COUNTED says that ``most`` is in memory.
     """
     expert = tl.program_id(0)
     index = tl.arange(0, BLOCK)
@@ -65,7 +72,7 @@ def limit(probs, ranks, counts, kept, most, tokens, experts, blocks, ROWS: tl.co
         here = tl.load(counts + expert * blocks + begin + index, mask=begin + index < blocks, other=0)
         tl.store(kept + expert * blocks + begin + index, here, mask=begin + index < blocks)
         total += tl.sum(here)
-    room = tl.load(most).to(tl.int32)
+    room = tl.load(most).to(tl.int32) if COUNTED else most
     if total <= room:
         return
     last = tl.zeros((), tl.int64)
@@ -104,32 +111,54 @@ def _keys(probs, ranks, token, tokens, experts, expert):
 
 @triton.jit
 def pairs(
-    probs, ranks, ends, token, weight, tokens, experts, blocks,
+    probs, ranks, ends, token, weight, sizes, most, tokens, experts, blocks,
     NORMALIZE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Lists the pairs by expert, then by token, with their weights; grid (blocks,)."""
-    row, place, inside, got, position = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
-    share = tl.load(probs + place, mask=inside & got, other=0.0)
+    """Lists the pairs by expert, then by token, with their weights, and how many each expert has.
+
+    What is left of ``most`` pairs is set to 0. Grid (blocks + most / (SPAN * ROWS),).
+    """
+    number = tl.program_id(0) - blocks
+    expert = tl.arange(0, SPAN)
+    if number >= 0:
+        unused = number * SPAN * ROWS + tl.arange(0, SPAN * ROWS)
+        inside = (unused >= tl.load(ends + experts * blocks - 1)) & (unused < most)
+        tl.store(token + unused, tl.zeros_like(unused).to(tl.int64), mask=inside)
+        tl.store(weight + unused, tl.zeros_like(unused).to(tl.float32), mask=inside)
+        return
+    row, place, got, position = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
+    share = tl.load(probs + place, mask=got, other=0.0)
     if NORMALIZE:
         share = share / tl.sum(share, axis=1)[:, None]
     tl.store(token + position, row.to(tl.int64)[:, None] + tl.zeros_like(position), mask=got)
     tl.store(weight + position, share, mask=got)
+    if tl.program_id(0) == 0:
+        end = tl.load(ends + (expert + 1) * blocks - 1, mask=expert < experts, other=0)
+        start = tl.load(ends + expert * blocks - 1, mask=(expert > 0) & (expert < experts), other=0)
+        tl.store(sizes + expert, (end - start).to(tl.int64), mask=expert < experts)
 
 
 @triton.jit
-def pairs_gradient(
-    probs, ranks, ends, grad_weight, grad_probs, tokens, experts, blocks,
-    NORMALIZE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
+def gradient(
+    probs, ranks, ends, grad_weight, grad_probs, grad, tokens, experts, blocks,
+    WEIGHT: tl.constexpr, PROBS: tl.constexpr, NORMALIZE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the weights of `pairs` by the probabilities, (T, E); grid (blocks,)."""
-    row, place, inside, got, position = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
-    grad = tl.load(grad_weight + position, mask=got, other=0.0)
-    if NORMALIZE:
-        share = tl.load(probs + place, mask=inside & got, other=0.0)
-        total = tl.sum(share, axis=1)
-        mean = tl.sum(grad * share, axis=1) / total
-        grad = tl.where(got, (grad - mean[:, None]) / total[:, None], 0.0)
-    tl.store(grad_probs + place, grad, mask=inside)
+    """The gradient by the logits, (T, E), from those of the pairs' weights and of all probabilities; grid (blocks,)."""
+    row, place, got, position = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
+    inside = (row < tokens)[:, None] & (tl.arange(0, SPAN) < experts)[None, :]
+    prob = tl.load(probs + place, mask=inside, other=0.0)
+    total = tl.zeros((ROWS, SPAN), tl.float32)
+    if WEIGHT:
+        total = tl.load(grad_weight + position, mask=got, other=0.0)
+        if NORMALIZE:
+            share = tl.where(got, prob, 0.0)
+            mass = tl.sum(share, axis=1)
+            mean = tl.sum(total * share, axis=1) / mass
+            total = tl.where(got, (total - mean[:, None]) / mass[:, None], 0.0)
+    if PROBS:
+        total += tl.load(grad_probs + place, mask=inside, other=0.0)
+    total = prob * (total - tl.sum(prob * total, axis=1)[:, None])
+    tl.store(grad + place, total, mask=inside)
 
 
 @triton.jit
@@ -144,4 +173,4 @@ def _positions(ranks, ends, tokens, experts, blocks, SPAN: tl.constexpr, ROWS: t
     number = tl.cumsum(got.to(tl.int32), axis=0)
     end = tl.load(ends + expert * blocks + block, mask=expert < experts, other=0)
     here = tl.sum(got.to(tl.int32), axis=0)
-    return row, place, inside, got, (end - here)[None, :] + number - 1
+    return row, place, got, (end - here)[None, :] + number - 1

@@ -38,55 +38,67 @@ def plan_on_device(
         logits: (T, E).
         limits: when a token takes no more.
         padding_mask: (T,) bool, true for padding.
-        capacity: () the most tokens an expert takes; none drops nothing.
+        capacity: () the most tokens an expert takes, on the CPU or the GPU; none drops nothing.
         normalize: divide a token's weights by their sum after dropping.
         most: a bound of the number of pairs; none reads their number back from the device.
         most_each: a bound of the pairs of one expert, if one is known.
     """
-    from . import choices
-
-    probs = torch.softmax(logits, dim=-1)
-    (tokens, experts), held = probs.shape, probs.detach()
-    span = 1 << max(experts - 1, 1).bit_length()
-    rows = max(_HELD // span, 1)
-    blocks = -(-tokens // rows)
-    ranks = torch.empty_like(held, dtype=torch.int16)
-    first, top = ranks.new_empty(tokens, dtype=torch.long), held.new_empty(tokens)
-    counts = ranks.new_empty(experts, blocks, dtype=torch.int32)
-    choices.take[(blocks,)](
-        held, padding_mask, ranks, first, top, counts, tokens, experts, blocks,
-        max(limits.mass or 0.0, torch.finfo(held.dtype).tiny), limits.number, padding_mask is not None, limits.mass is not None, span, rows,
-    )  # fmt: skip
-    kept = counts
-    if capacity is not None:
-        kept = torch.empty_like(counts)
-        choices.limit[(experts,)](
-            held, ranks, counts, kept, capacity, tokens, experts, blocks, rows, max(_BLOCK, rows), num_warps=8
-        )
-    ends = kept.view(-1).cumsum(0, dtype=torch.int32)
-    if most is None:
-        most = int(ends[-1]) if len(ends) else 0
-    token, weight = _Pairs.apply(probs, ranks, ends.view(experts, blocks), most, rows, span, normalize)
+    probs, token, weight, sizes, ranks, counts, first, top = _Route.apply(
+        logits, limits, padding_mask, capacity, normalize, most
+    )
     ranked = RankedProbs(logits, probs, top.unsqueeze(-1), first.unsqueeze(-1))
-    return planned(token, weight, kept.sum(1), ranked, partial(torch.ge, ranks, 0), counts, padding_mask, most_each)
+    return planned(token, weight, sizes, ranked, partial(torch.ge, ranks, 0), counts, padding_mask, most_each)
 
 
-class _Pairs(torch.autograd.Function):
-    """The pairs and their weights, from probabilities (T, E), ranks (T, E) and what `choices.pairs` needs."""
+class _Route(torch.autograd.Function):
+    """From logits (T, E) the probabilities, the pairs, and what tells of them; see `choices`."""
 
     @staticmethod
     def forward(
-        ctx: Any, probs: Tensor, ranks: Tensor, ends: Tensor, most: int, rows: int, span: int, normalize: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        logits: Tensor,
+        limits: Limits,
+        padding_mask: Tensor | None,
+        capacity: Tensor | None,
+        normalize: bool,
+        most: int | None,
+    ) -> tuple[Tensor, ...]:
         from . import choices
 
-        token, weight = ranks.new_zeros(most, dtype=torch.long), probs.new_zeros(most)
+        (tokens, experts), logits = logits.shape, logits.contiguous()
+        span = 1 << max(experts - 1, 1).bit_length()
+        rows = max(_HELD // span, 1)
+        blocks = -(-tokens // rows)
+        probs, top = torch.empty_like(logits), logits.new_empty(tokens)
+        ranks = torch.empty_like(logits, dtype=torch.int16)
+        first = logits.new_empty(tokens, dtype=torch.long)
+        counts = kept = logits.new_empty(experts, blocks, dtype=torch.int32)
+        mass = max(limits.mass or 0.0, torch.finfo(torch.float32).tiny)
+        choices.take[(blocks,)](
+            logits, probs, padding_mask, ranks, first, top, counts, tokens, experts, blocks, mass, limits.number,
+            padding_mask is not None, limits.mass is not None, span, rows,
+        )  # fmt: skip
+        if capacity is not None:
+            kept = torch.empty_like(counts)
+            room = capacity if capacity.device == logits.device else int(capacity)
+            choices.limit[(experts,)](
+                probs, ranks, counts, kept, room, tokens, experts, blocks, room is capacity, rows, max(_BLOCK, rows),
+                num_warps=8,
+            )  # fmt: skip
+        ends = kept.view(-1).cumsum(0, dtype=torch.int32)
+        if most is None:
+            most = int(ends[-1]) if len(ends) else 0
+        token, weight = first.new_empty(most), logits.new_empty(most)
+        sizes = first.new_empty(experts) if blocks else first.new_zeros(experts)
+        rest = (tokens, experts, blocks)
+        choices.pairs[(blocks and blocks + -(-most // (span * rows)),)](
+            probs, ranks, ends, token, weight, sizes, most, *rest, normalize, span, rows
+        )
         ctx.save_for_backward(probs, ranks, ends)
-        ctx.rest = (*probs.shape, ends.shape[1], normalize, span, rows)
-        choices.pairs[(ends.shape[1],)](probs, ranks, ends, token, weight, *ctx.rest)
-        ctx.mark_non_differentiable(token)
+        ctx.rest = rest, (normalize, span, rows)
+        ctx.mark_non_differentiable(token, sizes, ranks, counts, first, top)
         ctx.set_materialize_grads(False)
-        return token, weight
+        return probs, token, weight, sizes, ranks, counts, first, top
 
     @staticmethod
     @once_differentiable
@@ -94,8 +106,10 @@ class _Pairs(torch.autograd.Function):
         from . import choices
 
         probs, ranks, ends = ctx.saved_tensors
-        if grads[1] is None:
-            return (None,) * 7
-        grad = torch.empty_like(probs)
-        choices.pairs_gradient[(ends.shape[1],)](probs, ranks, ends, grads[1].contiguous(), grad, *ctx.rest)
-        return grad, *[None] * 6
+        of_probs, of_weight = (None if grad is None else grad.contiguous() for grad in (grads[0], grads[2]))
+        grad, (numbers, options) = torch.empty_like(probs), ctx.rest
+        choices.gradient[(numbers[2],)](
+            probs, ranks, ends, of_weight, of_probs, grad, *numbers,
+            of_weight is not None, of_probs is not None, *options,
+        )  # fmt: skip
+        return grad, *[None] * 5

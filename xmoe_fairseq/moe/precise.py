@@ -40,8 +40,9 @@ class _PreciseLinear(torch.autograd.Function):
         (grad,) = grads
         x, weight = ctx.saved_tensors
         # Two bf16 numbers hold 16 bits of a float32.
-        high = grad.to(x.dtype)
-        halves = torch.cat([high, (grad - high).to(x.dtype)], dim=1)
+        halves = torch.empty(len(grad), 2, grad.shape[1], dtype=x.dtype, device=x.device)
+        torch.sub(grad, halves[:, 0].copy_(grad), out=halves[:, 1])
+        halves = halves.flatten(1)
         grad_x = torch.mm(halves, torch.cat([weight, weight])) if ctx.needs_input_grad[0] else None
         grad_weight = torch.mm(halves.t(), x, out_dtype=torch.float32).view(2, *weight.shape).sum(0)
         return grad_x, grad_weight.to(weight.dtype)

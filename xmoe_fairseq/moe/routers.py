@@ -100,7 +100,7 @@ class Router(nn.Module):
         most = self.most_pairs(len(logits)) if self.static(logits) else None
         rest = {"normalize": self.normalize, "most": most, "most_each": self.most_each(len(logits))}
         if self.by_probability and routes_on_device(logits):
-            real = torch.full((), len(logits), device=logits.device) if padding_mask is None else (~padding_mask).sum()
+            real = torch.tensor(len(logits)) if padding_mask is None else (~padding_mask).sum()
             capacity = self.capacity(real) if limited else None
             return plan_on_device(logits, self.limits(), padding_mask, capacity, **rest)
         ranked = self.rank(logits)

@@ -22,8 +22,10 @@ from .fused import fused
 from .gradients import WeightGradients
 from .grouped_mm import stays_on_the_device
 
-# Rows, columns and depth of a tile, warps, stages of loading, and whether they go on from tile to tile.
-_PRODUCT = (128, 256, 64, 8, 3, 0)
+# Rows, columns and depth of a tile, warps, stages of loading; programs a processor that go on from tile to tile, or
+# 0 for one a tile. Measured on an H100.
+_PRODUCT = (128, 128, 64, 4, 3, 2)
+_MASKED = (128, 128, 64, 4, 3, 0)
 _GRADIENT = (128, 128, 64, 4, 3)
 _ROWS = 1024
 
@@ -101,7 +103,6 @@ class _Rows:
         w: Tensor,
         *,
         transposed: bool = False,
-        gather: bool = False,
         bias: Tensor | None = None,
         relu: bool = False,
         kept: Tensor | None = None,
@@ -110,10 +111,9 @@ class _Rows:
         """Gives each row of ``a`` times its expert's matrix, (R, n); see `tiles.multiply`.
 
         Args:
-            a: (R, k), or (T, k) to ``gather`` from.
+            a: (R, k).
             w: (E, k, n), or (E, n, k) where ``transposed``.
             transposed: what ``w`` is.
-            gather: what ``a`` is.
             bias: (E, n) to add.
             relu: whether negative values become 0.
             kept: (R, n), where it is 0 the result is.
@@ -125,28 +125,28 @@ class _Rows:
 
         inner, width = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
         out = a.new_empty(self.count, width)
-        rows, columns, depth, warps, stages, flat = _PRODUCT
-        columns, depth = min(columns, max(_power_of_two(width), 16)), min(depth, max(_power_of_two(inner), 16))
+        rows, columns, depth, warps, stages, flat = _PRODUCT if kept is None else _MASKED
+        columns, depth = min(columns, max(_power_of_two(width), 32)), min(depth, max(_power_of_two(inner), 16))
         block = [1, columns, depth] if transposed else [1, depth, columns]
-        left = a if gather else TensorDescriptor.from_tensor(a, [rows, depth])
-        mask = None if kept is None else TensorDescriptor.from_tensor(kept, [rows, columns])
         programs = self.tiles * -(-width // columns)
         if flat:
-            programs = min(programs, flat * torch.cuda.get_device_properties(a.device).multi_processor_count)
+            programs = min(programs, flat * _processors(a.device))
         tiles.multiply[(programs,)](
-            left, self.token, TensorDescriptor.from_tensor(w, block), bias, mask, out, sums, *self.schedule,
-            width, inner, gather, transposed, bias is not None, relu, kept is not None, sums is not None,
-            inner % depth == 0, flat > 0, rows, columns, depth, num_warps=warps, num_stages=stages,
+            TensorDescriptor.from_tensor(a, [rows, depth]),
+            TensorDescriptor.from_tensor(w, block),
+            bias,
+            None if kept is None else TensorDescriptor.from_tensor(kept, [rows, columns // 2]),
+            out, sums, *self.schedule, width, inner, transposed, bias is not None, relu, kept is not None,
+            sums is not None, flat > 0, rows, columns, depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out
 
-    def weight_gradient(self, a: Tensor, b: Tensor, gather: bool, out: Tensor, add: bool) -> None:
+    def weight_gradient(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         """Writes each expert's ``a^T b``, (E, m, n); see `tiles.weight_gradient`.
 
         Args:
             a: (R, m).
-            b: (R, n), or (T, n) to gather from.
-            gather: what ``b`` is.
+            b: (R, n).
             out: (E, m, n).
             add: whether to add to what is there, else it is overwritten.
         """
@@ -157,9 +157,8 @@ class _Rows:
         up, columns = min(up, max(_power_of_two(height), 16)), min(columns, max(_power_of_two(width), 16))
         grid = (self.experts * -(-height // up) * -(-width // columns),)
         tiles.weight_gradient[grid](
-            a, b, self.token, out, self.starts, height, width, gather, add, up, columns, depth,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            a, b, out, self.starts, height, width, add, up, columns, depth, num_warps=warps, num_stages=stages
+        )
 
     def gather(self, x: Tensor) -> Tensor:
         """Copies each row's token from x (T, d): (R, d)."""
@@ -223,10 +222,11 @@ class _Tiled(torch.autograd.Function):
             ctx.save_for_backward(x, share)
             return torch.zeros_like(x)
         rows = _Rows(token, group_sizes, len(x))
-        hidden = rows.multiply(x, fc1_weight, transposed=True, gather=True, bias=fc1_bias, relu=True)
+        gathered = rows.gather(x)
+        hidden = rows.multiply(gathered, fc1_weight, transposed=True, bias=fc1_bias, relu=True)
         values = rows.multiply(hidden, fc2_weight, bias=fc2_bias)
-        ctx.save_for_backward(x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values)
-        ctx.rows, ctx.gradients = rows, gradients
+        ctx.save_for_backward(gathered, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values)
+        ctx.rows, ctx.tokens, ctx.gradients = rows, len(x), gradients
         return rows.combine(values, share, len(x))
 
     @staticmethod
@@ -235,34 +235,36 @@ class _Tiled(torch.autograd.Function):
         if ctx.rows is None:
             x, share = ctx.saved_tensors
             return torch.zeros_like(x), torch.zeros_like(share), *[None] * 7
-        x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values = ctx.saved_tensors
+        gathered, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values = ctx.saved_tensors
         rows: _Rows = ctx.rows
         gradients: WeightGradients = ctx.gradients
-        sums = rows.sums(x.shape[1])
+        sums = rows.sums(values.shape[1])
         outer, grad_share = rows.spread(grads[0].contiguous(), values, share, sums)
         rows.add_up(sums, *gradients.whole("fc2_bias", fc2_bias))
         _add_gradient(rows, gradients, "fc2_weight", fc2_weight, hidden, outer)
         sums = rows.sums(hidden.shape[1])
         inner = rows.multiply(outer, fc2_weight, transposed=True, kept=hidden, sums=sums)
         rows.add_up(sums, *gradients.whole("fc1_bias", fc1_bias))
-        _add_gradient(rows, gradients, "fc1_weight", fc1_weight, inner, x, gather=True)
+        _add_gradient(rows, gradients, "fc1_weight", fc1_weight, inner, gathered)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = rows.combine(rows.multiply(inner, fc1_weight), None, len(x))
+            grad_x = rows.combine(rows.multiply(inner, fc1_weight), None, ctx.tokens)
         return grad_x, grad_share, *[None] * 7
 
 
-def _add_gradient(
-    rows: _Rows, gradients: WeightGradients, name: str, weight: Tensor, a: Tensor, b: Tensor, gather: bool = False
-) -> None:
+def _add_gradient(rows: _Rows, gradients: WeightGradients, name: str, weight: Tensor, a: Tensor, b: Tensor) -> None:
     """Adds each expert's ``a^T b`` to the gradient of a weight; see `_Rows.weight_gradient`."""
     if gradients.begun(name) or not stays_on_the_device(a):
-        out, add = gradients.whole(name, weight)
-        rows.weight_gradient(a, b, gather, out, add)
-        return
-    # Faster by half, but it has to write the experts without rows, too, and cannot add.
-    b = rows.gather(b) if gather else b
-    gradients.adopt(name, F.grouped_mm(a.mT, b, offs=rows.starts[1:]))
+        rows.weight_gradient(a, b, *gradients.whole(name, weight))
+    else:
+        # Faster by half, but it writes the experts without rows, too, and cannot add.
+        gradients.adopt(name, F.grouped_mm(a.mT, b, offs=rows.starts[1:]))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    # Without a GPU, Triton's interpreter runs one program after the other.
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 def _power_of_two(number: int) -> int:

@@ -129,65 +129,66 @@ def add_up(sums, out, tile_starts, width, ADD: tl.constexpr, COLS: tl.constexpr)
 
 @triton.jit
 def multiply(
-    a, token, w, bias, kept, out, sums, starts, tile_starts, tile_expert, tile_row, experts, width, inner,
-    GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr,
-    SUM: tl.constexpr, EVEN: tl.constexpr, FLAT: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    a, w, bias, kept, out, sums, starts, tile_starts, tile_expert, tile_row, experts, width, inner,
+    TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr, SUM: tl.constexpr,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies each expert's rows of ``a``, (R, k) or by ``token`` (T, k), with its matrix of ``w``; grid (programs,).
+    """Multiplies each expert's rows of ``a`` (R, k) with its matrix of ``w``, (E, k, n), or (E, n, k) if TRANSPOSED.
 
-    The matrices are (E, k, n), or (E, n, k) if TRANSPOSED. Then adds the bias (E, n), applies ReLU, zeroes where
-    ``kept`` (R, n) is 0, or sums up the rows of each tile: (tiles, n). ``w``, ``kept``, and ``a`` without
-    GATHER are descriptors.
+    Then adds the bias (E, n), applies ReLU, zeroes where ``kept`` (R, n) is 0, or sums up the rows of each tile:
+    (tiles, n). ``a``, ``w`` and ``kept`` are descriptors. Grid (programs,).
     """
     across = tl.cdiv(width, COLS)
-    depth = tl.arange(0, DEPTH)
     last = tl.load(tile_starts + experts) * across
+    half: tl.constexpr = COLS // 2
     for number in tl.range(tl.program_id(0), last, tl.num_programs(0), flatten=FLAT):
         tile, left = number // across, number % across * COLS
         expert, first = tl.load(tile_expert + tile), tl.load(tile_row + tile)
-        row = first + tl.arange(0, ROWS)
-        used = row < tl.load(starts + expert + 1)
         total = tl.zeros((ROWS, COLS), tl.float32)
-        if GATHER:
-            # Rows of others are computed from a row of this one and then not written.
-            owner = tl.load(token + tl.where(used, row, first))
-            here = a + owner[:, None] * inner + depth[None, :]
         for begin in range(0, inner, DEPTH):
-            if GATHER:
-                x = (
-                    tl.load(here + begin)
-                    if EVEN
-                    else tl.load(here + begin, mask=(begin + depth < inner)[None, :], other=0.0)
-                )
-            else:
-                x = a.load([first, begin])
+            x = a.load([first, begin])
             if TRANSPOSED:
                 y = w.load([expert, left, begin]).reshape(COLS, DEPTH).T
             else:
                 y = w.load([expert, begin, left]).reshape(DEPTH, COLS)
             total = tl.dot(x, y, total, input_precision="ieee")
-        column = left + tl.arange(0, COLS)
-        inside = column < width
-        place = row.to(tl.int64)[:, None] * width + column[None, :]
-        written = used[:, None] & inside[None, :]
-        if BIAS:
-            total += tl.load(bias + expert * width + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if RELU:
-            total = tl.where(total < 0, 0.0, total)
-        if MASK:
-            total = tl.where(kept.load([first, left]) > 0, total, 0.0)
-        if SUM:
-            tl.store(sums + tile * width + column, tl.sum(tl.where(written, total, 0.0), axis=0), mask=inside)
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=written)
+        # In halves, which takes fewer registers. A tile's rows of the next expert are not written.
+        halves = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, half)), (0, 2, 1)))
+        end = tl.load(starts + expert + 1)
+        for part in tl.static_range(2):
+            _finish(
+                halves[part], bias, kept, out, sums, expert, tile, first, end, left + part * half, width,
+                BIAS, RELU, MASK, SUM, ROWS, half,
+            )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    total, bias, kept, out, sums, expert, tile, first, end, left, width,
+    BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr, SUM: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """What `multiply` does after the product, for some columns."""
+    row, column = first + tl.arange(0, ROWS), left + tl.arange(0, COLS)
+    inside = column < width
+    written = (row < end)[:, None] & inside[None, :]
+    if BIAS:
+        total += tl.load(bias + expert * width + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        total = tl.where(total < 0, 0.0, total)
+    if MASK:
+        total = tl.where(kept.load([first, left]) > 0, total, 0.0)
+    if SUM:
+        tl.store(sums + tile * width + column, tl.sum(tl.where(written, total, 0.0), axis=0), mask=inside)
+    place = row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=written)
 
 
 @triton.jit
 def weight_gradient(
-    a, b, token, out, starts, height, width,
-    GATHER: tl.constexpr, ADD: tl.constexpr, UP: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Multiplies each expert's rows of ``a`` (R, m), transposed, with those of ``b``, (R, n) or by ``token`` (T, n).
+    a, b, out, starts, height, width, ADD: tl.constexpr, UP: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr
+):
+    """Multiplies each expert's rows of ``a`` (R, m), transposed, with those of ``b`` (R, n): (E, m, n).
 
     ADD adds to what is there. Grid (E * m / UP * n / COLS,).
     """
@@ -202,12 +203,9 @@ def weight_gradient(
     total = tl.zeros((UP, COLS), tl.float32)
     for begin in range(start, end, DEPTH):
         row = begin + tl.arange(0, DEPTH)
-        used = row < end
-        source = row.to(tl.int64)
-        x = tl.load(a + source[None, :] * height + m[:, None], mask=has_m[:, None] & used[None, :], other=0.0)
-        if GATHER:
-            source = tl.load(token + row, mask=used, other=0)
-        y = tl.load(b + source[:, None] * width + n[None, :], mask=used[:, None] & has_n[None, :], other=0.0)
+        used, place = row < end, row.to(tl.int64)
+        x = tl.load(a + place[None, :] * height + m[:, None], mask=has_m[:, None] & used[None, :], other=0.0)
+        y = tl.load(b + place[:, None] * width + n[None, :], mask=used[:, None] & has_n[None, :], other=0.0)
         total = tl.dot(x, y, total, input_precision="ieee")
     place = out + expert.to(tl.int64) * height * width + m[:, None] * width + n[None, :]
     written = has_m[:, None] & has_n[None, :]
