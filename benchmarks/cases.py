@@ -64,9 +64,9 @@ def make_case(
     factor = 2.0 * mean if device == "cuda" else 0.0
     router = ThresholdRouter(DIM, experts, RouterOptions(threshold=0.5, capacity_factor=factor))
     layer = MoELayer(router, Experts(experts, DIM, hidden, kernel=kernel)).to(device, dtype)
-    direction, noise = torch.randn(DIM), torch.randn(tokens, DIM)
+    direction, noise = torch.randn(DIM).to(device), torch.randn(tokens, DIM).to(device)
     with torch.no_grad():
-        weight = torch.randn(experts, DIM) * 2.0 / DIM**0.5
+        weight = torch.randn(experts, DIM).to(device) * 2.0 / DIM**0.5
         weight -= (weight @ direction).unsqueeze(1) * direction / direction.square().sum()
         weight[0] += direction * (0.02 if skew else 0.0)
         router.weight.copy_(weight)
@@ -100,6 +100,19 @@ def dense(case: Case, hidden: int = HIDDEN) -> nn.Module:
     width = round(case.pairs / len(case.x) * hidden / 64) * 64
     network = nn.Sequential(nn.Linear(DIM, width), nn.ReLU(), nn.Linear(width, DIM))
     return network.to(case.x.device, case.x.dtype)
+
+
+def graph(step: Callable[[], None]) -> Callable[[], None]:
+    """Captures a step in a CUDA graph, which the host then starts as one: what the GPU takes, not the host."""
+    beside = torch.cuda.Stream()
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        step()
+    return captured.replay
 
 
 def training(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cases import DIM, HIDDEN, Case, dense, inference, make_case, training
+from cases import DIM, HIDDEN, Case, dense, graph, inference, make_case, training
 from peers import RELEASED, fairscale_top2, one_hot, padded_loop, released_xmoe, transformers_nllb
 from rows import Row, finish, parser, ratio, seconds
 from torch import Tensor, nn
@@ -41,20 +41,30 @@ class Benchmark:
         self.device, self.quick, self.kernel = args.device, args.quick, args.kernel
         self.released = args.released
         self.rounds = 3 if args.quick else args.rounds
-        self.tokens = 1024 if args.quick else 4096
+        self.tokens = 1024 if args.quick else {"cpu": 4096, "cuda": 65536}[args.device]
 
     def compare(
-        self, case: str, over: object, under: object, goal: str = "", scale: float = 1.0, most_rounds: int = 1000
+        self,
+        case: str,
+        over: object,
+        under: object,
+        goal: str = "",
+        scale: float = 1.0,
+        most_rounds: int = 1000,
+        captured: bool = False,
     ) -> Row:
         """Times two functions; the ratio is divided by ``scale``, the work of the first over that of the second."""
         rounds = min(self.rounds, most_rounds)
+        if captured:
+            over, under = graph(over), graph(under)  # type: ignore[arg-type]
+            case += ", as a CUDA graph"
         times = seconds({"over": over, "under": under}, rounds, self.device)  # type: ignore[dict-item]
         return ratio(case, [value / scale for value in times["over"]], times["under"], goal)
 
     def make(self, tokens: int | None = None, **options: float) -> Case:
         return make_case(tokens or self.tokens, device=self.device, kernel=self.kernel, **options)  # type: ignore
 
-    def against_dense(self, name: str, case: Case, goal: str, backward: bool = True) -> Row:
+    def against_dense(self, name: str, case: Case, goal: str, backward: bool = True, captured: bool = False) -> Row:
         network = dense(case)
         scale = case.pairs * HIDDEN / (len(case.x) * network[0].out_features)  # type: ignore[index, operator]
         if backward:
@@ -62,15 +72,17 @@ class Benchmark:
             under = training(network, network, case.x)
         else:
             over, under = inference(lambda x: output(case.layer, x), case.x), inference(network, case.x)
-        return self.compare(f"{name} (fullest expert {case.fullest:.1f} x the mean)", over, under, goal, scale)
+        name = f"{name} (fullest expert {case.fullest:.1f} x the mean)"
+        return self.compare(name, over, under, goal, scale, captured=captured)
 
     def training(self) -> Iterator[Row]:
         sizes = {"cpu": [self.tokens], "cuda": [16384, 65536]}[self.device]
         goals = {"cpu": ("<= 1.15", "<= 1.2"), "cuda": ("<= 1.25", "<= 1.25")}[self.device]
         for tokens in sizes:
             for name, skew, goal in (("balanced", 0.0, goals[0]), ("skewed", 10.0, goals[1])):
-                label = f"forward + backward, T {tokens}, {name}"
-                yield self.against_dense(label, self.make(tokens, skew=skew), goal)
+                label, case = f"forward + backward, T {tokens}, {name}", self.make(tokens, skew=skew)
+                for captured in (False, True) if self.device == "cuda" else (False,):
+                    yield self.against_dense(label, case, goal, captured=captured)
 
     def forward(self) -> Iterator[Row]:
         for name, skew in (("balanced", 0.0), ("skewed", 10.0)):
@@ -108,13 +120,15 @@ class Benchmark:
             runs = [training(lambda x, c=case: output(c.layer, x), case.layer, case.x) for case in cases]
             group = cases[0].pairs / many
             label = f"E {few} -> {many}, T {tokens} (groups of {group:.0f}), forward + backward"
-            yield self.compare(label, *runs, "<= 1.3", cases[0].pairs / cases[1].pairs)
+            scale = cases[0].pairs / cases[1].pairs
+            yield self.compare(label, *runs, "<= 1.3", scale, captured=self.device == "cuda")
             del cases, runs
 
     def threshold(self) -> Iterator[Row]:
         cases = [self.make(mean=mean) for mean in (2.0, 4.0)]
         runs = [training(lambda x, c=case: output(c.layer, x), case.layer, case.x) for case in cases]
-        yield self.compare("threshold lowered from 4 to 2 experts a token", *runs, "<= 0.6")
+        label = "threshold lowered from 4 to 2 experts a token"
+        yield self.compare(label, *runs, "<= 0.6", captured=self.device == "cuda")
 
     def strata(self) -> Iterator[Row]:
         torch.manual_seed(0)
@@ -126,7 +140,7 @@ class Benchmark:
         network = dense(Case(block, x, 2 * len(x), 1.0))  # type: ignore[arg-type]
         over, under = training(lambda x: output(block, x), block, x), training(network, network, x)
         label = f"SMoE 16-16-16-16, {pairs / len(x):.1f} experts a token, forward + backward"
-        yield self.compare(label, over, under, "<= 1.3", pairs / (2 * len(x)))
+        yield self.compare(label, over, under, "<= 1.3", pairs / (2 * len(x)), captured=self.device == "cuda")
 
     def router(self) -> Iterator[Row]:
         case = self.make()
@@ -137,7 +151,8 @@ class Benchmark:
             plan = case.layer.router(case.x)
             (plan.weight.sum() + plan.stats.balance_loss).backward()
 
-        yield self.compare("router, losses and statistics, share of the layer", route, whole, "<= 0.1")
+        label = "router, losses and statistics, share of the layer"
+        yield self.compare(label, route, whole, "<= 0.1", captured=self.device == "cuda")
 
     def peers(self) -> Iterator[Row]:
         case = self.make(self.tokens)
@@ -210,7 +225,7 @@ def main() -> None:
     options = parser("MoE layer against dense feed-forward of equal active work")
     options.add_argument("--kernel", default="auto", help="kernel of the experts")
     options.add_argument("--rounds", type=int, default=9, help="rounds, of which the quartiles are shown")
-    options.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts to measure")
+    options.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure (default: all; decoding on a CPU)")
     options.add_argument("--released", type=Path, metavar="FOLDER", help="clone of github.com/ysngki/XMoE to measure")
     options.add_argument("--peak", choices=("moe", "dense"), help=argparse.SUPPRESS)
     args = options.parse_args()
@@ -220,7 +235,8 @@ def main() -> None:
     if args.peak:
         print(peak(benchmark, args.peak))
         return
-    finish(list(benchmark.measure(args.only)), args)
+    parts = args.only or [part for part in PARTS if part != "decoding" or args.device == "cpu"]
+    finish(list(benchmark.measure(parts)), args)
 
 
 if __name__ == "__main__":

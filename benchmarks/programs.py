@@ -28,7 +28,7 @@ _SIZES = {
     # d, feed-forward, heads, layers of either stack
     "quick": (128, 512, 4, 2),
     "cpu": (256, 1024, 4, 4),
-    "cuda": (1024, 4096, 16, 6),
+    "cuda": (512, 2048, 8, 6),
 }
 
 

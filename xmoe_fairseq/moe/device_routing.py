@@ -27,7 +27,7 @@ def plan_on_device(
     logits: Tensor,
     limits: Limits,
     padding_mask: Tensor | None = None,
-    capacity: Tensor | None = None,
+    capacity: Tensor | int | None = None,
     normalize: bool = False,
     most: int | None = None,
     most_each: int | None = None,
@@ -38,7 +38,7 @@ def plan_on_device(
         logits: (T, E).
         limits: when a token takes no more.
         padding_mask: (T,) bool, true for padding.
-        capacity: () the most tokens an expert takes, on the CPU or the GPU; none drops nothing.
+        capacity: () the most tokens an expert takes, or a number; none drops nothing.
         normalize: divide a token's weights by their sum after dropping.
         most: a bound of the number of pairs; none reads their number back from the device.
         most_each: a bound of the pairs of one expert, if one is known.
@@ -59,7 +59,7 @@ class _Route(torch.autograd.Function):
         logits: Tensor,
         limits: Limits,
         padding_mask: Tensor | None,
-        capacity: Tensor | None,
+        capacity: Tensor | int | None,
         normalize: bool,
         most: int | None,
     ) -> tuple[Tensor, ...]:
@@ -80,9 +80,8 @@ class _Route(torch.autograd.Function):
         )  # fmt: skip
         if capacity is not None:
             kept = torch.empty_like(counts)
-            room = capacity if capacity.device == logits.device else int(capacity)
             choices.limit[(experts,)](
-                probs, ranks, counts, kept, room, tokens, experts, blocks, room is capacity, rows, max(_BLOCK, rows),
+                probs, ranks, counts, kept, capacity, tokens, experts, blocks, isinstance(capacity, Tensor), rows, max(_BLOCK, rows),
                 num_warps=8,
             )  # fmt: skip
         ends = kept.view(-1).cumsum(0, dtype=torch.int32)

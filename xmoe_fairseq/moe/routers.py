@@ -65,6 +65,7 @@ class Router(nn.Module):
                 f"capacity_factor {options.capacity_factor} and min_capacity {options.min_capacity} must be at least 0"
             )
         self.options = options
+        self._rooms: dict[tuple[int, RouterOptions], int] = {}
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.uniform_(self.weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
 
@@ -96,16 +97,21 @@ class Router(nn.Module):
 
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
         """Routes by given logits: (T, E); padding_mask: (T,) bool, true for padding."""
-        limited = self.training and self.options.capacity_factor > 0
-        most = self.most_pairs(len(logits)) if self.static(logits) else None
-        rest = {"normalize": self.normalize, "most": most, "most_each": self.most_each(len(logits))}
+        tokens = len(logits)
+        most, most_each = self.most_pairs(tokens) if self.static(logits) else None, self.most_each(tokens)
         if self.by_probability and routes_on_device(logits):
-            real = torch.tensor(len(logits)) if padding_mask is None else (~padding_mask).sum()
-            capacity = self.capacity(real) if limited else None
-            return plan_on_device(logits, self.limits(), padding_mask, capacity, **rest)
+            capacity: Tensor | int | None = None
+            if self.limited:
+                capacity = self.room(tokens) if padding_mask is None else self.capacity((~padding_mask).sum())
+            return plan_on_device(logits, self.limits(), padding_mask, capacity, self.normalize, most, most_each)
         ranked = self.rank(logits)
-        capacity = self.capacity if limited else None
-        return make_plan(ranked, within(ranked.sorted, self.limits()), padding_mask, capacity=capacity, **rest)
+        chosen, limit = within(ranked.sorted, self.limits()), self.capacity if self.limited else None
+        return make_plan(ranked, chosen, padding_mask, limit, self.normalize, most, most_each)
+
+    @property
+    def limited(self) -> bool:
+        """Whether experts take no more than their capacity."""
+        return self.training and self.options.capacity_factor > 0
 
     @property
     def by_probability(self) -> bool:
@@ -123,9 +129,7 @@ class Router(nn.Module):
 
     def most_each(self, tokens: int) -> int | None:
         """Bounds the pairs that an expert gets of T tokens, without looking at them; none where they may be all."""
-        if not (self.training and self.options.capacity_factor > 0):
-            return None
-        return min(int(self.capacity(torch.tensor(tokens))), tokens)
+        return min(self.room(tokens), tokens) if self.limited else None
 
     def rank(self, logits: Tensor) -> RankedProbs:
         """Orders the experts of each token."""
@@ -135,6 +139,13 @@ class Router(nn.Module):
         """Gives the most tokens an expert takes, from the number of real tokens: () each."""
         mean = real.double() / self.weight.shape[0]
         return (mean * self.options.capacity_factor).ceil().clamp(min=self.options.min_capacity)
+
+    def room(self, tokens: int) -> int:
+        """As `capacity`, of a number that is known; remembered, for it takes as long as some launches."""
+        key = tokens, self.options
+        if key not in self._rooms:
+            self._rooms[key] = int(self.capacity(torch.tensor(tokens)))
+        return self._rooms[key]
 
     def extra_repr(self) -> str:
         return f"experts={self.weight.shape[0]}, {self.options}"

@@ -25,7 +25,6 @@ from .grouped_mm import stays_on_the_device
 # Rows, columns and depth of a tile, warps, stages of loading; programs a processor that go on from tile to tile, or
 # 0 for one a tile. Measured on an H100.
 _PRODUCT = (128, 128, 64, 4, 3, 2)
-_MASKED = (128, 128, 64, 4, 3, 0)
 _GRADIENT = (128, 128, 64, 4, 3)
 _ROWS = 1024
 
@@ -125,7 +124,7 @@ class _Rows:
 
         inner, width = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
         out = a.new_empty(self.count, width)
-        rows, columns, depth, warps, stages, flat = _PRODUCT if kept is None else _MASKED
+        rows, columns, depth, warps, stages, flat = _PRODUCT
         columns, depth = min(columns, max(_power_of_two(width), 32)), min(depth, max(_power_of_two(inner), 16))
         block = [1, columns, depth] if transposed else [1, depth, columns]
         programs = self.tiles * -(-width // columns)
