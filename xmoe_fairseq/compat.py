@@ -7,7 +7,8 @@ Some things of stock fairseq do not work today; `install` mends them, for this p
 * a run that is killed while it writes a checkpoint, or whose disk is full, may leave none that is whole;
 * a run that is resumed may differ from one that was not: it makes an update too many, samples other data, or starts
   from rounded parameters;
-* ``--bf16`` is taken for a TPU, so it needs torch_xla even on a GPU or CPU.
+* ``--bf16`` is taken for a TPU, so it needs torch_xla even on a GPU or CPU;
+* ``--optimizer adam`` goes seven times over every parameter.
 """
 
 from __future__ import annotations
@@ -69,9 +70,11 @@ def install() -> None:
     from fairseq.file_io import PathManager
     from fairseq.models import distributed_fairseq_model
     from fairseq.optim import FairseqOptimizer
+    from fairseq.optim.adam import Adam
     from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
     from fairseq.trainer import Trainer
 
+    from .adam import one_pass
     from .processes import batches, gradients, launch, state
 
     # A Namespace only holds values: restoring one calls nothing.
@@ -95,6 +98,7 @@ def install() -> None:
         (distributed_utils, "call_main", launch.one_job),
         (_FP16OptimizerMixin, "state_dict", _with_masters),
         (_FP16OptimizerMixin, "load_state_dict", _to_masters),
+        (Adam, "step", one_pass),
         (SampledMultiEpochDataset, "_next_virtual_epoch", _same_sample_when_resumed),
         (options, "parse_args_and_arch", _bf16_is_not_tpu),
     ):

@@ -1,0 +1,114 @@
+"""The optimizer's step in one pass, against stock fairseq's."""
+
+import inspect
+
+import pytest
+import torch
+from fairseq.optim.adam import Adam
+from torch import Tensor, nn
+
+from xmoe_fairseq import adam
+
+
+class Stock(Adam):
+    """Without what the plugin puts in."""
+
+    step = inspect.unwrap(Adam.step)
+
+
+SETTINGS = [
+    {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8},
+    {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1},
+]
+
+
+def parameters() -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape)) for shape in ((5, 7), (3,), (2, 8, 4), (1,))]
+
+
+def give_gradients(some: list[nn.Parameter], step: int) -> None:
+    """Parameter 1 has none in the first steps, parameter 3 in none."""
+    generator = torch.Generator().manual_seed(step)
+    for number, parameter in enumerate(some):
+        has = number != 3 and (number != 1 or step > 2)
+        parameter.grad = torch.randn(parameter.shape, generator=generator) if has else None
+
+
+def trained(optimizer_class: type, settings: dict, steps: int) -> tuple[list[nn.Parameter], Adam]:
+    some = parameters()
+    optimizer = optimizer_class(some, **settings)
+    for step in range(steps):
+        give_gradients(some, step)
+        optimizer.step()
+    return some, optimizer
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_parameters_and_state_are_those_of_stock(settings: dict) -> None:
+    ours, optimizer = trained(Adam, settings, 10)
+    theirs, stock = trained(Stock, settings, 10)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    state, expected = optimizer.state_dict(), stock.state_dict()
+    assert state["param_groups"] == expected["param_groups"]
+    assert state["state"].keys() == expected["state"].keys() == {0, 1, 2}
+    for number, values in expected["state"].items():
+        assert state["state"][number]["step"] == values["step"] == (7 if number == 1 else 10)
+        for average in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(state["state"][number][average], values[average], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_follows_the_formula_in_float64(settings: dict) -> None:
+    ours, _ = trained(Adam, settings, 5)
+    expected = [naive(parameter, number, settings) for number, parameter in enumerate(parameters())]
+    torch.testing.assert_close(list(ours), expected, rtol=1e-5, atol=1e-6)
+
+
+def naive(parameter: nn.Parameter, number: int, settings: dict) -> Tensor:
+    value, (beta1, beta2) = parameter.detach().double(), settings["betas"]
+    mean, square, count = torch.zeros_like(value), torch.zeros_like(value), 0
+    for step in range(5):
+        some = parameters()
+        give_gradients(some, step)
+        if some[number].grad is None:
+            continue
+        grad, count = some[number].grad.double(), count + 1
+        mean, square = beta1 * mean + (1 - beta1) * grad, beta2 * square + (1 - beta2) * grad**2
+        value = value * (1 - settings["lr"] * settings.get("weight_decay", 0.0))
+        root = (1 - beta2**count) ** 0.5
+        value = value - settings["lr"] * root / (1 - beta1**count) * mean / (square.sqrt() + settings["eps"])
+    return value.float()
+
+
+def test_goes_on_from_the_state_of_stock_and_back() -> None:
+    for first, second in ((Stock, Adam), (Adam, Stock)):
+        some, before = trained(first, SETTINGS[0], 4)
+        after = second(some, **SETTINGS[0])
+        after.load_state_dict(before.state_dict())
+        for step in range(4, 8):
+            give_gradients(some, step)
+            after.step()
+        expected, _ = trained(Stock, SETTINGS[0], 8)
+        torch.testing.assert_close(some, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_is_left_to_stock() -> None:
+    results = []
+    for optimizer_class in (Adam, Stock):
+        some = [nn.Parameter(parameter.data.bfloat16()) for parameter in parameters()]
+        optimizer = optimizer_class(some, **SETTINGS[0])
+        for parameter in some:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        results.append(some)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_the_plugin_puts_it_in_and_all_parameters_take_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(adam, "adamw", lambda some, *args, **options: calls.append(len(some)))
+    some = parameters()
+    give_gradients(some, step=5)
+    Adam(some).step()
+    assert calls == [3]
