@@ -77,14 +77,16 @@ def limit(
         return
     last = tl.zeros((), tl.int64)
     for digit_number in tl.static_range(6):
-        digits = tl.zeros((256,), tl.int32)
+        # Digits are below 256; what does not count is put beside them.
+        digits = tl.zeros((512,), tl.int32)
         for begin in range(0, tokens, BLOCK):
             key, taken = _keys(probs, ranks, begin + index, tokens, experts, expert)
             match = taken & ((key >> (48 - 8 * digit_number)) == last)
-            digits += tl.histogram(((key >> (40 - 8 * digit_number)) & 255).to(tl.int32), 256, mask=match)
+            digits += tl.histogram(tl.where(match, (key >> (40 - 8 * digit_number)) & 255, 256).to(tl.int32), 512)
+        digits = tl.where(tl.arange(0, 512) < 256, digits, 0)
         below = tl.cumsum(digits, axis=0)
         digit = tl.sum((below < room).to(tl.int32))
-        room -= tl.sum(tl.where(tl.arange(0, 256) < digit, digits, 0))
+        room -= tl.sum(tl.where(tl.arange(0, 512) < digit, digits, 0))
         last = last * 256 + digit
     for begin in range(0, tokens, BLOCK):
         key, taken = _keys(probs, ranks, begin + index, tokens, experts, expert)
