@@ -61,7 +61,7 @@ def make_case(
     torch.manual_seed(1)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     # A factor that no expert reaches drops nothing, and gives the bound of the pairs that a GPU needs.
-    factor = 2.0 * mean if device == "cuda" else 0.0
+    factor = mean * max(2.0, 1.2 * skew) if device == "cuda" else 0.0
     router = ThresholdRouter(DIM, experts, RouterOptions(threshold=0.5, capacity_factor=factor))
     layer = MoELayer(router, Experts(experts, DIM, hidden, kernel=kernel)).to(device, dtype)
     direction, noise = torch.randn(DIM).to(device), torch.randn(tokens, DIM).to(device)

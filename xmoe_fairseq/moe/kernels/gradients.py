@@ -52,22 +52,14 @@ class WeightGradients:
         else:
             out += rows.sum(-2)
 
-    def begun(self, name: str) -> bool:
-        """Says whether there is something to add to."""
-        return name in self._sums
-
-    def adopt(self, name: str, total: Tensor) -> None:
-        """Takes a first sum over, which holds every expert."""
-        self._sums[name] = total
-        self._whole.add(name)
-
     def whole(self, name: str, like: Tensor) -> tuple[Tensor, bool]:
         """Gives the memory of a sum, every expert of which is then written, and whether to add to what is there."""
-        if self.begun(name):
+        begun = name in self._sums
+        total = self._sum(name, like)
+        if begun:
             self._fill(name)
-            return self._sums[name], True
-        self.adopt(name, self.buffers.empty(name, tuple(like.shape), like))
-        return self._sums[name], False
+        self._whole.add(name)
+        return total, begun
 
     def take(self, name: str, like: Tensor, brought: Tensor | None) -> Tensor:
         """Gives the sum, zero for experts that had no rows, plus what autograd brings, and forgets it."""

@@ -13,20 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from ..pairs import Pairs
 from .activation import RELU
 from .contract import Activation, ExpertWeights
 from .fused import fused
 from .gradients import WeightGradients
-from .grouped_mm import stays_on_the_device
 
-# Rows, columns and depth of a tile, warps, stages of loading; programs a processor that go on from tile to tile, or
-# 0 for one a tile. Measured on an H100.
-_PRODUCT = (128, 128, 64, 4, 3, 2)
+# Rows of a tile; columns and depth, warps, stages of loading, and programs a processor of the products. Measured on an
+# H100, with two experts a token of 65536 tokens.
+_ROWS = 128
+_PRODUCT = (128, 64, 4, 3, 2)
 _GRADIENT = (128, 128, 64, 4, 3)
-_ROWS = 1024
 
 
 @cache
@@ -67,8 +65,8 @@ def tiled(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activatio
     return y
 
 
-class _Rows:
-    """The rows of a call, as the programs need them.
+class _Places:
+    """Where the pairs of a call are computed, as the programs need it; see `tiles`.
 
     Args:
         token: (R,) int64.
@@ -79,22 +77,33 @@ class _Rows:
     def __init__(self, token: Tensor, group_sizes: Tensor, tokens: int) -> None:
         from . import tiles
 
-        experts, count = len(group_sizes), len(token)
-        self.token, self.count, self.experts = token, count, experts
+        experts = len(group_sizes)
+        self.token, self.tokens, self.experts = token, tokens, experts
         self.span = _power_of_two(experts)
-        self.tiles = -(-count // _PRODUCT[0]) + experts
-        parts = (experts + 1, experts + 1, self.tiles, self.tiles)
+        self.tiles = -(-len(token) // _ROWS) + experts
+        self.count = self.tiles * _ROWS
+        parts = (experts + 1, self.tiles, self.tiles, self.tiles)
         numbers = token.new_empty(sum(parts), dtype=torch.int32)
-        self.starts, self.tile_starts, self.tile_expert, self.tile_row = numbers.split(parts)
-        self.schedule = (self.starts, self.tile_starts, self.tile_expert, self.tile_row, experts)
-        tiles.schedule[(experts + 1,)](group_sizes, *self.schedule, self.span, _PRODUCT[0])
-        self.total = self.starts[experts:]
+        self.tile_starts, self.tile_expert, self.tile_row, tile_end = numbers.split(parts)
+        self.schedule = (self.tile_starts, self.tile_expert, self.tile_row, tile_end, experts)
+        tiles.schedule[(experts + 1,)](group_sizes, *self.schedule, self.span, _ROWS)
         counts = token.new_zeros(2 * tokens + 1, dtype=torch.int32)
-        blocks = (-(-count // _ROWS),)
-        tiles.count[blocks](token, self.total, counts, _ROWS)
+        tiles.count[(self.tiles,)](token, counts, *self.schedule, _ROWS)
         self.offsets = counts[: tokens + 1].cumsum(0, dtype=torch.int32)
-        self.of_token = token.new_empty(count, dtype=torch.int32)
-        tiles.list_rows[blocks](token, self.total, self.offsets, counts[tokens + 1 :], self.of_token, _ROWS)
+        self.of_token = token.new_empty(len(token), dtype=torch.int32)
+        tiles.list_places[(self.tiles,)](
+            token, self.offsets, counts[tokens + 1 :], self.of_token, *self.schedule, _ROWS
+        )
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Copies each pair's token from x (T, d) to its place: (P, d)."""
+        from . import tiles
+
+        out = x.new_empty(self.count, x.shape[1])
+        columns = min(64, _power_of_two(x.shape[1]))
+        grid = (self.tiles, -(-x.shape[1] // columns))
+        tiles.gather[grid](x, self.token, out, *self.schedule, x.shape[1], _ROWS, columns)
+        return out
 
     def multiply(
         self,
@@ -107,16 +116,16 @@ class _Rows:
         kept: Tensor | None = None,
         sums: Tensor | None = None,
     ) -> Tensor:
-        """Gives each row of ``a`` times its expert's matrix, (R, n); see `tiles.multiply`.
+        """Gives each place of ``a`` times its expert's matrix, (P, n); see `tiles.multiply`.
 
         Args:
-            a: (R, k).
+            a: (P, k).
             w: (E, k, n), or (E, n, k) where ``transposed``.
             transposed: what ``w`` is.
             bias: (E, n) to add.
             relu: whether negative values become 0.
-            kept: (R, n), where it is 0 the result is.
-            sums: (tiles, n), overwritten by the sum of the rows of each tile.
+            kept: (P, n), where it is 0 the result is.
+            sums: (tiles, n), overwritten by the sum of the places of each tile.
         """
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -124,19 +133,18 @@ class _Rows:
 
         inner, width = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
         out = a.new_empty(self.count, width)
-        rows, columns, depth, warps, stages, flat = _PRODUCT
+        columns, depth, warps, stages, programs = _PRODUCT
         columns, depth = min(columns, max(_power_of_two(width), 32)), min(depth, max(_power_of_two(inner), 16))
         block = [1, columns, depth] if transposed else [1, depth, columns]
-        programs = self.tiles * -(-width // columns)
-        if flat:
-            programs = min(programs, flat * _processors(a.device))
+        programs = min(self.tiles * -(-width // columns), programs * _processors(a.device))
         tiles.multiply[(programs,)](
-            TensorDescriptor.from_tensor(a, [rows, depth]),
+            TensorDescriptor.from_tensor(a, [_ROWS, depth]),
             TensorDescriptor.from_tensor(w, block),
             bias,
-            None if kept is None else TensorDescriptor.from_tensor(kept, [rows, columns // 2]),
-            out, sums, *self.schedule, width, inner, transposed, bias is not None, relu, kept is not None,
-            sums is not None, flat > 0, rows, columns, depth, num_warps=warps, num_stages=stages,
+            None if kept is None else TensorDescriptor.from_tensor(kept, [_ROWS, columns // 2]),
+            out, sums, self.tile_starts, self.tile_expert, self.experts, width, inner,
+            transposed, bias is not None, relu, kept is not None, sums is not None, True, _ROWS, columns, depth,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out
 
@@ -144,11 +152,13 @@ class _Rows:
         """Writes each expert's ``a^T b``, (E, m, n); see `tiles.weight_gradient`.
 
         Args:
-            a: (R, m).
-            b: (R, n).
+            a: (P, m).
+            b: (P, n).
             out: (E, m, n).
             add: whether to add to what is there, else it is overwritten.
         """
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
         from . import tiles
 
         height, width = out.shape[1:]
@@ -156,19 +166,37 @@ class _Rows:
         up, columns = min(up, max(_power_of_two(height), 16)), min(columns, max(_power_of_two(width), 16))
         grid = (self.experts * -(-height // up) * -(-width // columns),)
         tiles.weight_gradient[grid](
-            a, b, out, self.starts, height, width, add, up, columns, depth, num_warps=warps, num_stages=stages
-        )
+            TensorDescriptor.from_tensor(a, [depth, up]),
+            TensorDescriptor.from_tensor(b, [depth, columns]),
+            out, self.tile_starts, height, width, add, _ROWS, up, columns, depth, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Copies each row's token from x (T, d): (R, d)."""
+    def combine(self, values: Tensor, share: Tensor | None) -> Tensor:
+        """Adds up the places (P, d) of each token, times the pairs' share (R,): (T, d)."""
         from . import tiles
 
-        out = x.new_empty(self.count, x.shape[1])
-        tiles.gather[(-(-self.count // 16), -(-x.shape[1] // 256))](x, self.token, out, self.total, x.shape[1], 16, 256)
-        return out
+        dim = values.shape[1]
+        y = values.new_empty(self.tokens, dim)
+        columns = min(_power_of_two(dim), 1024)
+        tiles.combine[(self.tokens, -(-dim // columns))](
+            values, share, self.offsets, self.of_token, self.tile_row, y, dim,
+            self.span, _ROWS, columns, share is not None,
+        )  # fmt: skip
+        return y
+
+    def spread(self, grad: Tensor, values: Tensor, share: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of `combine`, (P, d) and (R,); overwrites ``sums`` (tiles, d) by those of the first."""
+        from . import tiles
+
+        outer, grad_share = torch.empty_like(values), torch.zeros_like(share)
+        columns = min(64, _power_of_two(values.shape[1]))
+        tiles.spread[(self.tiles,)](
+            grad, self.token, values, share, outer, grad_share, sums, *self.schedule, values.shape[1], _ROWS, columns
+        )
+        return outer, grad_share
 
     def sums(self, width: int) -> Tensor:
-        """Makes room for the sums of the rows of each tile."""
+        """Makes room for the sums of the places of each tile."""
         return self.token.new_empty(self.tiles, width, dtype=torch.float32)
 
     def add_up(self, sums: Tensor, out: Tensor, add: bool) -> None:
@@ -177,28 +205,6 @@ class _Rows:
 
         width = out.shape[1]
         tiles.add_up[(self.experts, -(-width // 256))](sums, out, self.tile_starts, width, add, 256)
-
-    def combine(self, values: Tensor, share: Tensor | None, tokens: int) -> Tensor:
-        """Adds up the rows (R, d) of each token, times their share (R,): (T, d)."""
-        from . import tiles
-
-        y = values.new_empty(tokens, values.shape[1])
-        columns = min(_power_of_two(values.shape[1]), 1024)
-        grid = (tokens, -(-values.shape[1] // columns))
-        tiles.combine[grid](
-            values, share, self.offsets, self.of_token, y, values.shape[1], self.span, columns, share is not None
-        )
-        return y
-
-    def spread(self, grad: Tensor, values: Tensor, share: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of `combine`, (R, d) and (R,); overwrites ``sums`` (tiles, d) by those of the first."""
-        from . import tiles
-
-        outer, grad_share = torch.empty_like(values), torch.zeros_like(share)
-        tiles.spread[(self.tiles,)](
-            grad, self.token, values, share, outer, grad_share, sums, *self.schedule, values.shape[1], _PRODUCT[0], 64
-        )
-        return outer, grad_share
 
 
 class _Tiled(torch.autograd.Function):
@@ -217,47 +223,38 @@ class _Tiled(torch.autograd.Function):
     ) -> Tensor:
         x, share = x.contiguous(), share.contiguous()
         if not len(token):
-            ctx.rows = None
+            ctx.places = None
             ctx.save_for_backward(x, share)
             return torch.zeros_like(x)
-        rows = _Rows(token, group_sizes, len(x))
-        gathered = rows.gather(x)
-        hidden = rows.multiply(gathered, fc1_weight, transposed=True, bias=fc1_bias, relu=True)
-        values = rows.multiply(hidden, fc2_weight, bias=fc2_bias)
+        places = _Places(token, group_sizes, len(x))
+        gathered = places.gather(x)
+        hidden = places.multiply(gathered, fc1_weight, transposed=True, bias=fc1_bias, relu=True)
+        values = places.multiply(hidden, fc2_weight, bias=fc2_bias)
         ctx.save_for_backward(gathered, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values)
-        ctx.rows, ctx.tokens, ctx.gradients = rows, len(x), gradients
-        return rows.combine(values, share, len(x))
+        ctx.places, ctx.gradients = places, gradients
+        return places.combine(values, share)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.rows is None:
+        if ctx.places is None:
             x, share = ctx.saved_tensors
             return torch.zeros_like(x), torch.zeros_like(share), *[None] * 7
         gathered, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values = ctx.saved_tensors
-        rows: _Rows = ctx.rows
+        places: _Places = ctx.places
         gradients: WeightGradients = ctx.gradients
-        sums = rows.sums(values.shape[1])
-        outer, grad_share = rows.spread(grads[0].contiguous(), values, share, sums)
-        rows.add_up(sums, *gradients.whole("fc2_bias", fc2_bias))
-        _add_gradient(rows, gradients, "fc2_weight", fc2_weight, hidden, outer)
-        sums = rows.sums(hidden.shape[1])
-        inner = rows.multiply(outer, fc2_weight, transposed=True, kept=hidden, sums=sums)
-        rows.add_up(sums, *gradients.whole("fc1_bias", fc1_bias))
-        _add_gradient(rows, gradients, "fc1_weight", fc1_weight, inner, gathered)
+        sums = places.sums(values.shape[1])
+        outer, grad_share = places.spread(grads[0].contiguous(), values, share, sums)
+        places.add_up(sums, *gradients.whole("fc2_bias", fc2_bias))
+        places.weight_gradient(hidden, outer, *gradients.whole("fc2_weight", fc2_weight))
+        sums = places.sums(hidden.shape[1])
+        inner = places.multiply(outer, fc2_weight, transposed=True, kept=hidden, sums=sums)
+        places.add_up(sums, *gradients.whole("fc1_bias", fc1_bias))
+        places.weight_gradient(inner, gathered, *gradients.whole("fc1_weight", fc1_weight))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = rows.combine(rows.multiply(inner, fc1_weight), None, ctx.tokens)
+            grad_x = places.combine(places.multiply(inner, fc1_weight), None)
         return grad_x, grad_share, *[None] * 7
-
-
-def _add_gradient(rows: _Rows, gradients: WeightGradients, name: str, weight: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds each expert's ``a^T b`` to the gradient of a weight; see `_Rows.weight_gradient`."""
-    if gradients.begun(name) or not stays_on_the_device(a):
-        rows.weight_gradient(a, b, *gradients.whole(name, weight))
-    else:
-        # Faster by half, but it writes the experts without rows, too, and cannot add.
-        gradients.adopt(name, F.grouped_mm(a.mT, b, offs=rows.starts[1:]))
 
 
 @cache
