@@ -81,8 +81,8 @@ class _Route(torch.autograd.Function):
         if capacity is not None:
             kept = torch.empty_like(counts)
             choices.limit[(experts,)](
-                probs, ranks, counts, kept, capacity, tokens, experts, blocks, isinstance(capacity, Tensor), rows, max(_BLOCK, rows),
-                num_warps=8,
+                probs, ranks, counts, kept, capacity, tokens, experts, blocks,
+                isinstance(capacity, Tensor), rows, max(_BLOCK, rows), num_warps=8,
             )  # fmt: skip
         ends = kept.view(-1).cumsum(0, dtype=torch.int32)
         if most is None:

@@ -1,0 +1,122 @@
+"""Routing by Triton programs, against routing by torch: interpreted without a GPU, compiled with one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from xmoe_fairseq.moe import ROUTERS, Experts, RouterOptions, StratifiedMoE, routers
+from xmoe_fairseq.moe.routing import RoutingPlan
+
+OPTIONS = {
+    "threshold": RouterOptions(threshold=0.7),
+    "threshold with capacity": RouterOptions(threshold=0.8, capacity_factor=1.0, min_capacity=1),
+    "threshold of 1": RouterOptions(threshold=1.0),
+    "topk with capacity": RouterOptions(top_k=1, capacity_factor=0.8, min_capacity=0),
+    "gshard": RouterOptions(),
+    "gshard with capacity": RouterOptions(capacity_factor=0.6, min_capacity=1),
+    "switch with capacity": RouterOptions(capacity_factor=1.0),
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def both(route: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a function gives with the programs, and without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routers, "routes_on_device", lambda logits: True)
+        ours = route()
+        patch.setattr(routers, "routes_on_device", lambda logits: False)
+        return ours, route()
+
+
+def facts(plan: RoutingPlan, logits: Tensor, padding: Tensor | None) -> list[Tensor]:
+    """All that a plan says, and the gradient of a function of it."""
+    used = int(plan.group_sizes.sum())
+    factor = torch.linspace(-1, 1, used, device=logits.device)
+    stats = plan.stats
+    ((plan.weight[:used] * factor).sum() + stats.balance_loss + stats.z_loss).backward()
+    real = slice(None) if padding is None else ~padding
+    counts = (stats.tokens, stats.wanted, stats.received, stats.first_dropped, stats.top1_prob, stats.passes)
+    pairs = (plan.token[:used], plan.weight[:used], plan.group_sizes, plan.first[real], plan.weight[used:])
+    routing = plan.token_routing
+    assert logits.grad is not None
+    return [*pairs, *counts, stats.expert_load, stats.first_choices, logits.grad, routing.taken, routing.top1_prob]
+
+
+def check(name: str, logits: Tensor, padding: Tensor | None, training: bool, static: bool) -> None:
+    options = RouterOptions(**(vars(OPTIONS[name]) | {"static": static}))
+    router = ROUTERS[name.split()[0]](8, logits.shape[1], options).train(training)
+
+    def route() -> list[Tensor]:
+        given_logits = logits.clone().requires_grad_()
+        return facts(router.plan(given_logits, padding), given_logits, padding)
+
+    ours, expected = both(route)
+    if not static:  # then there is nothing unused
+        del ours[4], expected[4]
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@given(
+    tokens=st.integers(0, 50),
+    experts=st.sampled_from([1, 2, 3, 8, 40]),
+    padded=st.booleans(),
+    equal=st.booleans(),
+    training=st.booleans(),
+    static=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_plans_are_those_of_torch(
+    name: str, tokens: int, experts: int, padded: bool, equal: bool, training: bool, static: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(tokens, experts, generator=generator)
+    if equal:  # tokens like others, and experts like others
+        logits[:, experts - experts // 2 :] = logits[:, : experts // 2]
+        logits = logits[torch.arange(tokens) % 5]
+    padding = torch.rand(tokens, generator=generator) < 0.3 if padded else None
+    check(name, logits.to(DEVICE), None if padding is None else padding.to(DEVICE), training, static)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_capacity_keeps_the_right_ones_of_many(padded: bool) -> None:
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(5000, 6)
+    logits[:, 2] += 3
+    padding = torch.rand(5000) < 0.3 if padded else None
+    check("threshold with capacity", logits.to(DEVICE), None if padding is None else padding.to(DEVICE), True, True)
+
+
+def test_what_is_no_number_reaches_every_expert() -> None:
+    logits = torch.randn(4, 3, device=DEVICE)
+    logits[1, 2] = torch.nan
+    router = ROUTERS["threshold"](8, 3, RouterOptions(threshold=0.3))
+    ours, expected = both(lambda: [router.plan(logits).token, router.plan(logits).weight])
+    assert torch.equal(ours[0], expected[0])
+    assert int(ours[1].isnan().sum()) == int(expected[1].isnan().sum()) == 3
+
+
+@pytest.mark.parametrize("kind", ["threshold", "gshard", "switch"])
+def test_strata_are_those_of_torch(kind: str) -> None:
+    sizes = (3, 2, 2)
+    options = RouterOptions(threshold=0.6, capacity_factor=1.0, min_capacity=1, static=True)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        rest = [ROUTERS[kind](16, sum(sizes[i:]), options) for i in range(len(sizes))]
+        block: nn.Module = StratifiedMoE(rest, Experts(7, 16, 32, kernel="triton"), sizes).to(DEVICE)
+        x = torch.randn(40, 16, device=DEVICE, requires_grad=True)
+        y, plan = block(x)
+        (y.square().sum() + plan.stats.balance_loss).backward()
+        return [y.detach(), plan.passes, x.grad, *(p.grad for p in block.parameters())]  # type: ignore[list-item]
+
+    for one, other in zip(*both(run), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
