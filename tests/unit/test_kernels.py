@@ -63,7 +63,8 @@ def test_equals_the_loop_with_all_gradients(
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", FAST)
+# Triton's interpreter has no products of bf16; `test_gpu.py` has.
+@pytest.mark.parametrize("kernel", [name for name in FAST if name != "triton"])
 @pytest.mark.parametrize("sizes", [[0, 0, 0], [0, 40, 0], [1, 0, 0], [13, 7, 29]])
 def test_bf16_is_as_near_as_the_loop_in_bf16(kernel: str, sizes: list[int]) -> None:
     torch.manual_seed(0)

@@ -221,7 +221,7 @@ class _Tiled(torch.autograd.Function):
         group_sizes: Tensor,
         gradients: WeightGradients,
     ) -> Tensor:
-        x, share = x.contiguous(), share.contiguous()
+        x, share, token = x.contiguous(), share.contiguous(), token.contiguous()
         if not len(token):
             ctx.places = None
             ctx.save_for_backward(x, share)
