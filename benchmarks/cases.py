@@ -105,6 +105,7 @@ def dense(case: Case, hidden: int = HIDDEN) -> nn.Module:
 def graph(step: Callable[[], None]) -> Callable[[], None]:
     """Captures a step in a CUDA graph, which the host then starts as one: what the GPU takes, not the host."""
     beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
         for _ in range(3):
             step()

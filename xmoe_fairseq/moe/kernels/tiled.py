@@ -24,7 +24,7 @@ from .gradients import WeightGradients
 # H100, with two experts a token of 65536 tokens.
 _ROWS = 128
 _PRODUCT = (128, 64, 4, 3, 2)
-_GRADIENT = (128, 128, 64, 4, 3)
+_GRADIENT = (128, 256, 64, 8, 3)
 
 
 @cache
