@@ -8,35 +8,38 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, StratifiedMoE
-from xmoe_fairseq.moe.kernels import KERNELS, Buffers, ExpertWeights, choose
+from xmoe_fairseq.moe.kernels import KERNELS, Activation, Buffers, ExpertWeights, choose
 from xmoe_fairseq.moe.pairs import Pairs
 from xmoe_fairseq.moe.precise import is_precise, precise_linear
 
 pytestmark = pytest.mark.gpu
-# What a number of each type is rounded by, relative to the largest, some times over.
-ROUNDING = {torch.float32: 1e-5, torch.float16: 4 * 2**-11, torch.bfloat16: 4 * 2**-8}
+# Allowed relative to the largest: a few roundings of each type, as in `test_kernels.py`.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 8 * 2**-11, torch.bfloat16: 0.03}
 
 
-def results(kernel: str, x: Tensor, pairs: Pairs, weights: list[Tensor]) -> list[Tensor]:
+def results(kernel: str, x: Tensor, pairs: Pairs, weights: list[Tensor], activation: Activation) -> list[Tensor]:
     """The output and every gradient."""
     inputs = [part.detach().requires_grad_() for part in (x, pairs.weight, *weights)]
     given = Pairs(pairs.token, inputs[1], pairs.group_sizes)
-    y = KERNELS[kernel](inputs[0], given, ExpertWeights.of(*inputs[2:], Buffers()), F.relu)
+    y = KERNELS[kernel](inputs[0], given, ExpertWeights.of(*inputs[2:], Buffers()), activation)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(y))]
 
 
 @pytest.mark.parametrize("sizes", [[200, 0, 1, 0, 333], [0, 0, 128, 129, 0], [0] * 5, [1, 1, 1, 1, 1]])
 @pytest.mark.parametrize(
-    ("kernel", "dtype"),
+    ("kernel", "dtype", "activation"),
     [
-        *[("triton", dtype) for dtype in ROUNDING],
-        ("fused", torch.float32),
-        ("fused", torch.bfloat16),
-        ("grouped_mm", torch.bfloat16),
+        *[("triton", dtype, F.relu) for dtype in ROUNDING],
+        ("fused", torch.float32, F.relu),
+        # A bias that is added after rounding may turn the sign of what is near 0, and with it ReLU's gradient.
+        ("fused", torch.bfloat16, F.gelu),
+        ("grouped_mm", torch.bfloat16, F.gelu),
     ],
 )
-def test_kernels_equal_the_loop_in_float64(kernel: str, dtype: torch.dtype, sizes: list[int]) -> None:
+def test_kernels_equal_the_loop_in_float64(
+    kernel: str, dtype: torch.dtype, activation: Activation, sizes: list[int]
+) -> None:
     torch.manual_seed(0)
     token = torch.cat([torch.randperm(400)[:size].sort().values for size in sizes] + [torch.zeros(9, dtype=torch.long)])
     share = torch.rand(len(token))
@@ -46,8 +49,8 @@ def test_kernels_equal_the_loop_in_float64(kernel: str, dtype: torch.dtype, size
     weights = [torch.randn(shape).mul_(0.2).to("cuda", dtype) for shape in shapes]
     x = torch.randn(400, 64).to("cuda", dtype)
     exact = Pairs(pairs.token, pairs.weight.double(), pairs.group_sizes)
-    expected = results("loop", x.double(), exact, [weight.double() for weight in weights])
-    for got, want in zip(results(kernel, x, pairs, weights), expected, strict=True):
+    expected = results("loop", x.double(), exact, [weight.double() for weight in weights], activation)
+    for got, want in zip(results(kernel, x, pairs, weights, activation), expected, strict=True):
         atol = ROUNDING[dtype] * max(float(want.abs().max()), 1.0)
         torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
 
@@ -65,14 +68,16 @@ def test_router_logits_of_bf16_are_those_of_float64() -> None:
     assert is_precise(x, weight)
     logits = precise_linear(x, weight)
     expected = x.double() @ weight.double().t()
-    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    # The bound for sums of 64 products in float32.
+    bound = 64 * 2**-24 * (x.double().abs() @ weight.double().abs().t())
+    assert bool(((logits.double() - expected).abs() <= bound).all())
     grad = torch.randn_like(logits)
     for got, want in zip(
         torch.autograd.grad(logits, (x, weight), grad),
         torch.autograd.grad(expected, (x, weight), grad.double()),
         strict=True,
     ):
-        torch.testing.assert_close(got, want, rtol=2**-8, atol=1e-3)
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)  # the next number in bf16
 
 
 def make(strata: tuple[int, ...], options: RouterOptions) -> torch.nn.Module:

@@ -86,7 +86,7 @@ class _Places:
         numbers = token.new_empty(sum(parts), dtype=torch.int32)
         self.tile_starts, self.tile_expert, self.tile_row, tile_end = numbers.split(parts)
         self.schedule = (self.tile_starts, self.tile_expert, self.tile_row, tile_end, experts)
-        tiles.schedule[(experts + 1,)](group_sizes, *self.schedule, self.span, _ROWS)
+        tiles.schedule[(experts + 1,)](group_sizes, *self.schedule, self.tiles, self.span, _ROWS)
         counts = token.new_zeros(2 * tokens + 1, dtype=torch.int32)
         tiles.count[(self.tiles,)](token, counts, *self.schedule, _ROWS)
         self.offsets = counts[: tokens + 1].cumsum(0, dtype=torch.int32)
