@@ -103,7 +103,10 @@ def dense(case: Case, hidden: int = HIDDEN) -> nn.Module:
 
 
 def graph(step: Callable[[], None]) -> Callable[[], None]:
-    """Captures a step in a CUDA graph, which the host then starts as one: what the GPU takes, not the host."""
+    """Captures a step in a CUDA graph, which the host then starts as one: what the GPU takes, not the host.
+
+    A step must drop the gradients it adds to: a graph does not keep memory that is not its own.
+    """
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):

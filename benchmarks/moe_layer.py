@@ -148,6 +148,7 @@ class Benchmark:
 
         def route() -> None:
             case.layer.zero_grad(set_to_none=True)
+            case.x.grad = None
             plan = case.layer.router(case.x)
             (plan.weight.sum() + plan.stats.balance_loss).backward()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels.tiled import installed
+from .kernels import has_triton
 from .ranking import Limits, RankedProbs
 from .routing import RoutingPlan, planned
 
@@ -20,7 +20,7 @@ _BLOCK = 4096
 
 def routes_on_device(logits: Tensor) -> bool:
     """Says whether these logits can be routed here."""
-    return logits.is_cuda and logits.dtype == torch.float32 and installed()
+    return logits.dtype == torch.float32 and has_triton(logits.device)
 
 
 def plan_on_device(

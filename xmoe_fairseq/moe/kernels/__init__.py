@@ -13,7 +13,7 @@ from .fused import fused
 from .grouped_mm import grouped_mm, stays_on_the_device
 from .loop import loop
 from .memory import Buffers
-from .tiled import runs_on, tiled
+from .tiled import has_triton, tiled
 
 KERNELS: dict[str, ExpertKernel] = {
     "fused": fused,
@@ -45,7 +45,7 @@ def choose(name: str, x: Tensor, pairs: Pairs, hidden: int, plain: bool = True) 
     if name != "auto":
         return KERNELS[name]
     aligned = x.shape[-1] % 8 == 0 and hidden % 8 == 0
-    if aligned and plain and runs_on(x):
+    if aligned and plain and x.dtype in (torch.bfloat16, torch.float16) and has_triton(x.device):
         return tiled
     # Other dtypes and older GPUs read the groups back in every product; `fused` does it once a layer.
     if aligned and stays_on_the_device(x):
@@ -54,4 +54,14 @@ def choose(name: str, x: Tensor, pairs: Pairs, hidden: int, plain: bool = True) 
     return few if scattered and not torch.is_grad_enabled() else fused
 
 
-__all__ = ["CHOICES", "KERNELS", "RELU", "Activation", "Buffers", "ExpertKernel", "ExpertWeights", "choose"]
+__all__ = [
+    "CHOICES",
+    "KERNELS",
+    "RELU",
+    "Activation",
+    "Buffers",
+    "ExpertKernel",
+    "ExpertWeights",
+    "choose",
+    "has_triton",
+]

@@ -27,20 +27,15 @@ _PRODUCT = (128, 64, 4, 3, 2)
 _GRADIENT = (128, 256, 64, 8, 3)
 
 
+def has_triton(device: torch.device) -> bool:
+    """Says whether Triton's programs run on a device: on GPUs of compute capability 8.0 or more."""
+    return device.type == "cuda" and _installed() and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 @cache
-def installed() -> bool:
-    """Says whether Triton is there: it comes with torch's builds for GPUs."""
+def _installed() -> bool:
+    # It comes with torch's builds for GPUs.
     return importlib.util.find_spec("triton") is not None
-
-
-def runs_on(x: Tensor) -> bool:
-    """Says whether this is made for the device and dtype of ``x``."""
-    return (
-        x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(x.device)[0] >= 8
-        and installed()
-    )
 
 
 def tiled(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
@@ -86,7 +81,7 @@ class _Places:
         numbers = token.new_empty(sum(parts), dtype=torch.int32)
         self.tile_starts, self.tile_expert, self.tile_row, tile_end = numbers.split(parts)
         self.schedule = (self.tile_starts, self.tile_expert, self.tile_row, tile_end, experts)
-        tiles.schedule[(experts + 1,)](group_sizes, *self.schedule, self.tiles, self.span, _ROWS)
+        tiles.schedule[(experts + 1,)](group_sizes, *self.schedule, self.span, _ROWS)
         counts = token.new_zeros(2 * tokens + 1, dtype=torch.int32)
         tiles.count[(self.tiles,)](token, counts, *self.schedule, _ROWS)
         self.offsets = counts[: tokens + 1].cumsum(0, dtype=torch.int32)

@@ -18,13 +18,10 @@ _NONE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def schedule(
-    sizes, tile_starts, tile_expert, tile_row, tile_end, experts, tiles, SPAN: tl.constexpr, ROWS: tl.constexpr
-):
+def schedule(sizes, tile_starts, tile_expert, tile_row, tile_end, experts, SPAN: tl.constexpr, ROWS: tl.constexpr):
     """Cuts the pairs of each expert into tiles of ROWS; grid (E + 1,).
 
-    Writes each expert's first tile, (E + 1), and each tile's expert, first pair and the end of the expert's pairs; 0
-    for the tiles that are not needed, so that nothing that is loaded ahead of its use lies outside.
+    Writes each expert's first tile, (E + 1), and each tile's expert, first pair and the end of the expert's pairs.
     """
     expert = tl.program_id(0)
     index = tl.arange(0, SPAN)
@@ -33,14 +30,13 @@ def schedule(
     start = tl.sum(tl.where(index < expert, size, 0))
     end = start + tl.sum(tl.where(index == expert, size, 0))
     first = tl.sum(tl.where(index < expert, needed, 0))
-    real = expert < experts
-    last = tl.where(real, first + tl.sum(tl.where(index == expert, needed, 0)), tiles)
+    last = first + tl.sum(tl.where(index == expert, needed, 0))
     tl.store(tile_starts + expert, first)
     for begin in range(first, last, SPAN):
         tile = begin + index
-        tl.store(tile_expert + tile, tl.where(real, tl.zeros_like(tile) + expert, 0), mask=tile < last)
-        tl.store(tile_row + tile, tl.where(real, start + (tile - first) * ROWS, 0), mask=tile < last)
-        tl.store(tile_end + tile, tl.where(real, tl.zeros_like(tile) + end, 0), mask=tile < last)
+        tl.store(tile_expert + tile, tl.zeros_like(tile) + expert, mask=tile < last)
+        tl.store(tile_row + tile, start + (tile - first) * ROWS, mask=tile < last)
+        tl.store(tile_end + tile, tl.zeros_like(tile) + end, mask=tile < last)
 
 
 @triton.jit
