@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-DEVICES = ("cuda",)
-
 
 def one_pass(step: Any) -> Any:
     """Makes the step of stock fairseq's ``Adam`` one call of torch's fused AdamW for all parameters.
 
     Stock goes seven times over every parameter, and makes fresh memory of its size, in each step. State and checkpoints
-    stay those of stock fairseq; parameters differ by rounding. 16-bit parameters are left to stock, and so are those on
-    a CPU, where several processes with expert parallelism would not follow one as closely as with stock.
+    stay those of stock fairseq; parameters differ by rounding. 16-bit parameters are left to stock.
     """
 
     @functools.wraps(step)
@@ -42,7 +39,7 @@ def one_pass(step: Any) -> Any:
 def _fits(parameter: Tensor) -> bool:
     """Says whether torch's fused step takes a parameter."""
     dense = parameter.grad is None or not parameter.grad.is_sparse
-    return parameter.dtype == torch.float32 and parameter.device.type in DEVICES and dense
+    return parameter.dtype == torch.float32 and parameter.device.type in ("cpu", "cuda") and dense
 
 
 def _state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:

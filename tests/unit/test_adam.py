@@ -10,11 +10,6 @@ from torch import Tensor, nn
 from xmoe_fairseq import adam
 
 
-@pytest.fixture(autouse=True)
-def _also_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adam, "DEVICES", ("cpu", "cuda"))
-
-
 class Stock(Adam):
     """Without what the plugin puts in."""
 
