@@ -194,6 +194,18 @@ def test_unknown_kernels_are_refused_and_the_cpu_gets_the_fused_one() -> None:
     assert choose("loop", torch.empty(1, 8), one, 8) is KERNELS["loop"]
 
 
+def test_triton_takes_weights_that_are_parts_of_a_flat_parameter() -> None:
+    torch.manual_seed(0)
+    shapes = (3, 12, 8), (3, 12), (3, 12, 8), (3, 8)
+    x, pairs, weights = torch.randn(10, 8).requires_grad_(), draw([4, 0, 6], 10), []
+    for shape in shapes:  # one number after the beginning, so no multiple of 16 bytes
+        flat = torch.randn(1 + torch.Size(shape).numel())
+        weights.append(flat[1:].view(shape).requires_grad_())
+    expected = results("loop", x, pairs, tuple(weights), "relu")
+    for got, want in zip(results("triton", x, pairs, tuple(weights), "relu"), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_weights_used_twice_get_one_summed_gradient() -> None:
     torch.manual_seed(0)
     weights, x = make_weights(3, 8, 12), torch.randn(10, 8)

@@ -134,7 +134,7 @@ class _Places:
         programs = min(self.tiles * -(-width // columns), programs * _processors(a.device))
         tiles.multiply[(programs,)](
             TensorDescriptor.from_tensor(a, [_ROWS, depth]),
-            TensorDescriptor.from_tensor(w, block),
+            TensorDescriptor.from_tensor(_aligned(w), block),
             bias,
             None if kept is None else TensorDescriptor.from_tensor(kept, [_ROWS, columns // 2]),
             out, sums, self.tile_starts, self.tile_expert, self.experts, width, inner,
@@ -216,7 +216,7 @@ class _Tiled(torch.autograd.Function):
         group_sizes: Tensor,
         gradients: WeightGradients,
     ) -> Tensor:
-        x, share, token = x.contiguous(), share.contiguous(), token.contiguous()
+        x, share, token, group_sizes = (part.contiguous() for part in (x, share, token, group_sizes))
         if not len(token):
             ctx.places = None
             ctx.save_for_backward(x, share)
@@ -250,6 +250,11 @@ class _Tiled(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = places.combine(places.multiply(inner, fc1_weight), None)
         return grad_x, grad_share, *[None] * 7
+
+
+def _aligned(w: Tensor) -> Tensor:
+    """Copies what does not begin at a multiple of 16 bytes, such as a part of a flat parameter, for a descriptor."""
+    return w if w.data_ptr() % 16 == 0 else w.clone()
 
 
 @cache
