@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 
 def is_precise(x: Tensor, weight: Tensor) -> bool:
-    """Says whether `precise_linear` is made for these."""
-    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
+    """Says whether `precise_linear` is made for these, and this torch (since 2.8) has what it needs."""
+    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and "dtype" in torch.ops.aten.mm.overloads()
 
 
 def precise_linear(x: Tensor, weight: Tensor) -> Tensor:

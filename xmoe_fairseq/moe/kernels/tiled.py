@@ -28,14 +28,17 @@ _GRADIENT = (128, 256, 64, 8, 3)
 
 
 def has_triton(device: torch.device) -> bool:
-    """Says whether Triton's programs run on a device: on GPUs of compute capability 8.0 or more."""
+    """Says whether the Triton programs run on a device: on GPUs of compute capability 8.0 or more, with Triton 3.4."""
     return device.type == "cuda" and _installed() and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 @cache
 def _installed() -> bool:
-    # It comes with torch's builds for GPUs.
-    return importlib.util.find_spec("triton") is not None
+    # It comes with torch's builds for GPUs, and has descriptors since 3.4.
+    try:
+        return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def tiled(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
