@@ -206,6 +206,16 @@ def test_triton_takes_weights_that_are_parts_of_a_flat_parameter() -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_triton_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, narrow = draw([1, 0], 4), ExpertWeights.of(*make_weights(2, 6, 8), Buffers())
+    with pytest.raises(ValueError, match=r"16 bytes, not of 6 and 8 numbers of 4 bytes.*auto"):
+        KERNELS["triton"](torch.zeros(4, 6), pairs, narrow, F.relu)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"does not run on cpu: it needs a GPU.*auto"):
+            KERNELS["triton"](torch.zeros(4, 8), pairs, ExpertWeights.of(*make_weights(2, 8, 8), Buffers()), F.relu)
+
+
 def test_weights_used_twice_get_one_summed_gradient() -> None:
     torch.manual_seed(0)
     weights, x = make_weights(3, 8, 12), torch.randn(10, 8)

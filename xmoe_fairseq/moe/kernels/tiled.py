@@ -1,12 +1,13 @@
-"""All experts at once by Triton programs that gather, add the bias, activate and sum up where they multiply.
+"""All experts at once by Triton programs that add the bias, activate and sum up where they multiply.
 
-Nothing is written that is not needed: no gathered copy of the input, no hidden units before their activation. The
-programs find on the device which rows they have, so the host never waits.
+Hidden units are written once, after their activation. The programs find on the device which rows they have, so the
+host never waits.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 from typing import Any
 
@@ -45,8 +46,9 @@ def tiled(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activatio
     """Runs all experts at once; see `ExpertKernel`. With dropout or another activation than ReLU, this is `fused`.
 
     Raises:
-        ModuleNotFoundError: Triton is not installed.
+        ValueError: Triton cannot run here, or d or h is no multiple of 16 bytes.
     """
+    _check(x, weights)
     if dropout or activation not in RELU:
         return fused(x, pairs, weights, activation, dropout)
     y: Tensor = _Tiled.apply(
@@ -61,6 +63,20 @@ def tiled(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activatio
         weights.gradients,
     )
     return y
+
+
+def _check(x: Tensor, weights: ExpertWeights) -> None:
+    if not (has_triton(x.device) or (_installed() and os.environ.get("TRITON_INTERPRET") == "1")):
+        raise ValueError(
+            f"the kernel triton does not run on {x.device}: it needs a GPU of compute capability 8.0 and Triton 3.4; "
+            "choose --moe-kernel auto"
+        )
+    widths = x.shape[1], weights.fc1_weight.shape[1]
+    if any(width * x.element_size() % 16 for width in widths):
+        raise ValueError(
+            f"the kernel triton takes rows of a multiple of 16 bytes, not of {widths[0]} and {widths[1]} numbers of "
+            f"{x.element_size()} bytes; choose --moe-kernel auto"
+        )
 
 
 class _Places:
