@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,25 +46,28 @@ class Benchmark:
     def compare(
         self,
         case: str,
-        over: object,
-        under: object,
+        over: Callable[[], None],
+        under: Callable[[], None],
         goal: str = "",
         scale: float = 1.0,
         most_rounds: int = 1000,
-        captured: bool = False,
+        launched: bool = False,
     ) -> Row:
-        """Times two functions; the ratio is divided by ``scale``, the work of the first over that of the second."""
+        """Times two functions; the ratio is divided by ``scale``, the work of the first over that of the second.
+
+        On a GPU both are captured in CUDA graphs, but if ``launched``.
+        """
         rounds = min(self.rounds, most_rounds)
-        if captured:
-            over, under = graph(over), graph(under)  # type: ignore[arg-type]
-            case += ", as a CUDA graph"
-        times = seconds({"over": over, "under": under}, rounds, self.device)  # type: ignore[dict-item]
+        if self.device == "cuda":
+            case += ", as launched" if launched else ", as a CUDA graph"
+            over, under = (over, under) if launched else (graph(over), graph(under))
+        times = seconds({"over": over, "under": under}, rounds, self.device)
         return ratio(case, [value / scale for value in times["over"]], times["under"], goal)
 
     def make(self, tokens: int | None = None, **options: float) -> Case:
         return make_case(tokens or self.tokens, device=self.device, kernel=self.kernel, **options)  # type: ignore
 
-    def against_dense(self, name: str, case: Case, goal: str, backward: bool = True, captured: bool = False) -> Row:
+    def against_dense(self, name: str, case: Case, goal: str, backward: bool = True, launched: bool = False) -> Row:
         network = dense(case)
         scale = case.pairs * HIDDEN / (len(case.x) * network[0].out_features)  # type: ignore[index, operator]
         if backward:
@@ -73,7 +76,7 @@ class Benchmark:
         else:
             over, under = inference(lambda x: output(case.layer, x), case.x), inference(network, case.x)
         name = f"{name} (fullest expert {case.fullest:.1f} x the mean)"
-        return self.compare(name, over, under, goal, scale, captured=captured)
+        return self.compare(name, over, under, goal, scale, launched=launched)
 
     def training(self) -> Iterator[Row]:
         sizes = {"cpu": [self.tokens], "cuda": [16384, 65536]}[self.device]
@@ -81,8 +84,8 @@ class Benchmark:
         for tokens in sizes:
             for name, skew, goal in (("balanced", 0.0, goals[0]), ("skewed", 10.0, goals[1])):
                 label, case = f"forward + backward, T {tokens}, {name}", self.make(tokens, skew=skew)
-                for captured in (False, True) if self.device == "cuda" else (False,):
-                    yield self.against_dense(label, case, goal, captured=captured)
+                for launched in (False, True) if self.device == "cuda" else (False,):
+                    yield self.against_dense(label, case, goal, launched=launched)
 
     def forward(self) -> Iterator[Row]:
         for name, skew in (("balanced", 0.0), ("skewed", 10.0)):
@@ -111,7 +114,9 @@ class Benchmark:
                     for batch in batches:
                         layer(batch)
 
-            yield self.compare(f"decoding, T {tokens}, against reading the chosen experts", decode, read, "<= 1.3")
+            yield self.compare(
+                f"decoding, T {tokens}, against reading the chosen experts", decode, read, "<= 1.3", launched=True
+            )
 
     def growth(self) -> Iterator[Row]:
         few, many = 8, 128 if self.quick else 512
@@ -121,14 +126,14 @@ class Benchmark:
             group = cases[0].pairs / many
             label = f"E {few} -> {many}, T {tokens} (groups of {group:.0f}), forward + backward"
             scale = cases[0].pairs / cases[1].pairs
-            yield self.compare(label, *runs, "<= 1.3", scale, captured=self.device == "cuda")
+            yield self.compare(label, *runs, "<= 1.3", scale)
             del cases, runs
 
     def threshold(self) -> Iterator[Row]:
         cases = [self.make(mean=mean) for mean in (2.0, 4.0)]
         runs = [training(lambda x, c=case: output(c.layer, x), case.layer, case.x) for case in cases]
         label = "threshold lowered from 4 to 2 experts a token"
-        yield self.compare(label, *runs, "<= 0.6", captured=self.device == "cuda")
+        yield self.compare(label, *runs, "<= 0.6")
 
     def strata(self) -> Iterator[Row]:
         torch.manual_seed(0)
@@ -140,7 +145,7 @@ class Benchmark:
         network = dense(Case(block, x, 2 * len(x), 1.0))  # type: ignore[arg-type]
         over, under = training(lambda x: output(block, x), block, x), training(network, network, x)
         label = f"SMoE 16-16-16-16, {pairs / len(x):.1f} experts a token, forward + backward"
-        yield self.compare(label, over, under, "<= 1.3", pairs / (2 * len(x)), captured=self.device == "cuda")
+        yield self.compare(label, over, under, "<= 1.3", pairs / (2 * len(x)))
 
     def router(self) -> Iterator[Row]:
         case = self.make()
@@ -153,7 +158,7 @@ class Benchmark:
             (plan.weight.sum() + plan.stats.balance_loss).backward()
 
         label = "router, losses and statistics, share of the layer"
-        yield self.compare(label, route, whole, "<= 0.1", captured=self.device == "cuda")
+        yield self.compare(label, route, whole, "<= 0.1")
 
     def peers(self) -> Iterator[Row]:
         case = self.make(self.tokens)
@@ -171,7 +176,7 @@ class Benchmark:
                 continue
             module = nn.ModuleList([run.module, case.layer])  # type: ignore[attr-defined]
             theirs = training(run, module, case.x)
-            yield self.compare(f"{name}, its time over ours", theirs, ours, goal, most_rounds=3)
+            yield self.compare(f"{name}, its time over ours", theirs, ours, goal, most_rounds=3, launched=True)
 
     def memory(self) -> Iterator[Row]:
         peaks = {}

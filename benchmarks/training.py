@@ -39,11 +39,8 @@ def train(name: str, data: Path, args: Namespace) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         options = model_options(name, args)
-        length = ("--max-tokens", tokens, "--max-update", updates, "--log-interval", interval)
-        fairseq(
-            *("train", data, args, *options, *TRAIN, *length),
-            *("--num-workers", WORKERS[args.device], "--log-file", log),
-        )
+        length = ("--max-tokens", tokens, "--max-update", updates, "--log-interval", interval, "--log-file", log)
+        fairseq("train", data, args, *options, *TRAIN, *length, "--num-workers", WORKERS[args.device])
         lines = [json.loads(line[line.index("{") :]) for line in log.read_text().splitlines() if '"wps"' in line]
     inner = [{key: float(value) for key, value in line.items() if key != "epoch"} for line in lines]
     return [line for line in inner if "train_wps" not in line][WARM:]

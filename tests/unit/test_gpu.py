@@ -13,8 +13,8 @@ from xmoe_fairseq.moe.pairs import Pairs
 from xmoe_fairseq.moe.precise import is_precise, precise_linear
 
 pytestmark = pytest.mark.gpu
-# Allowed relative to the largest: a few roundings of each type, as in `test_kernels.py`.
-ROUNDING = {torch.float32: 1e-5, torch.float16: 8 * 2**-11, torch.bfloat16: 0.03}
+# What a number of each type is rounded by, relative to the largest, some times over.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 4 * 2**-11, torch.bfloat16: 4 * 2**-8}
 
 
 def results(kernel: str, x: Tensor, pairs: Pairs, weights: list[Tensor], activation: Activation) -> list[Tensor]:

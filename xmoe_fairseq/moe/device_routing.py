@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import has_triton
+from .kernels import has_triton, power_of_two
 from .ranking import Limits, RankedProbs
 from .routing import RoutingPlan, planned
 
-# Probabilities that one program holds.
-_HELD = 2048
-_BLOCK = 4096
+# Probabilities that one program holds, and tokens that `choices.limit` looks at together.
+_HELD, _BLOCK = 2048, 4096
 
 
 def routes_on_device(logits: Tensor) -> bool:
     """Says whether these logits can be routed here."""
-    return logits.dtype == torch.float32 and has_triton(logits.device)
+    # Ranks are kept in 16 bits.
+    return logits.dtype == torch.float32 and logits.shape[1] < 2**15 and has_triton(logits.device)
 
 
 def plan_on_device(
@@ -66,7 +66,7 @@ class _Route(torch.autograd.Function):
         from . import choices
 
         (tokens, experts), logits = logits.shape, logits.contiguous()
-        span = 1 << max(experts - 1, 1).bit_length()
+        span = power_of_two(experts)
         rows = max(_HELD // span, 1)
         blocks = -(-tokens // rows)
         probs, top = torch.empty_like(logits), logits.new_empty(tokens)
@@ -82,7 +82,7 @@ class _Route(torch.autograd.Function):
             kept = torch.empty_like(counts)
             choices.limit[(experts,)](
                 probs, ranks, counts, kept, capacity, tokens, experts, blocks,
-                isinstance(capacity, Tensor), rows, max(_BLOCK, rows), num_warps=8,
+                isinstance(capacity, Tensor), rows, _BLOCK, num_warps=8,
             )  # fmt: skip
         ends = kept.view(-1).cumsum(0, dtype=torch.int32)
         if most is None:

@@ -18,8 +18,9 @@ class RankedProbs:
     Attributes:
         logits: (T, E).
         probs: (T, E) softmax of ``logits``.
-        sorted: (T, E) ``probs`` in descending order, without gradient; of a plan that is made, (T, 1) may be left.
-        order: (T, E) int64, the expert at each rank; equal probabilities keep the experts' order; or (T, 1).
+        sorted: (T, R) the R highest of ``probs`` in descending order, without gradient. R is E, or 1 in what is kept of
+            a plan made on a GPU, which needs the first choice only.
+        order: (T, R) int64, the expert at each rank; equal probabilities keep the experts' order.
     """
 
     logits: Tensor

@@ -13,7 +13,7 @@ from .fused import fused
 from .grouped_mm import grouped_mm, stays_on_the_device
 from .loop import loop
 from .memory import Buffers
-from .tiled import has_triton, tiled
+from .tiled import has_triton, power_of_two, tiled
 
 KERNELS: dict[str, ExpertKernel] = {
     "fused": fused,
@@ -64,4 +64,5 @@ __all__ = [
     "ExpertWeights",
     "choose",
     "has_triton",
+    "power_of_two",
 ]

@@ -25,8 +25,7 @@ class WeightGradients:
     def __init__(self, buffers: Buffers) -> None:
         self.buffers = buffers
         self._sums: dict[str, Tensor] = {}
-        self._written: set[tuple[str, int]] = set()
-        self._whole: set[str] = set()  # names of which every expert is written
+        self._written: dict[str, set[int]] = {}  # the experts of each
 
     def add_product(self, name: str, like: Tensor, expert: int, left: Tensor, right: Tensor) -> None:
         """Adds a product of batches to one expert's gradient.
@@ -58,7 +57,7 @@ class WeightGradients:
         total = self._sum(name, like)
         if begun:
             self._fill(name)
-        self._whole.add(name)
+        self._written[name] = set(range(len(total)))
         return total, begun
 
     def take(self, name: str, like: Tensor, brought: Tensor | None) -> Tensor:
@@ -67,28 +66,24 @@ class WeightGradients:
             return brought
         total = self._sum(name, like)
         self._fill(name)
-        self._whole.remove(name)
-        del self._sums[name]
+        del self._sums[name], self._written[name]
         return total if brought is None else total.add_(brought)
 
     def _fill(self, name: str) -> None:
         """Writes zeros where no expert has written."""
-        if name not in self._whole:
-            total = self._sums[name]
-            for expert in range(len(total)):
-                if self._first(name, expert):
-                    total[expert].zero_()
-            self._written -= {(name, expert) for expert in range(len(total))}
-            self._whole.add(name)
+        total = self._sums[name]
+        for expert in set(range(len(total))) - self._written[name]:
+            total[expert].zero_()
 
     def _sum(self, name: str, like: Tensor) -> Tensor:
         if name not in self._sums:
             self._sums[name] = self.buffers.empty(name, tuple(like.shape), like)
+            self._written[name] = set()
         return self._sums[name]
 
     def _first(self, name: str, expert: int) -> bool:
-        first = name not in self._whole and (name, expert) not in self._written
-        self._written.add((name, expert))
+        first = expert not in self._written[name]
+        self._written[name].add(expert)
         return first
 
 

@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from ..pairs import Pairs
 from .activation import RELU
 from .contract import Activation, ExpertWeights
-from .fused import fused
 from .gradients import WeightGradients
 
 # Rows of a tile; columns and depth, warps, stages of loading, and programs a processor of the products. Measured on an
@@ -43,14 +42,18 @@ def _installed() -> bool:
 
 
 def tiled(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
-    """Runs all experts at once; see `ExpertKernel`. With dropout or another activation than ReLU, this is `fused`.
+    """Runs all experts at once; see `ExpertKernel`.
 
     Raises:
-        ValueError: Triton cannot run here, or d or h is no multiple of 16 bytes.
+        ValueError: Triton cannot run here, d or h is no multiple of 16 bytes, there is dropout, or another activation
+            than ReLU.
     """
     _check(x, weights)
     if dropout or activation not in RELU:
-        return fused(x, pairs, weights, activation, dropout)
+        raise ValueError(
+            f"the kernel triton computes ReLU without dropout, not {getattr(activation, '__name__', activation)} with "
+            f"dropout {dropout}; choose --moe-kernel auto"
+        )
     y: Tensor = _Tiled.apply(
         x,
         pairs.weight,
@@ -93,7 +96,7 @@ class _Places:
 
         experts = len(group_sizes)
         self.token, self.tokens, self.experts = token, tokens, experts
-        self.span = _power_of_two(experts)
+        self.span = power_of_two(experts)
         self.tiles = -(-len(token) // _ROWS) + experts
         self.count = self.tiles * _ROWS
         parts = (experts + 1, self.tiles, self.tiles, self.tiles)
@@ -114,7 +117,7 @@ class _Places:
         from . import tiles
 
         out = x.new_empty(self.count, x.shape[1])
-        columns = min(64, _power_of_two(x.shape[1]))
+        columns = min(64, power_of_two(x.shape[1]))
         grid = (self.tiles, -(-x.shape[1] // columns))
         tiles.gather[grid](x, self.token, out, *self.schedule, x.shape[1], _ROWS, columns)
         return out
@@ -148,7 +151,7 @@ class _Places:
         inner, width = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
         out = a.new_empty(self.count, width)
         columns, depth, warps, stages, programs = _PRODUCT
-        columns, depth = min(columns, max(_power_of_two(width), 32)), min(depth, max(_power_of_two(inner), 16))
+        columns, depth = min(columns, max(power_of_two(width), 32)), min(depth, max(power_of_two(inner), 16))
         block = [1, columns, depth] if transposed else [1, depth, columns]
         programs = min(self.tiles * -(-width // columns), programs * _processors(a.device))
         tiles.multiply[(programs,)](
@@ -177,7 +180,7 @@ class _Places:
 
         height, width = out.shape[1:]
         up, columns, depth, warps, stages = _GRADIENT
-        up, columns = min(up, max(_power_of_two(height), 16)), min(columns, max(_power_of_two(width), 16))
+        up, columns = min(up, max(power_of_two(height), 16)), min(columns, max(power_of_two(width), 16))
         grid = (self.experts * -(-height // up) * -(-width // columns),)
         tiles.weight_gradient[grid](
             TensorDescriptor.from_tensor(a, [depth, up]),
@@ -191,7 +194,7 @@ class _Places:
 
         dim = values.shape[1]
         y = values.new_empty(self.tokens, dim)
-        columns = min(_power_of_two(dim), 1024)
+        columns = min(power_of_two(dim), 1024)
         tiles.combine[(self.tokens, -(-dim // columns))](
             values, share, self.offsets, self.of_token, self.tile_row, y, dim,
             self.span, _ROWS, columns, share is not None,
@@ -203,7 +206,7 @@ class _Places:
         from . import tiles
 
         outer, grad_share = torch.empty_like(values), torch.zeros_like(share)
-        columns = min(64, _power_of_two(values.shape[1]))
+        columns = min(64, power_of_two(values.shape[1]))
         tiles.spread[(self.tiles,)](
             grad, self.token, values, share, outer, grad_share, sums, *self.schedule, values.shape[1], _ROWS, columns
         )
@@ -282,5 +285,6 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """Gives the least power of two that is not below a number, at least 2."""
     return 1 << max(number - 1, 1).bit_length()
