@@ -28,7 +28,7 @@ _SIZES = {
     # d, feed-forward, heads, layers of either stack
     "quick": (128, 512, 4, 2),
     "cpu": (256, 1024, 4, 4),
-    "cuda": (512, 2048, 8, 6),
+    "cuda": (512, 2048, 8, 6),  # experts of the size that moe_layer.py measures
 }
 
 
