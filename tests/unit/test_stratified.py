@@ -174,6 +174,20 @@ def test_sampled_second_experts_follow_the_probabilities_in_training_only() -> N
     assert router.eval().plan(logits).group_sizes.tolist() == [20_000, 20_000, 0, 0]
 
 
+@pytest.mark.parametrize("first", [0, 2, 3])
+@pytest.mark.parametrize("gap", [0.0, 5.0, 16.0, 200.0])
+def test_a_drawn_second_expert_is_never_the_first(first: int, gap: float) -> None:
+    router = ROUTERS["gshard"](DIM, 4, RouterOptions(second_expert="sampling")).train()
+    logits = torch.zeros(5000, 4)
+    logits[:, first] = gap
+    plan = router.plan(logits, torch.arange(5000) >= 4000)
+    assert plan.group_sizes.sum() == 8000 and (torch.bincount(plan.token) == 2).all()
+    if gap:
+        assert plan.group_sizes[first] == 4000
+    capped = ROUTERS["gshard"](DIM, 4, RouterOptions(second_expert="sampling", capacity_factor=0.5)).train()
+    assert int(capped.plan(logits).group_sizes.max()) <= 625
+
+
 def test_hash_router_spreads_ids_and_always_agrees_with_itself() -> None:
     router = ROUTERS["hash"](DIM, 8, RouterOptions())
     x, ids = torch.randn(4000, DIM), torch.arange(4000)

@@ -18,8 +18,8 @@ class RankedProbs:
     Attributes:
         logits: (T, E).
         probs: (T, E) softmax of ``logits``.
-        sorted: (T, R) the R highest of ``probs`` in descending order, without gradient. R is E, or 1 in what is kept of
-            a plan made on a GPU, which needs the first choice only.
+        sorted: (T, R) the probabilities at the first R ranks, without gradient. R is E, or what is needed: 2 where
+            the second choice is drawn, 1 in what is kept of a plan made on a GPU.
         order: (T, R) int64, the expert at each rank; equal probabilities keep the experts' order.
     """
 

@@ -215,17 +215,25 @@ class GShardRouter(TopKRouter):
 
     def rank(self, logits: Tensor) -> RankedProbs:
         ranked = rank(logits)
-        if self.by_probability:
+        if self.by_probability or self.limits().number < 2:
             return ranked
-        # The largest of log-probabilities plus Gumbel noise is a draw by probability.
-        noise = -torch.empty_like(logits).exponential_().log()
-        noisy = (logits.detach() + noise).scatter(1, ranked.order[:, :1], torch.inf)
-        order = noisy.argsort(dim=-1, descending=True, stable=True)
-        return RankedProbs(logits, ranked.probs, ranked.probs.gather(1, order), order)
+        order = torch.cat([ranked.order[:, :1], _draw_second(ranked)], dim=-1)
+        return RankedProbs(logits, ranked.probs, ranked.probs.detach().gather(1, order), order)
 
     def capacity(self, real: Tensor) -> Tensor:
         mean = (real.double() / self.weight.shape[0]).ceil()
         return (mean * self.options.capacity_factor).ceil().clamp(min=self.options.min_capacity)
+
+
+def _draw_second(ranked: RankedProbs) -> Tensor:
+    """Draws one of the experts that are not a token's first choice, by probability: (T, 1) int64."""
+    mass = ranked.probs.detach().scatter(1, ranked.order[:, :1], 0.0).cumsum(dim=-1)
+    total = mass[:, -1:].contiguous()
+    # Below the total even where the product is rounded up to it; the first choice adds no mass, so it is never met.
+    drawn = torch.minimum(torch.rand_like(total) * total, torch.nextafter(total, torch.zeros_like(total)))
+    second = torch.searchsorted(mass, drawn, right=True)
+    # Where all the mass is the first choice's, there is nothing to draw by.
+    return torch.where(total > 0, second, ranked.order[:, 1:2])
 
 
 class SwitchRouter(GShardRouter):

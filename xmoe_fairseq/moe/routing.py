@@ -53,8 +53,8 @@ def make_plan(
     """Turns the choice of ranks into a plan, and drops what exceeds the experts' capacity.
 
     Args:
-        ranked: probabilities and their order, (T, E) each.
-        chosen: (T, E) bool; ``chosen[t, r]`` says that token t takes the expert of its rank r.
+        ranked: probabilities and their order.
+        chosen: (T, R) bool; ``chosen[t, r]`` says that token t takes the expert of its rank r.
         padding_mask: (T,) bool, true for padding, which is neither routed nor counted.
         capacity: gives the most tokens an expert takes, from the number of real tokens; none drops nothing.
         normalize: divide a token's weights by their sum after dropping.
@@ -62,10 +62,10 @@ def make_plan(
             0, and no number is read back from the device; none makes a plan of exactly the chosen pairs.
         most_each: a bound of the pairs of one expert, if one is known.
     """
-    tokens, num_experts = chosen.shape
+    tokens, num_experts = ranked.probs.shape
     if padding_mask is not None:
         chosen = chosen & ~padding_mask.unsqueeze(-1)
-    wanted = torch.zeros_like(chosen).scatter_(1, ranked.order, chosen)
+    wanted = torch.zeros_like(ranked.probs, dtype=torch.bool).scatter_(1, ranked.order, chosen)
     received = wanted
     if capacity is not None:
         received = wanted & (_place_in_expert(ranked, wanted) < capacity(real_tokens(padding_mask, chosen).sum()))
@@ -180,8 +180,8 @@ def _place_in_expert(ranked: RankedProbs, wanted: Tensor) -> Tensor:
     Returns:
         (T, E) int64, the 0-based place of each token in each expert's queue.
     """
-    ranks = torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
-    rank_of_expert = torch.empty_like(ranked.order).scatter(1, ranked.order, ranks)
+    ranks = torch.arange(ranked.order.shape[1], device=wanted.device).expand_as(ranked.order)
+    rank_of_expert = torch.zeros_like(wanted, dtype=torch.long).scatter_(1, ranked.order, ranks)
     # Probabilities are at most 1, so twice the rank keeps ranks apart; float64 keeps equal ranks exact.
     key = (2.0 * rank_of_expert.double() - ranked.probs.detach().double()).masked_fill(~wanted, torch.inf)
     queue = key.argsort(dim=0, stable=True)

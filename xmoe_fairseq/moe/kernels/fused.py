@@ -1,8 +1,8 @@
 """Gather, both products, activation and sum of one expert after the other, in one autograd function.
 
-Rows that an expert has just gathered or made are still in the cache when it needs them, and only the hidden
-units are kept for the backward pass. The gradient of the pairs' weights needs no expert output:
-``d y / d weight = <grad, W2 h + b2> = <W2^T grad, h> + <grad, b2>``.
+Rows that an expert has just gathered or made are still in the cache when it needs them. What need not be done
+expert by expert is done once for all of them: weighting and adding up their outputs, and the gradient of the
+pairs' weights, ``d y / d weight = <grad, output>``. For that the outputs are kept, beside the hidden units.
 
 The weights' gradients do not go through autograd but into `WeightGradients`, which a call of
 `ExpertWeights.of` returns to it.
@@ -59,19 +59,29 @@ def fused(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activatio
     )
 
 
-def _groups(sizes: Sequence[int], *stacked: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Yields each expert that has rows, with its rows of every argument; unused rows belong to none."""
-    start = 0
-    for expert, size in enumerate(sizes):
-        if size:
-            yield expert, size, *(None if rows is None else rows.narrow(0, start, size) for rows in stacked)
-        start += size
-
-
 def pieces_of(x: Tensor, hidden: int) -> int:
     """Says into how many pieces the hidden units are cut."""
     pieces = torch.get_num_threads() if x.device.type == "cpu" else 1
     return pieces if hidden % pieces == 0 else 1
+
+
+def _groups(sizes: Sequence[int], *stacked: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Yields each expert that has rows, with its rows of every argument; unused rows belong to none."""
+    used, none = sum(sizes), [None] * len(sizes)
+    parts = [none if rows is None else rows[:used].split(sizes) for rows in stacked]
+    for expert, (size, *here) in enumerate(zip(sizes, *parts, strict=True)):
+        if size:
+            yield expert, size, *here
+
+
+def _add_up(pieces: Tensor, out: Tensor) -> Tensor:
+    """Adds up the first dimension of (pieces, R, d) into (R, d): by additions, since ``sum`` is slow over so few."""
+    if len(pieces) == 1:
+        return out.copy_(pieces[0])
+    torch.add(pieces[0], pieces[1], out=out)
+    for piece in pieces[2:]:
+        out += piece
+    return out
 
 
 class _Fused(torch.autograd.Function):
@@ -91,56 +101,57 @@ class _Fused(torch.autograd.Function):
         gradients: WeightGradients,
     ) -> Tensor:
         experts, width, dim = fc1_weight.shape
-        pieces = pieces_of(x, width)
+        pieces, used = pieces_of(x, width), sum(sizes)
         cut = (experts, pieces, width // pieces, dim)
         fc1, fc2 = fc1_weight.view(cut).mT, fc2_weight.view(cut)
         bias1 = fc1_bias.view(experts, pieces, 1, width // pieces)
         keep = any(ctx.needs_input_grad)
-        kept = gradients.buffers.empty("hidden", (len(token), width), x) if keep else None
-        factors = share.to(x.dtype).unsqueeze(-1)
-        y = torch.zeros_like(x)
-        for expert, size, here, factor, kept_rows, mask_rows in _groups(sizes, token, factors, kept, mask):
+        kept = gradients.buffers.empty("hidden", (used, width), x) if keep else None
+        outputs = x.new_empty(used, dim)
+        for expert, size, here, output, kept_rows, mask_rows in _groups(sizes, token, outputs, kept, mask):
             shape = (pieces, size, width // pieces)
             pre = x.new_empty(shape) if kept_rows is None else kept_rows.view(shape)
-            torch.baddbmm(bias1[expert], x.index_select(0, here).expand(pieces, size, dim), fc1[expert], out=pre)
-            hidden = activate(pre, activation)
+            torch.bmm(x.index_select(0, here).expand(pieces, size, dim), fc1[expert], out=pre)
+            hidden = activate(pre.add_(bias1[expert]), activation)
             if mask_rows is not None:
                 hidden = hidden * mask_rows.view(shape)
-            out = torch.bmm(hidden, fc2[expert]).sum(0)
-            y.index_add_(0, here, out.add_(fc2_bias[expert]).mul_(factor))
-        ctx.save_for_backward(x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept)
+            _add_up(torch.bmm(hidden, fc2[expert]), output).add_(fc2_bias[expert])
+        shared = outputs if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept, shared)
         ctx.sizes, ctx.activation, ctx.gradients, ctx.pieces = sizes, activation, gradients, pieces
-        return y
+        factors = share[:used].to(x.dtype).unsqueeze(-1)
+        weighted = outputs.mul_(factors) if shared is None else outputs * factors
+        return torch.zeros_like(x).index_add_(0, token[:used], weighted)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept = ctx.saved_tensors
+        x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept, outputs = ctx.saved_tensors
         experts, width, dim = fc1_weight.shape
-        pieces, (needs_x, needs_share) = ctx.pieces, ctx.needs_input_grad[:2]
+        pieces, used, (needs_x, needs_share) = ctx.pieces, sum(ctx.sizes), ctx.needs_input_grad[:2]
         cut = (experts, pieces, width // pieces, dim)
         fc1, fc2 = fc1_weight.view(cut), fc2_weight.view(cut).mT
-        grad_x = torch.zeros_like(x) if needs_x else None
-        grad_share = torch.zeros_like(share)
-        factors = share.to(x.dtype).unsqueeze(-1)
-        parts = (token, factors, kept, mask, grad_share)
-        for expert, size, here, factor, kept_rows, mask_rows, grad_factor in _groups(ctx.sizes, *parts):
+        factors = share[:used].to(x.dtype).unsqueeze(-1)
+        grad_rows = x.new_empty(used, dim) if needs_x else None
+        parts = (token, factors, kept, mask, grad_rows)
+        for expert, size, here, factor, kept_rows, mask_rows, grad_here in _groups(ctx.sizes, *parts):
             shape = (pieces, size, width // pieces)
             dropped = None if mask_rows is None else mask_rows.view(shape)
             hidden, through = activated(kept_rows.view(shape), ctx.activation, dropped)
-            outer = grad.index_select(0, here)
-            inner = torch.bmm(outer.expand(pieces, size, dim), fc2[expert])
-            if needs_share:
-                grad_factor.copy_(torch.linalg.vecdot(inner, hidden).sum(0).add_(outer @ fc2_bias[expert]))
-            outer *= factor
+            outer = grad.index_select(0, here).mul_(factor)
             wide = outer.expand(pieces, size, dim)
             ctx.gradients.add_product("fc2_weight", fc2_weight, expert, hidden.mT, wide)
             ctx.gradients.add_sum("fc2_bias", fc2_bias, expert, outer)
-            inner = through(inner.mul_(factor))
+            inner = through(torch.bmm(wide, fc2[expert]))
             rows = x.index_select(0, here).expand(pieces, size, dim)
             ctx.gradients.add_product("fc1_weight", fc1_weight, expert, inner.mT, rows)
             ctx.gradients.add_sum("fc1_bias", fc1_bias, expert, inner)
-            if grad_x is not None:
-                grad_x.index_add_(0, here, torch.bmm(inner, fc1[expert]).sum(0))
-        return grad_x, grad_share if needs_share else None, *[None] * 9
+            if grad_here is not None:
+                _add_up(torch.bmm(inner, fc1[expert]), grad_here)
+        grad_x = None if grad_rows is None else torch.zeros_like(x).index_add_(0, token[:used], grad_rows)
+        grad_share = None
+        if needs_share:
+            grad_share = torch.zeros_like(share)
+            grad_share[:used] = torch.linalg.vecdot(grad.index_select(0, token[:used]), outputs)
+        return grad_x, grad_share, *[None] * 9
