@@ -1,8 +1,8 @@
-"""Gather, both products, activation and sum of one expert after the other, in one autograd function.
+"""Gather, both products, activation and sum, some experts at a time, in one autograd function.
 
-Rows that an expert has just gathered or made are still in the cache when it needs them. What need not be done
-expert by expert is done once for all of them: weighting and adding up their outputs, and the gradient of the
-pairs' weights, ``d y / d weight = <grad, output>``. For that the outputs are kept, beside the hidden units.
+What an expert has just made is still in the cache when it is needed, and what need not be done expert by expert
+is done for a block of them: gathering and adding up rows, weighting, and the gradient of the pairs' weights,
+``d y / d weight = <grad, output>``. For that the outputs are kept, beside the hidden units.
 
 The weights' gradients do not go through autograd but into `WeightGradients`, which a call of
 `ExpertWeights.of` returns to it.
@@ -14,6 +14,7 @@ piece is one product of a batch, whose products run side by side.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,13 +66,49 @@ def pieces_of(x: Tensor, hidden: int) -> int:
     return pieces if hidden % pieces == 0 else 1
 
 
-def _groups(sizes: Sequence[int], *stacked: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Yields each expert that has rows, with its rows of every argument; unused rows belong to none."""
-    used, none = sum(sizes), [None] * len(sizes)
-    parts = [none if rows is None else rows[:used].split(sizes) for rows in stacked]
-    for expert, (size, *here) in enumerate(zip(sizes, *parts, strict=True)):
+# Rows of a block, of which there may be more where one expert has more. They should fit the cache.
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Experts that have rows, one after the other; unused rows belong to none.
+
+    Attributes:
+        experts: their numbers.
+        sizes: rows of each.
+        rows: where theirs are among all rows.
+    """
+
+    experts: list[int]
+    sizes: list[int]
+    rows: slice
+
+    def split(self, *stacked: Tensor | None) -> Iterator[tuple[Any, ...]]:
+        """Yields each expert, its number of rows, and its rows of every argument, which holds the block's."""
+        none = [None] * len(self.sizes)
+        parts = [none if rows is None else rows.split(self.sizes) for rows in stacked]
+        return zip(self.experts, self.sizes, *parts, strict=True)
+
+
+def _blocks(sizes: Sequence[int]) -> Iterator[_Block]:
+    """Puts the experts that have rows in blocks."""
+    experts: list[int] = []
+    start = stop = 0
+    for expert, size in enumerate(sizes):
+        if experts and stop - start + size > _ROWS:
+            yield _Block(experts, [sizes[e] for e in experts], slice(start, stop))
+            experts, start = [], stop
         if size:
-            yield expert, size, *here
+            experts.append(expert)
+            stop += size
+    if experts:
+        yield _Block(experts, [sizes[e] for e in experts], slice(start, stop))
+
+
+def _part(rows: Tensor | None, block: _Block) -> Tensor | None:
+    """Gives the block's rows."""
+    return None if rows is None else rows[block.rows]
 
 
 def _add_up(pieces: Tensor, out: Tensor) -> Tensor:
@@ -101,27 +138,31 @@ class _Fused(torch.autograd.Function):
         gradients: WeightGradients,
     ) -> Tensor:
         experts, width, dim = fc1_weight.shape
-        pieces, used = pieces_of(x, width), sum(sizes)
+        pieces = pieces_of(x, width)
         cut = (experts, pieces, width // pieces, dim)
         fc1, fc2 = fc1_weight.view(cut).mT, fc2_weight.view(cut)
         bias1 = fc1_bias.view(experts, pieces, 1, width // pieces)
-        keep = any(ctx.needs_input_grad)
+        keep, used = any(ctx.needs_input_grad), sum(sizes)
         kept = gradients.buffers.empty("hidden", (used, width), x) if keep else None
-        outputs = x.new_empty(used, dim)
-        for expert, size, here, output, kept_rows, mask_rows in _groups(sizes, token, outputs, kept, mask):
-            shape = (pieces, size, width // pieces)
-            pre = x.new_empty(shape) if kept_rows is None else kept_rows.view(shape)
-            torch.bmm(x.index_select(0, here).expand(pieces, size, dim), fc1[expert], out=pre)
-            hidden = activate(pre.add_(bias1[expert]), activation)
-            if mask_rows is not None:
-                hidden = hidden * mask_rows.view(shape)
-            _add_up(torch.bmm(hidden, fc2[expert]), output).add_(fc2_bias[expert])
-        shared = outputs if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept, shared)
+        outputs = gradients.buffers.empty("outputs", (used, dim), x) if ctx.needs_input_grad[1] else None
+        factors = share.to(x.dtype).unsqueeze(-1)
+        y = torch.zeros_like(x)
+        for block in _blocks(sizes):
+            inputs = x.index_select(0, token[block.rows])
+            made = torch.empty_like(inputs) if outputs is None else outputs[block.rows]
+            parts = (inputs, made, _part(kept, block), _part(mask, block))
+            for expert, size, rows, output, kept_rows, mask_rows in block.split(*parts):
+                shape = (pieces, size, width // pieces)
+                pre = x.new_empty(shape) if kept_rows is None else kept_rows.view(shape)
+                torch.bmm(rows.expand(pieces, size, dim), fc1[expert], out=pre)
+                hidden = activate(pre.add_(bias1[expert]), activation)
+                if mask_rows is not None:
+                    hidden = hidden * mask_rows.view(shape)
+                _add_up(torch.bmm(hidden, fc2[expert]), output).add_(fc2_bias[expert])
+            y.index_add_(0, token[block.rows], made * factors[block.rows])
+        ctx.save_for_backward(x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept, outputs)
         ctx.sizes, ctx.activation, ctx.gradients, ctx.pieces = sizes, activation, gradients, pieces
-        factors = share[:used].to(x.dtype).unsqueeze(-1)
-        weighted = outputs.mul_(factors) if shared is None else outputs * factors
-        return torch.zeros_like(x).index_add_(0, token[:used], weighted)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -129,29 +170,32 @@ class _Fused(torch.autograd.Function):
         (grad,) = grads
         x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept, outputs = ctx.saved_tensors
         experts, width, dim = fc1_weight.shape
-        pieces, used, (needs_x, needs_share) = ctx.pieces, sum(ctx.sizes), ctx.needs_input_grad[:2]
+        pieces, (needs_x, needs_share) = ctx.pieces, ctx.needs_input_grad[:2]
         cut = (experts, pieces, width // pieces, dim)
         fc1, fc2 = fc1_weight.view(cut), fc2_weight.view(cut).mT
-        factors = share[:used].to(x.dtype).unsqueeze(-1)
-        grad_rows = x.new_empty(used, dim) if needs_x else None
-        parts = (token, factors, kept, mask, grad_rows)
-        for expert, size, here, factor, kept_rows, mask_rows, grad_here in _groups(ctx.sizes, *parts):
-            shape = (pieces, size, width // pieces)
-            dropped = None if mask_rows is None else mask_rows.view(shape)
-            hidden, through = activated(kept_rows.view(shape), ctx.activation, dropped)
-            outer = grad.index_select(0, here).mul_(factor)
-            wide = outer.expand(pieces, size, dim)
-            ctx.gradients.add_product("fc2_weight", fc2_weight, expert, hidden.mT, wide)
-            ctx.gradients.add_sum("fc2_bias", fc2_bias, expert, outer)
-            inner = through(torch.bmm(wide, fc2[expert]))
-            rows = x.index_select(0, here).expand(pieces, size, dim)
-            ctx.gradients.add_product("fc1_weight", fc1_weight, expert, inner.mT, rows)
-            ctx.gradients.add_sum("fc1_bias", fc1_bias, expert, inner)
-            if grad_here is not None:
-                _add_up(torch.bmm(inner, fc1[expert]), grad_here)
-        grad_x = None if grad_rows is None else torch.zeros_like(x).index_add_(0, token[:used], grad_rows)
-        grad_share = None
-        if needs_share:
-            grad_share = torch.zeros_like(share)
-            grad_share[:used] = torch.linalg.vecdot(grad.index_select(0, token[:used]), outputs)
+        grad_x = torch.zeros_like(x) if needs_x else None
+        grad_share = torch.zeros_like(share) if needs_share else None
+        factors = share.to(x.dtype).unsqueeze(-1)
+        for block in _blocks(ctx.sizes):
+            here = token[block.rows]
+            inputs, outer = x.index_select(0, here), grad.index_select(0, here)
+            if grad_share is not None:
+                grad_share[block.rows] = torch.linalg.vecdot(outer, outputs[block.rows])
+            outer *= factors[block.rows]
+            grad_inputs = torch.empty_like(inputs) if needs_x else None
+            parts = (inputs, outer, grad_inputs, kept[block.rows], _part(mask, block))
+            for expert, size, rows, outer_rows, grad_rows, kept_rows, mask_rows in block.split(*parts):
+                shape, whole = (pieces, size, width // pieces), (pieces, size, dim)
+                dropped = None if mask_rows is None else mask_rows.view(shape)
+                hidden, through = activated(kept_rows.view(shape), ctx.activation, dropped)
+                wide = outer_rows.expand(whole)
+                ctx.gradients.add_product("fc2_weight", fc2_weight, expert, hidden.mT, wide)
+                ctx.gradients.add_sum("fc2_bias", fc2_bias, expert, outer_rows)
+                inner = through(torch.bmm(wide, fc2[expert]))
+                ctx.gradients.add_product("fc1_weight", fc1_weight, expert, inner.mT, rows.expand(whole))
+                ctx.gradients.add_sum("fc1_bias", fc1_bias, expert, inner)
+                if grad_rows is not None:
+                    _add_up(torch.bmm(inner, fc1[expert]), grad_rows)
+            if grad_x is not None:
+                grad_x.index_add_(0, here, grad_inputs)
         return grad_x, grad_share, *[None] * 9
