@@ -140,8 +140,8 @@ class _Fused(torch.autograd.Function):
         experts, width, dim = fc1_weight.shape
         pieces = pieces_of(x, width)
         cut = (experts, pieces, width // pieces, dim)
-        fc1, fc2 = fc1_weight.view(cut).mT, fc2_weight.view(cut)
-        bias1 = fc1_bias.view(experts, pieces, 1, width // pieces)
+        fc1, fc2, bias2 = fc1_weight.view(cut).mT.unbind(), fc2_weight.view(cut).unbind(), fc2_bias.unbind()
+        bias1 = fc1_bias.view(experts, pieces, 1, width // pieces).unbind()
         keep, used = any(ctx.needs_input_grad), sum(sizes)
         kept = gradients.buffers.empty("hidden", (used, width), x) if keep else None
         outputs = gradients.buffers.empty("outputs", (used, dim), x) if ctx.needs_input_grad[1] else None
@@ -158,7 +158,7 @@ class _Fused(torch.autograd.Function):
                 hidden = activate(pre.add_(bias1[expert]), activation)
                 if mask_rows is not None:
                     hidden = hidden * mask_rows.view(shape)
-                _add_up(torch.bmm(hidden, fc2[expert]), output).add_(fc2_bias[expert])
+                _add_up(torch.bmm(hidden, fc2[expert]), output).add_(bias2[expert])
             y.index_add_(0, token[block.rows], made * factors[block.rows])
         ctx.save_for_backward(x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept, outputs)
         ctx.sizes, ctx.activation, ctx.gradients, ctx.pieces = sizes, activation, gradients, pieces
@@ -169,10 +169,15 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept, outputs = ctx.saved_tensors
+        gradients: WeightGradients = ctx.gradients
         experts, width, dim = fc1_weight.shape
         pieces, (needs_x, needs_share) = ctx.pieces, ctx.needs_input_grad[:2]
         cut = (experts, pieces, width // pieces, dim)
-        fc1, fc2 = fc1_weight.view(cut), fc2_weight.view(cut).mT
+        fc1, fc2 = fc1_weight.view(cut), fc2_weight.view(cut)
+        grad_fc1, grad_fc2 = gradients.of("fc1_weight", fc1), gradients.of("fc2_weight", fc2)
+        grad_bias1 = gradients.of("fc1_bias", fc1_bias.view(cut[:3]))
+        grad_bias2 = gradients.of("fc2_bias", fc2_bias)
+        to_inputs, to_hidden = fc1.unbind(), fc2.mT.unbind()
         grad_x = torch.zeros_like(x) if needs_x else None
         grad_share = torch.zeros_like(share) if needs_share else None
         factors = share.to(x.dtype).unsqueeze(-1)
@@ -189,13 +194,13 @@ class _Fused(torch.autograd.Function):
                 dropped = None if mask_rows is None else mask_rows.view(shape)
                 hidden, through = activated(kept_rows.view(shape), ctx.activation, dropped)
                 wide = outer_rows.expand(whole)
-                ctx.gradients.add_product("fc2_weight", fc2_weight, expert, hidden.mT, wide)
-                ctx.gradients.add_sum("fc2_bias", fc2_bias, expert, outer_rows)
-                inner = through(torch.bmm(wide, fc2[expert]))
-                ctx.gradients.add_product("fc1_weight", fc1_weight, expert, inner.mT, rows.expand(whole))
-                ctx.gradients.add_sum("fc1_bias", fc1_bias, expert, inner)
+                grad_fc2.add_product(expert, hidden.mT, wide)
+                grad_bias2.add_sum(expert, outer_rows)
+                inner = through(torch.bmm(wide, to_hidden[expert]))
+                grad_fc1.add_product(expert, inner.mT, rows.expand(whole))
+                grad_bias1.add_sum(expert, inner)
                 if grad_rows is not None:
-                    _add_up(torch.bmm(inner, fc1[expert]), grad_rows)
+                    _add_up(torch.bmm(inner, to_inputs[expert]), grad_rows)
             if grad_x is not None:
                 grad_x.index_add_(0, here, grad_inputs)
         return grad_x, grad_share, *[None] * 9

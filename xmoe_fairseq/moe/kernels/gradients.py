@@ -12,8 +12,50 @@ from torch.autograd.function import once_differentiable
 from .memory import Buffers
 
 
+class StackedGradient:
+    """The gradient of one stacked weight, each expert's part of which is written when it first has rows.
+
+    Args:
+        total: (E, ...).
+        written: of each expert, whether its part holds more than what was in memory; it is changed.
+    """
+
+    def __init__(self, total: Tensor, written: bytearray) -> None:
+        self._parts = total.unbind()
+        self._written = written
+
+    def add_product(self, expert: int, left: Tensor, right: Tensor) -> None:
+        """Adds a product of batches to one expert's part, which is (pieces, n, m).
+
+        Args:
+            expert: its number.
+            left: (pieces, n, R).
+            right: (pieces, R, m).
+        """
+        if self._written[expert]:
+            self._parts[expert].baddbmm_(left, right)
+        else:
+            torch.bmm(left, right, out=self._parts[expert])
+            self._written[expert] = True
+
+    def add_sum(self, expert: int, rows: Tensor) -> None:
+        """Adds the sum over R of rows, (..., R, n), to one expert's part, which is (..., n)."""
+        if self._written[expert]:
+            self._parts[expert].add_(rows.sum(-2))
+        else:
+            torch.sum(rows, dim=-2, out=self._parts[expert])
+            self._written[expert] = True
+
+    def fill(self) -> None:
+        """Writes zeros where nothing was added."""
+        for expert, part in enumerate(self._parts):
+            if not self._written[expert]:
+                part.zero_()
+                self._written[expert] = True
+
+
 class WeightGradients:
-    """Sums up the gradients of E experts' weights, each written only where its expert had rows.
+    """Sums up the gradients of E experts' weights.
 
     Strata use the same stacked weights several times. Autograd would add as many gradients of the size of
     all experts, of which each is nearly empty.
@@ -24,67 +66,34 @@ class WeightGradients:
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers = buffers
-        self._sums: dict[str, Tensor] = {}
-        self._written: dict[str, set[int]] = {}  # the experts of each
+        self._sums: dict[str, tuple[Tensor, bytearray]] = {}
 
-    def add_product(self, name: str, like: Tensor, expert: int, left: Tensor, right: Tensor) -> None:
-        """Adds a product of batches to one expert's gradient.
-
-        Args:
-            name: of the weight.
-            like: the weight, (E, h, d).
-            expert: its number.
-            left: (pieces, h / pieces, R).
-            right: (pieces, R, d).
-        """
-        out = self._sum(name, like)[expert].view(left.shape[0], left.shape[1], right.shape[2])
-        if self._first(name, expert):
-            torch.bmm(left, right, out=out)
-        else:
-            out.baddbmm_(left, right)
-
-    def add_sum(self, name: str, like: Tensor, expert: int, rows: Tensor) -> None:
-        """Adds the sum over R of rows, (R, n) or (pieces, R, n), to one expert's bias: (E, ...)."""
-        out = self._sum(name, like)[expert].view(rows.shape[:-2] + rows.shape[-1:])
-        if self._first(name, expert):
-            torch.sum(rows, dim=-2, out=out)
-        else:
-            out += rows.sum(-2)
+    def of(self, name: str, like: Tensor) -> StackedGradient:
+        """Gives the sum of a name, of the shape of ``like``: the weight, (E, ...), or a view of it."""
+        total, written = self._sum(name, like)
+        return StackedGradient(total.view(like.shape), written)
 
     def whole(self, name: str, like: Tensor) -> tuple[Tensor, bool]:
         """Gives the memory of a sum, every expert of which is then written, and whether to add to what is there."""
         begun = name in self._sums
-        total = self._sum(name, like)
         if begun:
-            self._fill(name)
-        self._written[name] = set(range(len(total)))
-        return total, begun
+            self.of(name, like).fill()
+        total, written = self._sum(name, like)
+        written[:] = b"\1" * len(written)
+        return total.view(like.shape), begun
 
     def take(self, name: str, like: Tensor, brought: Tensor | None) -> Tensor:
         """Gives the sum, zero for experts that had no rows, plus what autograd brings, and forgets it."""
         if name not in self._sums and brought is not None:
             return brought
-        total = self._sum(name, like)
-        self._fill(name)
-        del self._sums[name], self._written[name]
+        self.of(name, like).fill()
+        total = self._sums.pop(name)[0].view(like.shape)
         return total if brought is None else total.add_(brought)
 
-    def _fill(self, name: str) -> None:
-        """Writes zeros where no expert has written."""
-        total = self._sums[name]
-        for expert in set(range(len(total))) - self._written[name]:
-            total[expert].zero_()
-
-    def _sum(self, name: str, like: Tensor) -> Tensor:
+    def _sum(self, name: str, like: Tensor) -> tuple[Tensor, bytearray]:
         if name not in self._sums:
-            self._sums[name] = self.buffers.empty(name, tuple(like.shape), like)
-            self._written[name] = set()
+            self._sums[name] = self.buffers.empty(name, tuple(like.shape), like), bytearray(len(like))
         return self._sums[name]
-
-    def _first(self, name: str, expert: int) -> bool:
-        first = expert not in self._written[name]
-        self._written[name].add(expert)
-        return first
 
 
 class _Collect(torch.autograd.Function):
