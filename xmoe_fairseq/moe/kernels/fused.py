@@ -60,7 +60,7 @@ def fused(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activatio
     )
 
 
-def pieces_of(x: Tensor, hidden: int) -> int:
+def _pieces_of(x: Tensor, hidden: int) -> int:
     """Says into how many pieces the hidden units are cut."""
     pieces = torch.get_num_threads() if x.device.type == "cpu" else 1
     return pieces if hidden % pieces == 0 else 1
@@ -138,7 +138,7 @@ class _Fused(torch.autograd.Function):
         gradients: WeightGradients,
     ) -> Tensor:
         experts, width, dim = fc1_weight.shape
-        pieces = pieces_of(x, width)
+        pieces = _pieces_of(x, width)
         cut = (experts, pieces, width // pieces, dim)
         fc1, fc2, bias2 = fc1_weight.view(cut).mT.unbind(), fc2_weight.view(cut).unbind(), fc2_bias.unbind()
         bias1 = fc1_bias.view(experts, pieces, 1, width // pieces).unbind()
