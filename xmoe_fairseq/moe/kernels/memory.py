@@ -16,13 +16,12 @@ class Buffers:
 
     A training step writes a gradient as large as all experts, though few rows went through each. Memory from the
     system comes in pages of 4 KiB, each of them a fault, and goes back when the optimizer drops the gradient. Here
-    it comes in huge pages, where the system has them, and stays. One buffer a name is kept, so memory
-    does not grow: while it is in use, as during gradient accumulation, others come and go.
-    Copies and pickles start empty.
+    it comes in huge pages, where the system has them, and stays: as much as was in use at once, which may be
+    several buffers of one name, as with strata or gradient accumulation. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, mmap.mmap] = {}
+        self._kept: dict[str, list[mmap.mmap]] = {}
 
     def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Gives a tensor of ``shape`` with the dtype and device of ``like``.
@@ -35,11 +34,16 @@ class Buffers:
         size = math.prod(shape) * like.element_size()
         if like.device.type != "cpu" or size < _LEAST:
             return like.new_empty(shape)
-        memory = self._kept.pop(name, None)
-        # Two references mean that no tensor holds it: the variable here and the argument of getrefcount.
-        if memory is None or sys.getrefcount(memory) > 2 or not size <= len(memory) <= 2 * size:
+        kept = self._kept.setdefault(name, [])
+        # Three references mean that no tensor holds it: the list, the variable and the argument of getrefcount.
+        free = [memory for memory in kept if sys.getrefcount(memory) <= 3]
+        fitting = [memory for memory in free if size <= len(memory) <= 2 * size]
+        if fitting:
+            memory = fitting[0]
+        else:
             memory = _huge_pages(size + size // 8)
-        self._kept[name] = memory
+            # In place of one that does not fit, so that there are never more than were in use at once.
+            kept[:] = [other for other in kept if not free or other is not free[0]] + [memory]
         return torch.frombuffer(memory, dtype=like.dtype, count=math.prod(shape)).view(shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
