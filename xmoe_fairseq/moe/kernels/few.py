@@ -1,12 +1,13 @@
-"""For decoding: so few rows an expert that a call costs as much as its product, so calls are few.
+"""For decoding: with so few rows an expert, reading its weights is the work, and every call beside costs as much.
 
-Only the two products are made expert by expert; everything else is done once, over all rows.
+So there are as few calls as can be, and products are not cut: an expert's whole matrix is one.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..pairs import Pairs
 from .contract import Activation, ExpertWeights
@@ -24,11 +25,14 @@ def few(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation,
     token, share = pairs.token[:used], pairs.weight[:used]
     inputs = x.index_select(0, token)
     hidden, outputs = x.new_empty(used, weights.fc1_bias.shape[1]), torch.empty_like(inputs)
-    for e, rows, made in zip(active, inputs.split(counts), hidden.split(counts), strict=True):
-        torch.addmm(weights.fc1_bias[e], rows, weights.fc1_weight[e].t(), out=made)
-    hidden = torch.nn.functional.dropout(activation(hidden), dropout)
-    for e, rows, made in zip(active, hidden.split(counts), outputs.split(counts), strict=True):
-        torch.mm(rows, weights.fc2_weight[e], out=made)
-    expert = torch.repeat_interleave(pairs.group_sizes, output_size=used)
-    outputs.add_(weights.fc2_bias.index_select(0, expert)).mul_(share.to(x.dtype).unsqueeze(-1))
+    made = hidden.split_with_sizes(counts)
+    for expert, rows, out in zip(active, inputs.split_with_sizes(counts), made, strict=True):
+        torch.addmm(weights.fc1_bias[expert], rows, weights.fc1_weight[expert].t(), out=out)
+    hidden = activation(hidden)
+    if dropout:
+        hidden = F.dropout(hidden, dropout)
+    made = outputs.split_with_sizes(counts)
+    for expert, rows, out in zip(active, hidden.split_with_sizes(counts), made, strict=True):
+        torch.addmm(weights.fc2_bias[expert], rows, weights.fc2_weight[expert], out=out)
+    outputs.mul_(share.to(x.dtype).unsqueeze(-1))
     return torch.zeros_like(x).index_add_(0, token, outputs)
