@@ -74,7 +74,7 @@ def install() -> None:
     from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
     from fairseq.trainer import Trainer
 
-    from .adam import one_pass
+    from . import adam
     from .processes import batches, gradients, launch, state
 
     # A Namespace only holds values: restoring one calls nothing.
@@ -98,7 +98,10 @@ def install() -> None:
         (distributed_utils, "call_main", launch.one_job),
         (_FP16OptimizerMixin, "state_dict", _with_masters),
         (_FP16OptimizerMixin, "load_state_dict", _to_masters),
-        (Adam, "step", one_pass),
+        (Adam, "step", adam.one_pass),
+        (FairseqOptimizer, "multiply_grads", adam.scaled_later),
+        (FairseqOptimizer, "clip_grad_norm", adam.clipped_later),
+        (FairseqOptimizer, "zero_grad", adam.dropped_with_gradients),
         (SampledMultiEpochDataset, "_next_virtual_epoch", _same_sample_when_resumed),
         (options, "parse_args_and_arch", _bf16_is_not_tpu),
     ):

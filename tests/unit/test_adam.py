@@ -1,9 +1,13 @@
 """The optimizer's step in one pass, against stock fairseq's."""
 
 import inspect
+from argparse import Namespace
+from typing import Any
 
 import pytest
 import torch
+from fairseq import optim
+from fairseq.optim import FairseqOptimizer
 from fairseq.optim.adam import Adam
 from torch import Tensor, nn
 
@@ -112,3 +116,68 @@ def test_the_plugin_puts_it_in_and_all_parameters_take_one_call(monkeypatch: pyt
     give_gradients(some, step=5)
     Adam(some).step()
     assert calls == [3]
+
+
+class StockOptimizer(optim.adam.FairseqAdam):
+    """As above, with what fairseq's trainer calls."""
+
+    multiply_grads = inspect.unwrap(FairseqOptimizer.multiply_grads)
+    clip_grad_norm = inspect.unwrap(FairseqOptimizer.clip_grad_norm)
+
+
+def optimizer_of(kind: Any, some: list[nn.Parameter]) -> Any:
+    given = {"lr": [1e-2], "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.01}
+    optimizer = kind(Namespace(**given, fp16_adam_stats=False, use_old_adam=True, tpu=False), some)
+    if kind is StockOptimizer:
+        optimizer._optimizer.__class__ = Stock
+    return optimizer
+
+
+def steps_of_trainer(kind: Any, max_norm: float, scale: Any = 1.0) -> tuple[list[nn.Parameter], list[Tensor]]:
+    some, norms = parameters(), []
+    optimizer = optimizer_of(kind, some)
+    for step in range(6):
+        optimizer.zero_grad()
+        give_gradients(some, step)
+        optimizer.multiply_grads(scale)
+        optimizer.multiply_grads(torch.tensor(1 / 3))
+        norms.append(optimizer.clip_grad_norm(max_norm))
+        if step != 2:  # one whose gradients are dropped, as after an overflow
+            optimizer.step()
+    return some, norms
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 1 / 7])
+def test_gradients_scaled_and_clipped_in_the_step_do_what_those_of_stock_do(max_norm: float, scale: float) -> None:
+    ours, our_norms = steps_of_trainer(optim.adam.FairseqAdam, max_norm, scale)
+    theirs, norms = steps_of_trainer(StockOptimizer, max_norm, scale)
+    torch.testing.assert_close(our_norms, norms, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_of_other_processes_are_of_the_same_scale() -> None:
+    def twice(norm: Tensor) -> Tensor:
+        return 2 * norm
+
+    results = []
+    for kind in (optim.adam.FairseqAdam, StockOptimizer):
+        some = parameters()
+        optimizer = optimizer_of(kind, some)
+        give_gradients(some, 5)
+        optimizer.multiply_grads(0.25)
+        norm = optimizer.clip_grad_norm(0.3, aggregate_norm_fn=twice)
+        optimizer.step()
+        results.append((norm, some))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_memory_is_not_passed_over_before_the_step() -> None:
+    some = parameters()
+    optimizer = optimizer_of(optim.adam.FairseqAdam, some)
+    give_gradients(some, 5)
+    given = [parameter.grad.clone() for parameter in some[:3]]
+    optimizer.multiply_grads(0.25)
+    optimizer.clip_grad_norm(0.3)
+    assert all(torch.equal(parameter.grad, before) for parameter, before in zip(some, given, strict=False))
+    assert not optimizer.optimizer.state_dict()["state"]

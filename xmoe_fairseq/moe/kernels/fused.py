@@ -201,6 +201,6 @@ class _Fused(torch.autograd.Function):
                 grad_bias1.add_sum(expert, inner)
                 if grad_rows is not None:
                     _add_up(torch.bmm(inner, to_inputs[expert]), grad_rows)
-            if grad_x is not None:
+            if grad_x is not None and grad_inputs is not None:
                 grad_x.index_add_(0, here, grad_inputs)
         return grad_x, grad_share, *[None] * 9
