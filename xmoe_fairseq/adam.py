@@ -16,6 +16,8 @@ from fairseq.optim.adam import Adam
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .processes.gradients import is_expert, norm_of
+
 
 def one_pass(step: Any) -> Any:
     """Makes the step of stock fairseq's ``Adam`` one call of torch's fused AdamW for all parameters.
@@ -62,11 +64,15 @@ def clipped_later(clip_grad_norm: Any) -> Any:
     @functools.wraps(clip_grad_norm)
     def clip(optimizer: Any, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
         inner = getattr(optimizer, "_optimizer", None)
-        if not _takes(inner):
+        gradients = [p.grad for p in optimizer.params if p.grad is not None and not is_expert(p)]
+        if not gradients or not _takes(inner):
             clipped: Tensor = clip_grad_norm(optimizer, max_norm, aggregate_norm_fn)
             return clipped
         factor = inner.__dict__.get(_FACTOR, 1.0)
-        norm: Tensor = clip_grad_norm(optimizer, 0.0, aggregate_norm_fn) * abs(factor)
+        norm = norm_of(gradients)
+        if aggregate_norm_fn is not None:
+            norm = aggregate_norm_fn(norm)
+        norm = norm * abs(factor)
         if max_norm > 0:
             inner.__dict__[_FACTOR] = factor * (float(max_norm) / (norm + 1e-6)).clamp_(max=1)
         return norm

@@ -8,7 +8,7 @@ Some things of stock fairseq do not work today; `install` mends them, for this p
 * a run that is resumed may differ from one that was not: it makes an update too many, samples other data, or starts
   from rounded parameters;
 * ``--bf16`` is taken for a TPU, so it needs torch_xla even on a GPU or CPU;
-* ``--optimizer adam`` goes seven times over every parameter.
+* ``--optimizer adam`` goes seven times over every parameter, and four more times to scale and clip gradients.
 """
 
 from __future__ import annotations

@@ -172,6 +172,14 @@ def test_norms_of_other_processes_are_of_the_same_scale() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
+def test_norms_of_many_numbers_are_exact() -> None:
+    torch.manual_seed(0)
+    large = nn.Parameter(torch.empty(64, 256, 256))
+    large.grad = torch.randn(large.shape)
+    norm = optimizer_of(optim.adam.FairseqAdam, [large]).clip_grad_norm(0.0)
+    torch.testing.assert_close(norm.double(), large.grad.double().norm(), rtol=1e-5, atol=0)
+
+
 def test_memory_is_not_passed_over_before_the_step() -> None:
     some = parameters()
     optimizer = optimizer_of(optim.adam.FairseqAdam, some)
