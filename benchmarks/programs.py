@@ -39,7 +39,9 @@ def model_options(name: str, args: Namespace) -> list[str]:
     size = {"embed-dim": dim, "ffn-embed-dim": hidden, "attention-heads": heads, "layers": layers}
     sizes = [word for option, value in size.items() for word in (f"--encoder-{option}", str(value))]
     norms = ["--encoder-normalize-before", "--decoder-normalize-before", "--share-all-embeddings"]
-    return ["--arch", arch, *norms, *sizes, "--dropout", "0.1", *own]
+    # Presets differ in dropout, which costs as much as some layers.
+    dropout = ["--dropout", "0.1", "--attention-dropout", "0.1"]
+    return ["--arch", arch, *norms, *sizes, *dropout, *own]
 
 
 def flops(name: str, args: Namespace, vocab: int, experts: dict[str, float]) -> float:

@@ -86,7 +86,8 @@ class WeightGradients:
         """Gives the sum, zero for experts that had no rows, plus what autograd brings, and forgets it."""
         if name not in self._sums and brought is not None:
             return brought
-        self.of(name, like).fill()
+        if not all(self._sum(name, like)[1]):
+            self.of(name, like).fill()
         total = self._sums.pop(name)[0].view(like.shape)
         return total if brought is None else total.add_(brought)
 
