@@ -24,14 +24,19 @@ def one_pass(step: Any) -> Any:
 
     Stock goes seven times over every parameter, and makes fresh memory of its size, in each step. State and checkpoints
     stay those of stock fairseq; parameters differ by rounding. 16-bit parameters are left to stock.
+
+    Raises:
+        RuntimeError: of the step, where gradients changed their kind after they were scaled.
     """
 
     @functools.wraps(step)
     def fused(optimizer: torch.optim.Optimizer, closure: Any = None) -> Any:
+        factor = optimizer.__dict__.pop(_FACTOR, None)
         if not _takes(optimizer):
+            if factor is not None:
+                raise RuntimeError("gradients were scaled or clipped as dense float32, but are not so at the step")
             return step(optimizer, closure)
         loss = None if closure is None else closure()
-        factor = optimizer.__dict__.pop(_FACTOR, None)
         for group in optimizer.param_groups:
             at_step: dict[int, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:

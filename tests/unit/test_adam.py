@@ -189,3 +189,13 @@ def test_memory_is_not_passed_over_before_the_step() -> None:
     optimizer.clip_grad_norm(0.3)
     assert all(torch.equal(parameter.grad, before) for parameter, before in zip(some, given, strict=False))
     assert not optimizer.optimizer.state_dict()["state"]
+
+
+def test_a_factor_is_never_left_out() -> None:
+    weight = nn.Parameter(torch.randn(5, 7))
+    optimizer = optimizer_of(optim.adam.FairseqAdam, [weight])
+    weight.grad = torch.randn(5, 7)
+    optimizer.multiply_grads(0.25)
+    weight.grad = torch.randn(5, 7).to_sparse()
+    with pytest.raises(RuntimeError, match="scaled or clipped"):
+        optimizer.step()

@@ -1,4 +1,4 @@
-"""For decoding: with so few rows an expert, reading its weights is the work, and every call beside costs as much.
+"""For decoding: with so few rows an expert, reading its weights is the work, and what is called around it counts.
 
 So there are as few calls as can be, and products are not cut: an expert's whole matrix is one.
 """

@@ -17,7 +17,7 @@ class StackedGradient:
 
     Args:
         total: (E, ...).
-        written: of each expert, whether its part holds more than what was in memory; it is changed.
+        written: of each expert, whether its part was written; changed by every addition.
     """
 
     def __init__(self, total: Tensor, written: bytearray) -> None:
