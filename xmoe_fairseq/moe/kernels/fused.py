@@ -1,20 +1,16 @@
-"""Gather, both products, activation and sum, some experts at a time, in one autograd function.
+"""Gather, both products, activation and weighting of an expert, in one autograd function.
 
-What an expert has just made is still in the cache when it is needed, and what need not be done expert by expert
-is done for a block of them: gathering and adding up rows, weighting, and the gradient of the pairs' weights,
-``d y / d weight = <grad, output>``. For that the outputs are kept, beside the hidden units.
+What an expert has just made is still in the cache when it is needed. On a CPU experts run side by side; the rows that
+they leave are added up afterwards, always in the same order. Outputs are kept, beside the hidden units, for the
+gradient of the pairs' weights, ``d y / d weight = <grad, output>``.
 
 The weights' gradients do not go through autograd but into `WeightGradients`, which a call of
 `ExpertWeights.of` returns to it.
-
-An expert has too few rows for a product that is cut among threads by rows. So its hidden units are cut: each
-piece is one product of a batch, whose products run side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,10 +22,11 @@ from ..pairs import Pairs
 from .activation import activate, activated
 from .contract import Activation, ExpertWeights
 from .gradients import WeightGradients
+from .threads import side_by_side
 
 
 def fused(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
-    """Runs the experts that have tokens, one after the other; see `ExpertKernel`.
+    """Runs the experts that have tokens; see `ExpertKernel`.
 
     Reads the group sizes back from the device once.
 
@@ -60,65 +57,11 @@ def fused(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activatio
     )
 
 
-def _pieces_of(x: Tensor, hidden: int) -> int:
-    """Says into how many pieces the hidden units are cut."""
-    pieces = torch.get_num_threads() if x.device.type == "cpu" else 1
-    return pieces if hidden % pieces == 0 else 1
-
-
-# Rows of a block, of which there may be more where one expert has more. They should fit the cache.
-_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Experts that have rows, one after the other; unused rows belong to none.
-
-    Attributes:
-        experts: their numbers.
-        sizes: rows of each.
-        rows: where theirs are among all rows.
-    """
-
-    experts: list[int]
-    sizes: list[int]
-    rows: slice
-
-    def split(self, *stacked: Tensor | None) -> Iterator[tuple[Any, ...]]:
-        """Yields each expert, its number of rows, and its rows of every argument, which holds the block's."""
-        none = [None] * len(self.sizes)
-        parts = [none if rows is None else rows.split(self.sizes) for rows in stacked]
-        return zip(self.experts, self.sizes, *parts, strict=True)
-
-
-def _blocks(sizes: Sequence[int]) -> Iterator[_Block]:
-    """Puts the experts that have rows in blocks."""
-    experts: list[int] = []
-    start = stop = 0
-    for expert, size in enumerate(sizes):
-        if experts and stop - start + size > _ROWS:
-            yield _Block(experts, [sizes[e] for e in experts], slice(start, stop))
-            experts, start = [], stop
-        if size:
-            experts.append(expert)
-            stop += size
-    if experts:
-        yield _Block(experts, [sizes[e] for e in experts], slice(start, stop))
-
-
-def _part(rows: Tensor | None, block: _Block) -> Tensor | None:
-    """Gives the block's rows."""
-    return None if rows is None else rows[block.rows]
-
-
-def _add_up(pieces: Tensor, out: Tensor) -> Tensor:
-    """Adds up the first dimension of (pieces, R, d) into (R, d): by additions, since ``sum`` is slow over so few."""
-    if len(pieces) == 1:
-        return out.copy_(pieces[0])
-    torch.add(pieces[0], pieces[1], out=out)
-    for piece in pieces[2:]:
-        out += piece
-    return out
+def _split(sizes: Sequence[int], *stacked: Tensor | None) -> list[tuple[Any, ...]]:
+    """Gives each expert's rows of every argument; the last rows may be nobody's."""
+    none, used = [None] * len(sizes), sum(sizes)
+    parts = [none if rows is None else rows[:used].split_with_sizes(sizes) for rows in stacked]
+    return list(zip(*parts, strict=True))
 
 
 class _Fused(torch.autograd.Function):
@@ -137,32 +80,27 @@ class _Fused(torch.autograd.Function):
         activation: Activation,
         gradients: WeightGradients,
     ) -> Tensor:
-        experts, width, dim = fc1_weight.shape
-        pieces = _pieces_of(x, width)
-        cut = (experts, pieces, width // pieces, dim)
-        fc1, fc2, bias2 = fc1_weight.view(cut).mT.unbind(), fc2_weight.view(cut).unbind(), fc2_bias.unbind()
-        bias1 = fc1_bias.view(experts, pieces, 1, width // pieces).unbind()
-        keep, used = any(ctx.needs_input_grad), sum(sizes)
-        kept = gradients.buffers.empty("hidden", (used, width), x) if keep else None
-        outputs = gradients.buffers.empty("outputs", (used, dim), x) if ctx.needs_input_grad[1] else None
+        keep, used, empty = any(ctx.needs_input_grad), sum(sizes), gradients.buffers.empty
+        kept = empty("hidden", (used, fc1_weight.shape[1]), x) if keep else None
+        outputs = empty("outputs", (used, x.shape[1]), x)
+        weighted = empty("weighted", (used, x.shape[1]), x) if keep else outputs
         factors = share.to(x.dtype).unsqueeze(-1)
-        y = torch.zeros_like(x)
-        for block in _blocks(sizes):
-            inputs = x.index_select(0, token[block.rows])
-            made = torch.empty_like(inputs) if outputs is None else outputs[block.rows]
-            parts = (inputs, made, _part(kept, block), _part(mask, block))
-            for expert, size, rows, output, kept_rows, mask_rows in block.split(*parts):
-                shape = (pieces, size, width // pieces)
-                pre = x.new_empty(shape) if kept_rows is None else kept_rows.view(shape)
-                torch.bmm(rows.expand(pieces, size, dim), fc1[expert], out=pre)
-                hidden = activate(pre.add_(bias1[expert]), activation)
-                if mask_rows is not None:
-                    hidden = hidden * mask_rows.view(shape)
-                _add_up(torch.bmm(hidden, fc2[expert]), output).add_(bias2[expert])
-            y.index_add_(0, token[block.rows], made * factors[block.rows])
+        fc1, fc2, bias1, bias2 = fc1_weight.mT.unbind(), fc2_weight.unbind(), fc1_bias.unbind(), fc2_bias.unbind()
+        parts = _split(sizes, token, factors, kept, mask, outputs, weighted)
+
+        def work(expert: int) -> None:
+            here, factor, kept_rows, mask_rows, output, result = parts[expert]
+            pre = torch.addmm(bias1[expert], x.index_select(0, here), fc1[expert], out=kept_rows)
+            hidden = activate(pre, activation)
+            if mask_rows is not None:
+                hidden = hidden * mask_rows
+            torch.addmm(bias2[expert], hidden, fc2[expert], out=output)
+            torch.mul(output, factor, out=result)
+
+        side_by_side(work, sizes, x.device)
         ctx.save_for_backward(x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept, outputs)
-        ctx.sizes, ctx.activation, ctx.gradients, ctx.pieces = sizes, activation, gradients, pieces
-        return y
+        ctx.sizes, ctx.activation, ctx.gradients = sizes, activation, gradients
+        return torch.zeros_like(x).index_add_(0, token[:used], weighted)
 
     @staticmethod
     @once_differentiable
@@ -170,37 +108,30 @@ class _Fused(torch.autograd.Function):
         (grad,) = grads
         x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept, outputs = ctx.saved_tensors
         gradients: WeightGradients = ctx.gradients
-        experts, width, dim = fc1_weight.shape
-        pieces, (needs_x, needs_share) = ctx.pieces, ctx.needs_input_grad[:2]
-        cut = (experts, pieces, width // pieces, dim)
-        fc1, fc2 = fc1_weight.view(cut), fc2_weight.view(cut)
-        grad_fc1, grad_fc2 = gradients.of("fc1_weight", fc1), gradients.of("fc2_weight", fc2)
-        grad_bias1 = gradients.of("fc1_bias", fc1_bias.view(cut[:3]))
-        grad_bias2 = gradients.of("fc2_bias", fc2_bias)
-        to_inputs, to_hidden = fc1.unbind(), fc2.mT.unbind()
-        grad_x = torch.zeros_like(x) if needs_x else None
+        sizes, activation, (needs_x, needs_share) = ctx.sizes, ctx.activation, ctx.needs_input_grad[:2]
+        grad_fc1, grad_fc2 = gradients.of("fc1_weight", fc1_weight), gradients.of("fc2_weight", fc2_weight)
+        grad_bias1, grad_bias2 = gradients.of("fc1_bias", fc1_bias), gradients.of("fc2_bias", fc2_bias)
+        to_inputs, to_hidden = fc1_weight.unbind(), fc2_weight.mT.unbind()
+        used = sum(sizes)
         grad_share = torch.zeros_like(share) if needs_share else None
-        factors = share.to(x.dtype).unsqueeze(-1)
-        for block in _blocks(ctx.sizes):
-            here = token[block.rows]
+        grad_rows = gradients.buffers.empty("weighted", (used, x.shape[1]), x) if needs_x else None
+        parts = _split(sizes, token, share.to(x.dtype).unsqueeze(-1), kept, mask, outputs, grad_share, grad_rows)
+
+        def work(expert: int) -> None:
+            here, factor, kept_rows, mask_rows, output, grad_factor, grad_inputs = parts[expert]
             inputs, outer = x.index_select(0, here), grad.index_select(0, here)
-            if grad_share is not None:
-                grad_share[block.rows] = torch.linalg.vecdot(outer, outputs[block.rows])
-            outer *= factors[block.rows]
-            grad_inputs = torch.empty_like(inputs) if needs_x else None
-            parts = (inputs, outer, grad_inputs, kept[block.rows], _part(mask, block))
-            for expert, size, rows, outer_rows, grad_rows, kept_rows, mask_rows in block.split(*parts):
-                shape, whole = (pieces, size, width // pieces), (pieces, size, dim)
-                dropped = None if mask_rows is None else mask_rows.view(shape)
-                hidden, through = activated(kept_rows.view(shape), ctx.activation, dropped)
-                wide = outer_rows.expand(whole)
-                grad_fc2.add_product(expert, hidden.mT, wide)
-                grad_bias2.add_sum(expert, outer_rows)
-                inner = through(torch.bmm(wide, to_hidden[expert]))
-                grad_fc1.add_product(expert, inner.mT, rows.expand(whole))
-                grad_bias1.add_sum(expert, inner)
-                if grad_rows is not None:
-                    _add_up(torch.bmm(inner, to_inputs[expert]), grad_rows)
-            if grad_x is not None and grad_inputs is not None:
-                grad_x.index_add_(0, here, grad_inputs)
+            if grad_factor is not None:
+                grad_factor.copy_(torch.linalg.vecdot(outer, output))
+            outer *= factor
+            hidden, through = activated(kept_rows, activation, mask_rows)
+            grad_fc2.add_product(expert, hidden.t(), outer)
+            grad_bias2.add_sum(expert, outer)
+            inner = through(torch.mm(outer, to_hidden[expert]))
+            grad_fc1.add_product(expert, inner.t(), inputs)
+            grad_bias1.add_sum(expert, inner)
+            if grad_inputs is not None:
+                torch.mm(inner, to_inputs[expert], out=grad_inputs)
+
+        side_by_side(work, sizes, x.device)
+        grad_x = None if grad_rows is None else torch.zeros_like(x).index_add_(0, token[:used], grad_rows)
         return grad_x, grad_share, *[None] * 9

@@ -25,25 +25,25 @@ class StackedGradient:
         self._written = written
 
     def add_product(self, expert: int, left: Tensor, right: Tensor) -> None:
-        """Adds a product of batches to one expert's part, which is (pieces, n, m).
+        """Adds a product to one expert's part, which is (n, m).
 
         Args:
             expert: its number.
-            left: (pieces, n, R).
-            right: (pieces, R, m).
+            left: (n, R).
+            right: (R, m).
         """
         if self._written[expert]:
-            self._parts[expert].baddbmm_(left, right)
+            self._parts[expert].addmm_(left, right)
         else:
-            torch.bmm(left, right, out=self._parts[expert])
+            torch.mm(left, right, out=self._parts[expert])
             self._written[expert] = True
 
     def add_sum(self, expert: int, rows: Tensor) -> None:
-        """Adds the sum over R of rows, (..., R, n), to one expert's part, which is (..., n)."""
+        """Adds the sum over R of rows, (R, n), to one expert's part, which is (n,)."""
         if self._written[expert]:
-            self._parts[expert].add_(rows.sum(-2))
+            self._parts[expert].add_(rows.sum(0))
         else:
-            torch.sum(rows, dim=-2, out=self._parts[expert])
+            torch.sum(rows, dim=0, out=self._parts[expert])
             self._written[expert] = True
 
     def fill(self) -> None:

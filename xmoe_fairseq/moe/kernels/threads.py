@@ -1,0 +1,69 @@
+"""Experts side by side on a CPU, each in a thread of its own."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+
+import torch
+
+# More threads than this would wait for each other between the products, where only one runs at a time.
+_MOST = 8
+
+
+def side_by_side(work: Callable[[int], None], sizes: Sequence[int], device: torch.device) -> None:
+    """Calls ``work`` with each number whose size is not 0, on a CPU in several threads, the largest first.
+
+    An expert has too few rows for a product that is cut among threads, and what is called around it is too small
+    to be cut at all. So a thread takes an expert, and computes it by itself; where one has more to do than a
+    thread's share of all, all threads compute it together. No gradients are recorded.
+
+    Args:
+        work: writes to memory that calls with other numbers do not touch.
+        sizes: how much there is to do for each number.
+        device: where it is done; elsewhere than on a CPU the calls are made one after the other.
+    """
+    threads = torch.get_num_threads()
+    # Torch knows numbers of threads for one thread only where it computes with OpenMP.
+    workers = min(threads, _MOST) if device.type == "cpu" and torch.backends.openmp.is_available() else 1
+    numbers = sorted((number for number, size in enumerate(sizes) if size), key=lambda number: -sizes[number])
+    together = sum(sizes[number] * workers > sum(sizes) for number in numbers) if workers > 1 else len(numbers)
+    workers = min(workers, len(numbers) - together)
+    if workers < 2:
+        together = len(numbers)
+    for number in numbers[:together]:
+        work(number)
+    if together < len(numbers):
+        _share(work, deque(numbers[together:]), workers)
+
+
+def _share(work: Callable[[int], None], numbers: deque[int], workers: int) -> None:
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def take() -> None:
+        torch.set_num_threads(threads // workers)
+        with torch.inference_mode(inference), torch.no_grad():
+            while numbers:
+                try:
+                    number = numbers.popleft()
+                except IndexError:  # another thread was faster
+                    break
+                work(number)
+
+    others = [_pool(os.getpid(), workers - 1).submit(take) for _ in range(workers - 1)]
+    try:
+        take()
+    finally:
+        wait(others)
+        torch.set_num_threads(threads)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Keeps threads for later calls, in each process its own: they do not go with it where it forks."""
+    return ThreadPoolExecutor(threads, f"experts-of-{process}")
