@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .experts import Experts
@@ -116,9 +117,11 @@ class StratifiedMoE(nn.Module):
         for number, (router, norm) in enumerate(zip(self.routers, self.norms, strict=True)):
             inside = place == number
             # On a GPU all tokens are normalised and routed, those outside as padding: to list the others would
-            # take a number back from the device.
-            rows = None if static else inside.nonzero().squeeze(-1)
-            entering = state if rows is None else state.index_select(0, rows)
+            # take a number back from the device. In the first stratum, nothing but padding is outside.
+            rows = None if static or number == 0 else inside.nonzero().squeeze(-1)
+            entering = state
+            if rows is not None:
+                entering, state = _Enter.apply(state, rows)
             normed = norm(entering)
             plan = router(normed, ~inside if rows is None else None, _select(ids, rows))
             y = self._compute(normed, plan, sum(self.sizes[:number]), weights)
@@ -127,12 +130,13 @@ class StratifiedMoE(nn.Module):
             residual = normed if self.exit_norm is not None and number > 0 else entering
             leaving = self.stratum[plan.first + sum(self.sizes[:number])] + 1
             passed = (residual + y).to(state.dtype)
-            if rows is None:
-                state = torch.where(inside.unsqueeze(-1), passed, state)
-                place = torch.where(inside, leaving, place)
-            else:
-                state = state.index_copy(0, rows, passed)
+            if rows is not None:
+                state = _Leave.apply(state, rows, passed)
                 place = place.index_copy(0, rows, leaving)
+            else:
+                # What the first stratum adds to padding is 0.
+                state = torch.where(inside.unsqueeze(-1), passed, state) if number else passed
+                place = torch.where(inside, leaving, place)
             passes = passes + inside
         if self.exit_norm is not None:
             state = torch.where(keep.unsqueeze(-1), self.exit_norm(state), state)
@@ -171,6 +175,42 @@ class StratifiedMoE(nn.Module):
         total = sum(self.sizes)
         visible = [F.pad(part.taken, (total - part.taken.shape[1], 0)) for part in parts]
         return add_up(parts, torch.stack(visible).sum(0))
+
+
+class _Enter(torch.autograd.Function):
+    """Gives the rows of a state that enter a stratum, and the state itself for `_Leave` of the same rows.
+
+    Between the two, autograd would make a gradient of the state's size for each, fill it with zeros, and add them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        return state.index_select(0, rows), state.view_as(state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        entering, rest = grads
+        return rest.index_copy(0, rows, entering), None
+
+
+class _Leave(torch.autograd.Function):
+    """Puts what has passed a stratum in the place of the rows that entered it."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, rows: Tensor, passed: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return state.index_copy(0, rows, passed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
+        (rows,) = ctx.saved_tensors
+        (grad,) = grads
+        # At these rows it is not the state's: `_Enter` writes over it there.
+        return grad, None, grad.index_select(0, rows)
 
 
 def _select(values: Tensor | None, rows: Tensor | None) -> Tensor | None:

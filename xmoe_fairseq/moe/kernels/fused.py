@@ -1,7 +1,7 @@
-"""Gather, both products, activation and weighting of an expert, in one autograd function.
+"""Gather, both products, activation and weighted sum, in one autograd function.
 
 What an expert has just made is still in the cache when it is needed. On a CPU experts run side by side; the rows that
-they leave are added up afterwards, always in the same order. Outputs are kept, beside the hidden units, for the
+they leave are weighted and added up afterwards, token by token. Outputs are kept, beside the hidden units, for the
 gradient of the pairs' weights, ``d y / d weight = <grad, output>``.
 
 The weights' gradients do not go through autograd but into `WeightGradients`, which a call of
@@ -57,6 +57,26 @@ def fused(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activatio
     )
 
 
+class _Sums:
+    """Adds up the rows of pairs for each token, in the order of the pairs.
+
+    Args:
+        token: (R,) int64, the token of each pair.
+        tokens: T.
+    """
+
+    def __init__(self, token: Tensor, tokens: int) -> None:
+        self.pairs = token.sort(stable=True)[1]
+        self.ends = F.pad(token.bincount(minlength=tokens).cumsum(0), (1, 0))
+
+    def __call__(self, rows: Tensor, share: Tensor | None = None) -> Tensor:
+        """Gives (T, d) of rows, (R, d), each times its share, (R,), if there are shares."""
+        factors = None if share is None else share.index_select(0, self.pairs)
+        return F.embedding_bag(
+            self.pairs, rows, self.ends, mode="sum", per_sample_weights=factors, include_last_offset=True
+        )
+
+
 def _split(sizes: Sequence[int], *stacked: Tensor | None) -> list[tuple[Any, ...]]:
     """Gives each expert's rows of every argument; the last rows may be nobody's."""
     none, used = [None] * len(sizes), sum(sizes)
@@ -83,24 +103,22 @@ class _Fused(torch.autograd.Function):
         keep, used, empty = any(ctx.needs_input_grad), sum(sizes), gradients.buffers.empty
         kept = empty("hidden", (used, fc1_weight.shape[1]), x) if keep else None
         outputs = empty("outputs", (used, x.shape[1]), x)
-        weighted = empty("weighted", (used, x.shape[1]), x) if keep else outputs
-        factors = share.to(x.dtype).unsqueeze(-1)
         fc1, fc2, bias1, bias2 = fc1_weight.mT.unbind(), fc2_weight.unbind(), fc1_bias.unbind(), fc2_bias.unbind()
-        parts = _split(sizes, token, factors, kept, mask, outputs, weighted)
+        parts = _split(sizes, token, kept, mask, outputs)
 
         def work(expert: int) -> None:
-            here, factor, kept_rows, mask_rows, output, result = parts[expert]
+            here, kept_rows, mask_rows, output = parts[expert]
             pre = torch.addmm(bias1[expert], x.index_select(0, here), fc1[expert], out=kept_rows)
             hidden = activate(pre, activation)
             if mask_rows is not None:
                 hidden = hidden * mask_rows
             torch.addmm(bias2[expert], hidden, fc2[expert], out=output)
-            torch.mul(output, factor, out=result)
 
         side_by_side(work, sizes, x.device)
+        sums = _Sums(token[:used], len(x))
         ctx.save_for_backward(x, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, token, mask, kept, outputs)
-        ctx.sizes, ctx.activation, ctx.gradients = sizes, activation, gradients
-        return torch.zeros_like(x).index_add_(0, token[:used], weighted)
+        ctx.sizes, ctx.activation, ctx.gradients, ctx.sums = sizes, activation, gradients, sums
+        return sums(outputs, share[:used].to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -112,9 +130,8 @@ class _Fused(torch.autograd.Function):
         grad_fc1, grad_fc2 = gradients.of("fc1_weight", fc1_weight), gradients.of("fc2_weight", fc2_weight)
         grad_bias1, grad_bias2 = gradients.of("fc1_bias", fc1_bias), gradients.of("fc2_bias", fc2_bias)
         to_inputs, to_hidden = fc1_weight.unbind(), fc2_weight.mT.unbind()
-        used = sum(sizes)
         grad_share = torch.zeros_like(share) if needs_share else None
-        grad_rows = gradients.buffers.empty("weighted", (used, x.shape[1]), x) if needs_x else None
+        grad_rows = gradients.buffers.empty("inputs", tuple(outputs.shape), x) if needs_x else None
         parts = _split(sizes, token, share.to(x.dtype).unsqueeze(-1), kept, mask, outputs, grad_share, grad_rows)
 
         def work(expert: int) -> None:
@@ -133,5 +150,4 @@ class _Fused(torch.autograd.Function):
                 torch.mm(inner, to_inputs[expert], out=grad_inputs)
 
         side_by_side(work, sizes, x.device)
-        grad_x = None if grad_rows is None else torch.zeros_like(x).index_add_(0, token[:used], grad_rows)
-        return grad_x, grad_share, *[None] * 9
+        return None if grad_rows is None else ctx.sums(grad_rows), grad_share, *[None] * 9

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # More threads than this would wait for each other between the products, where only one runs at a time.
 _MOST = 8
@@ -26,9 +27,7 @@ def side_by_side(work: Callable[[int], None], sizes: Sequence[int], device: torc
         sizes: how much there is to do for each number.
         device: where it is done; elsewhere than on a CPU the calls are made one after the other.
     """
-    threads = torch.get_num_threads()
-    # Torch knows numbers of threads for one thread only where it computes with OpenMP.
-    workers = min(threads, _MOST) if device.type == "cpu" and torch.backends.openmp.is_available() else 1
+    workers = _workers(device)
     numbers = sorted((number for number, size in enumerate(sizes) if size), key=lambda number: -sizes[number])
     together = sum(sizes[number] * workers > sum(sizes) for number in numbers) if workers > 1 else len(numbers)
     workers = min(workers, len(numbers) - together)
@@ -38,6 +37,14 @@ def side_by_side(work: Callable[[int], None], sizes: Sequence[int], device: torc
         work(number)
     if together < len(numbers):
         _share(work, deque(numbers[together:]), workers)
+
+
+def _workers(device: torch.device) -> int:
+    # A mode, such as one that counts operations, sees those of its own thread only, and torch can tell a thread how
+    # many to compute with only where it computes with OpenMP.
+    if device.type != "cpu" or is_in_torch_dispatch_mode() or not torch.backends.openmp.is_available():
+        return 1
+    return min(torch.get_num_threads(), _MOST)
 
 
 def _share(work: Callable[[int], None], numbers: deque[int], workers: int) -> None:
