@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,21 @@ def results(kernel: str, x: Tensor, pairs: Pairs, weights: Weights, activation: 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=7)
 
 
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """With one there would be nothing side by side."""
+    with threads(2):
+        yield
+
+
 @pytest.mark.parametrize("kernel", FAST)
 @given(sizes=sizes, more=st.integers(0, 3), unused=st.integers(0, 5), activation=st.sampled_from(sorted(ACTIVATIONS)))
 @settings(max_examples=60, deadline=None)
@@ -63,6 +80,18 @@ def test_equals_the_loop_with_all_gradients(
     expected = results("loop", x, pairs, weights, activation)
     for got, want in zip(results(kernel, x, pairs, weights, activation), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@given(sizes=sizes, number=st.sampled_from([1, 3, 8]), activation=st.sampled_from(sorted(ACTIVATIONS)))
+@settings(max_examples=60, deadline=None)
+def test_the_number_of_threads_changes_nothing(sizes: list[int], number: int, activation: str) -> None:
+    torch.manual_seed(sum(sizes))
+    pairs, weights = draw(sizes, max(sizes)), make_weights(len(sizes), 8, 12)
+    x = torch.randn(max(sizes), 8, requires_grad=True)
+    expected = results("loop", x, pairs, weights, activation)
+    with threads(number):
+        for got, want in zip(results("fused", x, pairs, weights, activation), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 # Triton's interpreter has no products of bf16; `test_gpu.py` has.

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
 from xmoe_fairseq.moe.kernels.threads import side_by_side
 
 CPU = torch.device("cpu")
@@ -27,9 +29,7 @@ def four_threads() -> Iterator[None]:
 def calls(sizes: list[int], device: torch.device = CPU) -> dict[int, tuple[int, int]]:
     """Gives for each number called the thread and the threads that its products would take."""
     seen: list[tuple[int, tuple[int, int]]] = []
-    side_by_side(
-        lambda number: seen.append((number, (threading.get_ident(), torch.get_num_threads()))), sizes, device
-    )
+    side_by_side(lambda number: seen.append((number, (threading.get_ident(), torch.get_num_threads()))), sizes, device)
     assert len(dict(seen)) == len(seen)
     return dict(seen)
 
@@ -57,6 +57,12 @@ def test_each_takes_a_thread_but_what_is_larger_than_a_share_takes_all() -> None
 
 def test_elsewhere_than_on_a_cpu_one_comes_after_the_other() -> None:
     assert calls([3, 0, 3, 3], torch.device("meta")) == dict.fromkeys((0, 2, 3), (threading.get_ident(), 4))
+
+
+def test_a_mode_that_watches_torch_sees_all() -> None:
+    with FlopCounterMode(display=False) as counter:
+        side_by_side(lambda number: torch.ones(2, 3) @ torch.ones(3, 5), [1, 2, 0, 1], CPU)
+    assert counter.get_total_flops() == 3 * 2 * 2 * 3 * 5
 
 
 @pytest.mark.parametrize("failing", range(4))

@@ -66,14 +66,14 @@ class _Sums:
     """
 
     def __init__(self, token: Tensor, tokens: int) -> None:
-        self.pairs = token.sort(stable=True)[1]
-        self.ends = F.pad(token.bincount(minlength=tokens).cumsum(0), (1, 0))
+        in_order, self.pairs = token.sort(stable=True)
+        self.starts = torch.searchsorted(in_order, torch.arange(tokens + 1, device=token.device))
 
     def __call__(self, rows: Tensor, share: Tensor | None = None) -> Tensor:
         """Gives (T, d) of rows, (R, d), each times its share, (R,), if there are shares."""
         factors = None if share is None else share.index_select(0, self.pairs)
         return F.embedding_bag(
-            self.pairs, rows, self.ends, mode="sum", per_sample_weights=factors, include_last_offset=True
+            self.pairs, rows, self.starts, mode="sum", per_sample_weights=factors, include_last_offset=True
         )
 
 
