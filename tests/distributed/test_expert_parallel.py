@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from functools import cache
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers_distributed import World
+from helpers_experts import DIM, EXCHANGES, LAYERS, check_equality, compare, groups, make_input, make_layer, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from xmoe_fairseq.moe import (
-    ROUTERS,
-    ConditionalMoE,
     ExpertGroup,
-    ExpertOutputMasking,
-    Experts,
-    MoELayer,
-    RouterOptions,
-    StackedMoE,
-    StratifiedMoE,
 )
 from xmoe_fairseq.moe.parallel import block
-
-DIM, HIDDEN = 8, 16
-LAYERS = ("threshold", "topk", "gshard", "switch", "hash", "balanced", "strata", "strata_topk", "stack", "cmr", "eom")
-EXCHANGES = ("counted", "static")
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -44,116 +28,6 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     made = World(request.param)
     yield made
     made.stop()
-
-
-@cache
-def groups(size: int, patience: float = 30) -> ExpertGroup:
-    """Made once in a process: every process of the world must ask at the same time."""
-    return ExpertGroup.of(size, timedelta(seconds=patience))
-
-
-def make_layer(
-    kind: str,
-    experts: int = 7,
-    group: ExpertGroup | None = None,
-    exchange: str = "auto",
-    capacity: float = 0.0,
-    kernel: str = "auto",
-    dtype: torch.dtype = torch.double,
-    static: bool = False,
-) -> nn.Module:
-    """The same layer in every process, but for the experts that are elsewhere."""
-    torch.manual_seed(0)
-    options = RouterOptions(threshold=0.7, top_k=2, capacity_factor=capacity, min_capacity=1, static=static)
-
-    def router(count: int = experts) -> nn.Module:
-        return ROUTERS[{"strata": "threshold", "strata_topk": "topk"}.get(kind, kind)](DIM, count, options)
-
-    def stacked() -> Experts:
-        return Experts(experts, DIM, HIDDEN, torch.tanh, kernel=kernel, group=group, exchange=exchange)
-
-    layer: nn.Module
-    if kind.startswith("strata"):
-        sizes = [experts - 4, 2, 2] if experts > 4 else [experts]
-        layer = StratifiedMoE([router(sum(sizes[i:])) for i in range(len(sizes))], stacked(), sizes)  # type: ignore
-    elif kind in ("stack", "cmr", "eom"):
-        kind, wanted = "gshard", kind
-        masking = ExpertOutputMasking(0.3) if wanted == "eom" else None
-        layer = MoELayer(router(), stacked(), masking)  # type: ignore[arg-type]
-        if wanted == "stack":
-            layer = StackedMoE([layer, MoELayer(router(), stacked())])  # type: ignore[arg-type]
-        if wanted == "cmr":
-            layer = ConditionalMoE(layer, DIM, HIDDEN)
-    else:
-        layer = MoELayer(router(), stacked())  # type: ignore[arg-type]
-    return layer if dtype == torch.float32 else layer.to(dtype)
-
-
-def make_input(number: int, tokens: int, skew: float = 0.0, dtype: torch.dtype = torch.double) -> Tensor:
-    """Tokens of one process; with skew, all alike, so that all want the same experts."""
-    generator = torch.Generator().manual_seed(100 + number)
-    x = torch.randn(tokens, DIM, generator=generator, dtype=torch.double)
-    return torch.lerp(x, torch.linspace(-1, 1, DIM, dtype=torch.double).expand_as(x), skew).to(dtype)
-
-
-def run(layer: nn.Module, x: Tensor, number: int, padded: bool = False) -> tuple[Tensor, Tensor]:
-    """The output and a loss of it, with the random numbers of one process."""
-    torch.manual_seed(number)
-    mask = torch.full((len(x),), True) if padded else torch.arange(len(x)) % 5 == 4
-    y = layer(x, mask, torch.arange(len(x)) * (number + 3))[0]
-    target = torch.linspace(-1, 1, max(len(x), 1) * DIM, dtype=y.dtype)[: y.numel()].view_as(y)
-    return y, (y - target).square().sum()
-
-
-def compare(rank: int, got: nn.Module, want: nn.Module, tolerance: float) -> None:
-    """Gradients here and in the layer with all experts; shared parameters are summed over the processes."""
-    wanted = dict(want.named_parameters())
-    for name, parameter in got.named_parameters():
-        grad, all_grads = parameter.grad, wanted[name].grad
-        if grad is None or all_grads is None:
-            assert grad is all_grads, name
-            continue
-        if ".fc" in name and "experts" in name:
-            rows = block(len(all_grads), rank, dist.get_world_size())
-            all_grads = all_grads[rows.start : rows.stop]
-        else:
-            dist.all_reduce(grad)
-        torch.testing.assert_close(grad, all_grads, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def check_equality(
-    rank: int,
-    kind: str,
-    tokens: list[int],
-    experts: int = 7,
-    exchange: str = "counted",
-    capacity: float = 0.0,
-    skew: float = 0.0,
-    needs: list[bool] | None = None,
-    padded: list[bool] | None = None,
-    training: bool = True,
-    kernel: str = "auto",
-    dtype: torch.dtype = torch.double,
-) -> None:
-    """The output and all gradients of this process's part, against one process that takes all parts in turn."""
-    size = len(tokens)
-    needs, padded = needs or [True] * size, padded or [False] * size
-    arguments = {"kind": kind, "experts": experts, "capacity": capacity, "dtype": dtype}
-    ours = make_layer(**arguments, group=groups(size), exchange=exchange, kernel=kernel).train(training)
-    whole = make_layer(**arguments).train(training)
-    inputs = [
-        make_input(number, count, skew, dtype).requires_grad_(needs[number]) for number, count in enumerate(tokens)
-    ]
-    here = inputs[rank].detach().clone().requires_grad_(needs[rank])
-    y, loss = run(ours, here, rank, padded[rank])
-    loss.backward()
-    outputs, losses = zip(*[run(whole, x, n, padded[n]) for n, x in enumerate(inputs)], strict=True)
-    torch.stack(losses).sum().backward()
-    tolerance = 1e-9 if dtype == torch.double else 1e-5
-    torch.testing.assert_close(y, outputs[rank], rtol=tolerance, atol=tolerance)
-    if needs[rank]:
-        torch.testing.assert_close(here.grad, inputs[rank].grad, rtol=tolerance, atol=tolerance)
-    compare(rank, ours, whole, tolerance)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -387,78 +261,3 @@ def check_bytes(rank: int, exchange: str) -> None:
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_a_token_goes_once_to_a_process(world: World, exchange: str) -> None:
     world.run(check_bytes, exchange)
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8])
-def test_blocks_hold_every_expert_once(blocks: int) -> None:
-    for experts in range(blocks, 20):
-        parts = [block(experts, number, blocks) for number in range(blocks)]
-        assert [expert for part in parts for expert in part] == list(range(experts))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def check_two_groups(rank: int) -> None:
-    group = groups(2)
-    assert (group.rank, group.size) == (rank % 2, 2)
-    layer, whole = make_layer("threshold", 5, group), make_layer("threshold", 5)
-    # The second pair of processes has other tokens, and the first must not notice.
-    inputs = [make_input(number, 4 + 2 * number) for number in range(4)]
-    y = layer(inputs[rank])[0]
-    y.square().sum().backward()
-    mates = [rank - rank % 2, rank - rank % 2 + 1]
-    torch.testing.assert_close(y, whole(inputs[rank])[0])
-    torch.stack([whole(inputs[mate])[0].square().sum() for mate in mates]).sum().backward()
-    rows = group.block(5)
-    torch.testing.assert_close(layer.experts.fc1_weight.grad, whole.experts.fc1_weight.grad[rows.start : rows.stop])
-
-
-def test_two_groups_in_four_processes_do_not_mix() -> None:
-    world = World(4)
-    try:
-        world.run(check_two_groups)
-        world.run(check_equality, "threshold", [3, 0, 8, 5], 6, "counted")
-        world.run(check_equality, "strata", [3, 0, 8, 5], 6, "static", 1.0)
-    finally:
-        world.stop()
-
-
-def stay_away(rank: int, how: str) -> None:
-    layer = make_layer("threshold", 4, groups(2, patience=3))
-    if rank == 1:
-        if how == "dies":
-            os._exit(1)
-        return
-    layer(make_input(0, 3))
-
-
-@pytest.mark.parametrize("how", ["dies", "leaves out a call"])
-def test_who_waits_in_vain_gets_an_error(how: str) -> None:
-    world = World(2)
-    try:
-        (well, error), _ = world.attempt(stay_away, how, limit=30)
-        assert not well and "RuntimeError" in error, error
-    finally:
-        world.stop()
-
-
-@pytest.fixture
-def fake_world() -> Iterator[None]:
-    """Two processes of which there is one: what it is sent has a shape, but no values."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("kind", ["threshold", "gshard", "strata"])
-def test_the_static_exchange_reads_nothing_back_from_the_device(
-    fake_world: None, monkeypatch: pytest.MonkeyPatch, kind: str, exchange: str
-) -> None:
-    # Fake tensors have no values: whatever asks for one fails. The bound is agreed on in main memory.
-    monkeypatch.setattr(ExpertGroup, "largest", lambda group, *numbers: list(numbers))
-    fails = pytest.raises(DataDependentOutputException) if exchange == "counted" else nullcontext()
-    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16), fails:
-        layer = make_layer(kind, 6, ExpertGroup(0, 2), exchange, 1.5, "grouped_mm", torch.float32, static=True)
-        x = torch.empty(40, DIM, requires_grad=True)
-        run(layer, x, 0)[1].backward()
-        assert x.grad is not None
