@@ -75,8 +75,9 @@ class Naive:
         ends = list(accumulate(self.strata))
         stratum = dict.fromkeys(inside, 0)  # that each token enters next
         for number, (router, x, _, ids) in enumerate(self.calls[layer]):
-            # A stratum sees its tokens only; a layer sees all rows.
-            here = [row for row in inside if stratum[row] == number] if self.strata else list(range(len(real)))
+            # A stratum sees its tokens only; a layer sees all rows, and so does the first stratum.
+            alone = self.strata and number > 0
+            here = [row for row in inside if stratum[row] == number] if alone else list(range(len(real)))
             start = [0, *ends][number] if self.strata else number * experts // len(self.calls[layer])
             assert len(here) == len(x)
             for i, row in enumerate(here):
