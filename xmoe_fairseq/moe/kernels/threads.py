@@ -27,16 +27,12 @@ def side_by_side(work: Callable[[int], None], sizes: Sequence[int], device: torc
         sizes: how much there is to do for each number.
         device: where it is done; elsewhere than on a CPU the calls are made one after the other.
     """
-    workers = _workers(device)
-    numbers = sorted((number for number, size in enumerate(sizes) if size), key=lambda number: -sizes[number])
-    together = sum(sizes[number] * workers > sum(sizes) for number in numbers) if workers > 1 else len(numbers)
-    workers = min(workers, len(numbers) - together)
-    if workers < 2:
-        together = len(numbers)
-    for number in numbers[:together]:
+    workers, total = _workers(device), sum(sizes)
+    numbers = sorted((number for number, size in enumerate(sizes) if size), key=sizes.__getitem__, reverse=True)
+    large = sum(sizes[number] * workers > total for number in numbers)
+    for number in numbers[:large]:
         work(number)
-    if together < len(numbers):
-        _share(work, deque(numbers[together:]), workers)
+    _share(work, deque(numbers[large:]), min(workers, len(numbers) - large))
 
 
 def _workers(device: torch.device) -> int:
@@ -48,6 +44,10 @@ def _workers(device: torch.device) -> int:
 
 
 def _share(work: Callable[[int], None], numbers: deque[int], workers: int) -> None:
+    if workers < 2:
+        for number in numbers:
+            work(number)
+        return
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def take() -> None:
