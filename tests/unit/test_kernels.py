@@ -94,6 +94,15 @@ def test_the_number_of_threads_changes_nothing(sizes: list[int], number: int, ac
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_threads_give_the_same_bits_again() -> None:
+    torch.manual_seed(0)
+    pairs, weights = draw([90, 3, 40, 0, 41, 60, 38, 12], 100), make_weights(8, 64, 128)
+    x = torch.randn(100, 64, requires_grad=True)
+    first = results("fused", x, pairs, weights, "relu")
+    for _ in range(10):
+        assert all(map(torch.equal, results("fused", x, pairs, weights, "relu"), first))
+
+
 # Triton's interpreter has no products of bf16; `test_gpu.py` has.
 @pytest.mark.parametrize("kernel", ANY_ACTIVATION)
 @pytest.mark.parametrize("sizes", [[0, 0, 0], [0, 40, 0], [1, 0, 0], [13, 7, 29]])
