@@ -12,11 +12,7 @@ import torch
 from helpers import build
 from helpers_routing import MODELS, Naive, flattened, sharpen
 
-from xmoe_fairseq.analysis.collect import (
-    INPUTS,
-    collect,
-    stack_of,
-)
+from xmoe_fairseq.analysis.collect import INPUTS, collect, stack_of
 from xmoe_fairseq.analysis.results import analysis
 from xmoe_fairseq.analysis.text import Text, read
 from xmoe_fairseq.analysis.tokens import text_tokens

@@ -56,17 +56,17 @@ def make_layer(
     layer: nn.Module
     if kind.startswith("strata"):
         sizes = [experts - 4, 2, 2] if experts > 4 else [experts]
-        layer = StratifiedMoE([router(sum(sizes[i:])) for i in range(len(sizes))], stacked(), sizes)  # type: ignore
+        layer = StratifiedMoE([router(sum(sizes[i:])) for i in range(len(sizes))], stacked(), sizes)
     elif kind in ("stack", "cmr", "eom"):
         kind, wanted = "gshard", kind
         masking = ExpertOutputMasking(0.3) if wanted == "eom" else None
-        layer = MoELayer(router(), stacked(), masking)  # type: ignore[arg-type]
+        layer = MoELayer(router(), stacked(), masking)
         if wanted == "stack":
-            layer = StackedMoE([layer, MoELayer(router(), stacked())])  # type: ignore[arg-type]
+            layer = StackedMoE([layer, MoELayer(router(), stacked())])
         if wanted == "cmr":
             layer = ConditionalMoE(layer, DIM, HIDDEN)
     else:
-        layer = MoELayer(router(), stacked())  # type: ignore[arg-type]
+        layer = MoELayer(router(), stacked())
     return layer if dtype == torch.float32 else layer.to(dtype)
 
 

@@ -14,9 +14,7 @@ from helpers_experts import DIM, EXCHANGES, check_equality, groups, make_input, 
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from xmoe_fairseq.moe import (
-    ExpertGroup,
-)
+from xmoe_fairseq.moe import ExpertGroup
 from xmoe_fairseq.moe.parallel import block
 
 

@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from xmoe_fairseq.moe import (
-    ExpertGroup,
-)
+from xmoe_fairseq.moe import ExpertGroup
 from xmoe_fairseq.moe.parallel import block
 
 

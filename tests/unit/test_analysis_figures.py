@@ -17,12 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from xmoe_fairseq.analysis import figures, heatmaps, results, style, tables
-from xmoe_fairseq.analysis.collect import (
-    INPUTS,
-    Counts,
-    LayerCounts,
-    MoEPlace,
-)
+from xmoe_fairseq.analysis.collect import INPUTS, Counts, LayerCounts, MoEPlace
 from xmoe_fairseq.analysis.results import Analysis, analysis
 from xmoe_fairseq.moe import TokenRouting
 

@@ -14,15 +14,7 @@ from pathlib import Path
 
 import prepare
 import pytest
-from helpers_prepare import (
-    arguments,
-    assert_nothing_half_written,
-    error_of,
-    remove,
-    rewrite,
-    snapshot,
-    write_input,
-)
+from helpers_prepare import arguments, assert_nothing_half_written, error_of, remove, rewrite, snapshot, write_input
 from io_utils import lock
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-# More threads than this would wait for each other between the products, where only one runs at a time.
+# Between products only one thread runs at a time. This bound is an estimate: it was not measured on more than 2 cores.
 _MOST = 8
 
 
@@ -20,7 +20,8 @@ def side_by_side(work: Callable[[int], None], sizes: Sequence[int], device: torc
 
     An expert has too few rows for a product that is cut among threads, and what is called around it is too small
     to be cut at all. So a thread takes an expert, and computes it by itself; where one has more to do than a
-    thread's share of all, all threads compute it together. No gradients are recorded.
+    thread's share of all, all threads compute it together. No gradients are recorded. What ``work`` raises comes back
+    when no thread is at work any more.
 
     Args:
         work: writes to memory that calls with other numbers do not touch.
@@ -51,6 +52,7 @@ def _share(work: Callable[[int], None], numbers: deque[int], workers: int) -> No
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def take() -> None:
+        # OpenMP keeps this number for each thread, MKL for the process: products elsewhere in it take as few meanwhile.
         torch.set_num_threads(threads // workers)
         with torch.inference_mode(inference), torch.no_grad():
             while numbers:
