@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .device_routing import plan_on_device, routes_on_device
 from .precise import is_precise, precise_linear
-from .ranking import Limits, RankedProbs, rank, within
+from .ranking import Limits, RankedProbs, choose
 from .routing import RoutingPlan, assign, make_plan, real_tokens
 
 
@@ -104,8 +104,8 @@ class Router(nn.Module):
             if self.limited:
                 capacity = self.room(tokens) if padding_mask is None else self.capacity((~padding_mask).sum())
             return plan_on_device(logits, self.limits(), padding_mask, capacity, self.normalize, most, most_each)
-        ranked = self.rank(logits)
-        chosen, limit = within(ranked.sorted, self.limits()), self.capacity if self.limited else None
+        ranked, chosen = self.choose(logits)
+        limit = self.capacity if self.limited else None
         return make_plan(ranked, chosen, padding_mask, limit, self.normalize, most, most_each)
 
     @property
@@ -131,9 +131,9 @@ class Router(nn.Module):
         """Bounds the pairs that an expert gets of T tokens, without looking at them; none where they may be all."""
         return min(self.room(tokens), tokens) if self.limited else None
 
-    def rank(self, logits: Tensor) -> RankedProbs:
-        """Orders the experts of each token."""
-        return rank(logits)
+    def choose(self, logits: Tensor) -> tuple[RankedProbs, Tensor]:
+        """Orders the experts of each token as far as it takes them; (T, R) bool says which it takes."""
+        return choose(logits, self.limits())
 
     def capacity(self, real: Tensor) -> Tensor:
         """Gives the most tokens an expert takes, from the number of real tokens: () each."""
@@ -213,12 +213,12 @@ class GShardRouter(TopKRouter):
     def by_probability(self) -> bool:
         return not self.training or self.options.second_expert == "gate"
 
-    def rank(self, logits: Tensor) -> RankedProbs:
-        ranked = rank(logits)
+    def choose(self, logits: Tensor) -> tuple[RankedProbs, Tensor]:
+        ranked, chosen = super().choose(logits)
         if self.by_probability or self.limits().number < 2:
-            return ranked
+            return ranked, chosen
         order = torch.cat([ranked.order[:, :1], _draw_second(ranked)], dim=-1)
-        return RankedProbs(logits, ranked.probs, ranked.probs.detach().gather(1, order), order)
+        return RankedProbs(logits, ranked.probs, ranked.probs.detach().gather(1, order), order), chosen
 
     def capacity(self, real: Tensor) -> Tensor:
         mean = (real.double() / self.weight.shape[0]).ceil()

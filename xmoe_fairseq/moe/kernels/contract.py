@@ -40,9 +40,11 @@ class ExpertWeights:
     ) -> ExpertWeights:
         """Prepares parameters for one forward pass, in which they may be used several times."""
         gradients = WeightGradients(buffers)
-        parts = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
-        if torch.is_grad_enabled():
-            parts = collect(gradients, **parts)
+        if not torch.is_grad_enabled():
+            return cls(fc1_weight, fc1_bias, fc2_weight, fc2_bias, gradients)
+        parts = collect(
+            gradients, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias
+        )
         return cls(**parts, gradients=gradients)
 
 

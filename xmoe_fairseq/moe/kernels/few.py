@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..pairs import Pairs
+from .activation import activate
 from .contract import Activation, ExpertWeights
 from .fused import fused
 
@@ -28,7 +29,7 @@ def few(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation,
     made = hidden.split_with_sizes(counts)
     for expert, rows, out in zip(active, inputs.split_with_sizes(counts), made, strict=True):
         torch.addmm(weights.fc1_bias[expert], rows, weights.fc1_weight[expert].t(), out=out)
-    hidden = activation(hidden)
+    hidden = activate(hidden, activation)
     if dropout:
         hidden = F.dropout(hidden, dropout)
     made = outputs.split_with_sizes(counts)
