@@ -42,9 +42,7 @@ class ExpertWeights:
         gradients = WeightGradients(buffers)
         if not torch.is_grad_enabled():
             return cls(fc1_weight, fc1_bias, fc2_weight, fc2_bias, gradients)
-        parts = collect(
-            gradients, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias
-        )
+        parts = collect(gradients, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
         return cls(**parts, gradients=gradients)
 
 
