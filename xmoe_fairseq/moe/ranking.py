@@ -9,7 +9,7 @@ from torch import Tensor
 
 # From so many rows on, and with so few threads, NumPy sorts rows faster than torch: on 2 cores by a factor of 4.
 _ROWS, _THREADS = 256, 8
-# Ranks that are looked at first where a mass is to be reached: more are seldom needed.
+# Ranks that are looked at first where a mass is to be reached; if it is not, four times as many, and so on.
 _FIRST = 16
 
 
@@ -46,13 +46,13 @@ def choose(logits: Tensor, limits: Limits) -> tuple[RankedProbs, Tensor]:
     """Turns logits (T, E) into probabilities, and ranks them as far as experts are taken: (T, R) bool says which."""
     probs = torch.softmax(logits, dim=-1)
     most = min(limits.number, probs.shape[1])
-    first = _FIRST if limits.mass is not None and _has_keys(probs) else most
-    for ranks in (min(first, most), most):
+    ranks = min(most, _FIRST) if limits.mass is not None and _has_keys(probs) else most
+    while True:
         ranked = RankedProbs(logits, probs, *sort_rows(probs.detach(), ranks))
         taken = within(ranked.sorted, limits.mass)
         if ranks == most or not taken[:, -1].any():
-            break
-    return ranked, taken
+            return ranked, taken
+        ranks = min(most, 4 * ranks)
 
 
 def within(sorted_probs: Tensor, mass: float | None) -> Tensor:

@@ -65,19 +65,20 @@ def make_plan(
     tokens, num_experts = ranked.probs.shape
     if padding_mask is not None:
         chosen = chosen & ~padding_mask.unsqueeze(-1)
-    wanted = torch.zeros_like(ranked.probs, dtype=torch.bool).scatter_(1, ranked.order, chosen)
+    # Transposed in memory, for so it is read to group tokens.
+    wanted = chosen.new_zeros(num_experts, tokens).t().scatter_(1, ranked.order, chosen)
     received = wanted
     if capacity is not None:
         received = wanted & (_place_in_expert(ranked, wanted) < capacity(real_tokens(padding_mask, chosen).sum()))
 
-    expert, token, used = _grouped(received, most)
+    expert, token, load, used = _grouped(received, most)
     weight = ranked.probs.reshape(-1).index_select(0, token * num_experts + expert)
     if used is not None:
         weight = weight.masked_fill(~used, 0.0)
     if normalize:
         total = weight.new_zeros(tokens).index_add(0, token, weight).index_select(0, token)
         weight = weight / (total if used is None else total.masked_fill(~used, 1.0))
-    return planned(token, weight, received.sum(0), ranked, lambda: received, wanted, padding_mask, most_each)
+    return planned(token, weight, load, ranked, lambda: received, chosen, padding_mask, most_each)
 
 
 def planned(
@@ -128,8 +129,7 @@ def assign(
     """
     keep = real_tokens(padding_mask, weight)
     one_hot = torch.nn.functional.one_hot(expert, num_experts).bool() & keep.unsqueeze(-1)
-    _, token, used = _grouped(one_hot, most)
-    load = one_hot.sum(0)
+    _, token, load, used = _grouped(one_hot, most)
 
     def count() -> RoutingStats:
         real = keep.sum()
@@ -158,15 +158,19 @@ def assign(
     )
 
 
-def _grouped(received: Tensor, most: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Lists the pairs of a choice (T, E) by expert, then by token: the expert, the token, and whether it is one; none
-    where all are."""
+def _grouped(received: Tensor, most: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Lists the pairs of a choice (T, E) by expert, then by token.
+
+    Returns:
+        Each pair's expert and token, the pairs of each expert, and which of the list are pairs; none where all are.
+    """
     # Row-major order of the transposed mask is sorted by expert: no sort is needed to group tokens.
     if most is None:
         expert, token = received.t().nonzero(as_tuple=True)
-        return expert, token, None
+        return expert, token, expert.bincount(minlength=received.shape[1]), None
+    load = received.sum(0)
     expert, token = torch.nonzero_static(received.t(), size=most, fill_value=0).unbind(-1)
-    return expert, token, torch.arange(most, device=token.device) < received.sum()
+    return expert, token, load, torch.arange(most, device=token.device) < load.sum()
 
 
 def real_tokens(padding_mask: Tensor | None, like: Tensor) -> Tensor:
