@@ -203,7 +203,9 @@ def _statistics(
     keep = real_tokens(padding_mask, ranked.probs)
     real, first = keep.sum(), ranked.order[:, 0]
     first_choices = torch.zeros_like(load).index_add_(0, first, keep.to(load.dtype))
-    probs, squares = ranked.probs, torch.logsumexp(ranked.logits, dim=-1).square()
+    # That is logsumexp, without a pass over all logits: log p = logit - logsumexp.
+    log_sums = ranked.logits.gather(1, first.unsqueeze(-1)) - ranked.probs.gather(1, first.unsqueeze(-1)).log()
+    probs, squares = ranked.probs, log_sums.squeeze(-1).square()
     top1_prob = ranked.sorted[:, 0]
     if padding_mask is not None:
         probs = probs.masked_fill(padding_mask.unsqueeze(-1), 0.0)
