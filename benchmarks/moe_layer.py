@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cases import DIM, HIDDEN, Case, dense, graph, inference, make_case, training
+from cases import DIM, EXPERTS, HIDDEN, MEAN, Case, dense, graph, inference, make_case, training
 from peers import RELEASED, fairscale_top2, one_hot, padded_loop, released_xmoe, transformers_nllb
 from rows import Row, finish, parser, ratio, seconds
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, StratifiedMoE
 
-PARTS = ("training", "forward", "decoding", "threshold", "strata", "router", "memory", "growth", "peers")
+PARTS = ("training", "forward", "decoding", "threshold", "split", "strata", "router", "memory", "growth", "peers")
 
 
 def output(layer: nn.Module, x: Tensor) -> Tensor:
@@ -67,9 +67,11 @@ class Benchmark:
     def make(self, tokens: int | None = None, **options: float) -> Case:
         return make_case(tokens or self.tokens, device=self.device, kernel=self.kernel, **options)  # type: ignore
 
-    def against_dense(self, name: str, case: Case, goal: str, backward: bool = True, launched: bool = False) -> Row:
-        network = dense(case)
-        scale = case.pairs * HIDDEN / (len(case.x) * network[0].out_features)  # type: ignore[index, operator]
+    def against_dense(
+        self, name: str, case: Case, goal: str, backward: bool = True, launched: bool = False, hidden: int = HIDDEN
+    ) -> Row:
+        network = dense(case, hidden)
+        scale = case.pairs * hidden / (len(case.x) * network[0].out_features)  # type: ignore[index, operator]
         if backward:
             over = training(lambda x: output(case.layer, x), case.layer, case.x)
             under = training(network, network, case.x)
@@ -136,6 +138,13 @@ class Benchmark:
         runs = [training(lambda x, c=case: output(c.layer, x), case.layer, case.x) for case in cases]
         label = "threshold lowered from 4 to 2 experts a token"
         yield self.compare(label, *runs, "<= 0.6")
+
+    def split(self) -> Iterator[Row]:
+        """The same parameters and the same work in more and smaller experts: an expert's rows stay as many."""
+        for by in (2,) if self.quick else (2, 4, 8):
+            case = self.make(experts=EXPERTS * by, mean=MEAN * by, hidden=HIDDEN // by)
+            label = f"split ratio {by}, {MEAN * by:.0f} of {EXPERTS * by} experts a token: forward + backward"
+            yield self.against_dense(label, case, "", hidden=HIDDEN // by)
 
     def strata(self) -> Iterator[Row]:
         torch.manual_seed(0)
