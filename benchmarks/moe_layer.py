@@ -71,7 +71,8 @@ class Benchmark:
         self, name: str, case: Case, goal: str, backward: bool = True, launched: bool = False, hidden: int = HIDDEN
     ) -> Row:
         network = dense(case, hidden)
-        scale = case.pairs * hidden / (len(case.x) * network[0].out_features)  # type: ignore[index, operator]
+        width = len(next(network.parameters()))
+        scale = case.pairs * hidden / (len(case.x) * width)
         if backward:
             over = training(lambda x: output(case.layer, x), case.layer, case.x)
             under = training(network, network, case.x)
@@ -130,7 +131,7 @@ class Benchmark:
             group = cases[0].pairs / many
             label = f"E {few} -> {many}, T {tokens} (groups of {group:.0f}), forward + backward"
             scale = cases[0].pairs / cases[1].pairs
-            yield self.compare(label, *runs, "<= 1.3", scale, most_rounds=5 if group > 200 else 1000)
+            yield self.compare(label, *runs, "<= 1.3", scale, most_rounds=5)
             del cases, runs
 
     def threshold(self) -> Iterator[Row]:

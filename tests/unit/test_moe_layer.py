@@ -98,6 +98,19 @@ def test_float32_is_close_to_float64() -> None:
     torch.testing.assert_close(y.double(), naive(layer, "threshold", x)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_z_loss_is_the_mean_squared_log_sum_exp(scale: float) -> None:
+    logits = (torch.randn(40, 9) * scale).requires_grad_()
+    padding = torch.rand(40) < 0.3
+    exact = logits.detach().double().requires_grad_()
+    want = exact[~padding].logsumexp(-1).square().mean()
+    got = ThresholdRouter(2, 9, RouterOptions(0.7)).plan(logits, padding).stats.z_loss
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    got.backward()
+    want.backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_equal_finite_differences() -> None:
     layer = make_layer("threshold", RouterOptions(threshold=0.6), experts=3, dim=3, hidden=2).double()
     x = torch.randn(4, 3, dtype=torch.double, requires_grad=True)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# From so many rows on, and with so few threads, NumPy sorts rows faster than torch: on 2 cores by a factor of 4.
+# From so many rows on, and with so few threads, NumPy sorts rows faster than torch: on 2 cores by a factor of 4, from
+# which the number of threads is estimated.
 _ROWS, _THREADS = 256, 8
 # Numbers that are sorted at a time: they stay in the cache.
 _KEYS = 2**17
