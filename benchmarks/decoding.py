@@ -1,24 +1,26 @@
 """Sentences a second of ``fairseq-generate``: models with experts against a dense one of equal active work.
 
 python benchmarks/decoding.py                    some minutes on a CPU
-python benchmarks/decoding.py --quick            small models, about a minute
+python benchmarks/decoding.py --quick            small models, one to two minutes
 python benchmarks/decoding.py --device cuda      on a GPU, in bf16
 
-A ratio is that of sentences a second, times that of the operations a token. The models are not trained, and every
-translation has the same number of tokens, so all make the same steps.
+The models' programs take turns of a batch. A ratio is that of sentences a second, times that of the operations a token.
+The models are not trained, and every translation has the same number of tokens, so all make the same steps.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from programs import MODELS, demo_data, fairseq, flops, model_options, vocabulary
+from programs import MODELS, call, command, demo_data, flops, model_options, vocabulary
 from rows import Row, finish, parser, ratio
 from tqdm import tqdm
+from turns import take_turns
 
 from xmoe_fairseq.evaluation.usage import measure
 
@@ -27,25 +29,22 @@ TRAIN = (
     *("--num-workers", "0", "--distributed-world-size", "1", "--disable-validation", "--max-update", "1"),
     *("--no-epoch-checkpoints",),
 )
-_SPEED = re.compile(r"Translated .* in .*\(([\d.]+) sentences/s")
+WARM = 2  # turns that are left out
 
 
 def make_checkpoint(name: str, data: Path, args: Namespace, folder: Path) -> Path:
     """Trains for one update of next to nothing."""
-    fairseq("train", data, args, *model_options(name, args), *TRAIN, "--save-dir", folder / name)
+    call(command("train", data, args, *model_options(name, args), *TRAIN, "--save-dir", folder / name))
     return folder / name / "checkpoint_last.pt"
 
 
-def translate(checkpoint: Path, data: Path, args: Namespace) -> float:
-    """Translates a test set and gives fairseq's sentences a second."""
+def translate(checkpoint: Path, data: Path, args: Namespace) -> list[str]:
+    """The command that translates training text, of which there is enough, and says so for every batch."""
     length = 8 if args.quick else 24
     options = ("--source-lang", "en", "--target-lang", args.target, "--path", checkpoint, "--num-workers", "0")
     steps = ("--beam", args.beam, "--min-len", length, "--max-len-b", length, "--batch-size", args.batch_size)
-    said = fairseq("generate", data, args, *options, *steps)
-    found = _SPEED.search(said)
-    if found is None:
-        raise SystemExit(f"fairseq-generate gave no speed:\n{said[-2000:]}")
-    return float(found[1])
+    says = ("--gen-subset", "train", "--quiet", "--log-format", "json", "--log-interval", "1")
+    return command("generate", data, args, *options, *steps, *says)
 
 
 def work(name: str, checkpoint: Path, data: Path, args: Namespace) -> float:
@@ -64,22 +63,24 @@ def main() -> None:
     options.add_argument("--target", default="ca", help="language to translate into from English")
     options.add_argument("--batch-size", type=int, default=64, help="sentences in a batch")
     options.add_argument("--beam", type=int, default=5, help="beam")
-    options.add_argument("--rounds", type=int, default=3, help="translations by each model")
+    options.add_argument("--rounds", type=int, default=20, help="batches of each model")
     args = options.parse_args()
     data = demo_data(args)
-    speeds: dict[str, list[float]] = {name: [] for name in MODELS}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: make_checkpoint(name, data, args, Path(folder)) for name in tqdm(MODELS, unit="model")}
+        make = partial(make_checkpoint, data=data, args=args, folder=Path(folder))
+        with ThreadPoolExecutor(2) as pool:
+            paths = dict(zip(MODELS, tqdm(pool.map(make, MODELS), total=len(MODELS), unit="model"), strict=True))
         per_token = {name: work(name, path, data, args) for name, path in paths.items()}
-        for name in tqdm([name for _ in range(1 if args.quick else args.rounds) for name in MODELS], unit="run"):
-            speeds[name].append(translate(paths[name], data, args))
-    for name, values in speeds.items():
+        commands = {name: translate(path, data, args) for name, path in paths.items()}
+        turns = take_turns(commands, '"wps"', WARM, 4 if args.quick else args.rounds)
+    seconds = {name: [taken for taken, _ in turn] for name, turn in turns.items()}
+    for name, taken in seconds.items():
         share = per_token[name] / per_token["dense"]
-        print(f"{name}: {sum(values) / len(values):.2f} sentences/s", file=sys.stderr)
+        print(f"{name}: {args.batch_size * len(taken) / sum(taken):.2f} sentences/s", file=sys.stderr)
         if name != "dense":
             label = f"decoding, {name}, sentences/s at equal active work ({share:.2f} of dense)"
-            rows.append(ratio(label, [value * share for value in values], speeds["dense"], ">= 0.8"))
+            rows.append(ratio(label, [share * dense for dense in seconds["dense"]], taken, ">= 0.8"))
     finish(rows, args)
 
 

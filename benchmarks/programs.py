@@ -74,23 +74,26 @@ def vocabulary(data: Path) -> int:
     return len((data / "bin" / "dict.txt").read_text(encoding="utf-8").splitlines()) + 4
 
 
-def fairseq(command: str, data: Path, args: Namespace, *options: object) -> str:
-    """Runs ``fairseq-COMMAND`` as a user would, and gives what it prints."""
+def command(program: str, data: Path, args: Namespace, *options: object) -> list[str]:
+    """Makes the command ``fairseq-PROGRAM``."""
     words = [str(data / "bin"), "--user-dir", str(ROOT / "xmoe_fairseq"), "--task", "multilingual_local"]
     device = ["--cpu"] if args.device == "cpu" else ["--bf16"]
-    return call([sys.executable, "-m", f"fairseq_cli.{command}", *words, *device, *map(str, options)])
+    return [sys.executable, "-m", f"fairseq_cli.{program}", *words, *device, *map(str, options)]
+
+
+def environment() -> dict[str, str]:
+    """That of the programs: scripts call ``python``, which must be this one, activated or not."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path}
 
 
 def call(words: list[str]) -> str:
-    """Runs a program.
+    """Runs a program and gives what it prints.
 
     Raises:
         SystemExit: it fails; with the end of what it said.
     """
-    # Scripts call `python`: it must be this one, whether or not its environment is activated.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    env = {**os.environ, "PATH": path}
-    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT, env=env)
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment())
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")
     return done.stdout + done.stderr

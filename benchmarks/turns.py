@@ -1,0 +1,95 @@
+"""Programs that take turns: what disturbs the machine for a while disturbs all of them alike."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from programs import ROOT, environment
+from tqdm import tqdm
+
+
+class Program:
+    """A program that runs only while it is waited for."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = words
+        self._said: deque[str] = deque(maxlen=40)
+        # A group of its own takes signals as a whole. It is in our session: should we be killed, the system ends
+        # programs that are left stopped.
+        self._process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=environment(),
+            process_group=0,
+        )
+        self._signal(signal.SIGSTOP)
+
+    def until(self, mark: str) -> tuple[float, str]:
+        """Lets it go on until it has printed a line with the mark.
+
+        Returns:
+            How long that took, in seconds, and the line.
+
+        Raises:
+            SystemExit: it ended before; with the end of what it said.
+        """
+        assert self._process.stdout is not None
+        start = time.perf_counter()
+        self._signal(signal.SIGCONT)
+        for line in self._process.stdout:
+            self._said.append(line)
+            if mark in line:
+                self._signal(signal.SIGSTOP)
+                return time.perf_counter() - start, line
+        raise SystemExit(f"{' '.join(self.words)} ended too early:\n{''.join(self._said)}")
+
+    def close(self) -> None:
+        """Ends it."""
+        self._signal(signal.SIGKILL)
+        self._process.communicate()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, number)
+
+
+def take_turns(
+    commands: Mapping[str, Sequence[str]], mark: str, warm: int, rounds: int
+) -> dict[str, list[tuple[float, str]]]:
+    """Runs programs that print a line with a mark again and again, each in turn until it has printed the next one.
+
+    Args:
+        commands: by name.
+        mark: part of the line that ends a turn.
+        warm: turns that are left out, starting the program among them.
+        rounds: turns that are measured.
+
+    Returns:
+        By name, the seconds of each turn and the line that ended it.
+
+    Raises:
+        SystemExit: a program ends before its last turn.
+    """
+    programs: dict[str, Program] = {}
+    taken: dict[str, list[tuple[float, str]]] = {name: [] for name in commands}
+    try:
+        for name, words in commands.items():
+            programs[name] = Program(words)
+        for number in tqdm(range(warm + rounds), unit="round"):
+            for name, program in programs.items():
+                turn = program.until(mark)
+                if number >= warm:
+                    taken[name].append(turn)
+    finally:
+        for program in programs.values():
+            program.close()
+    return taken

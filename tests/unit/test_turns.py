@@ -1,0 +1,47 @@
+"""Programs that take turns in the benchmarks."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import pytest
+from turns import Program, take_turns
+
+# Says when it began and ended each piece of work, on the clock that all processes share.
+WORKER = """
+import time
+while True:
+    start = time.monotonic()
+    while time.monotonic() - start < 0.05: pass
+    print("done", start, time.monotonic(), flush=True)
+    time.sleep(0.02)
+"""
+
+
+def test_one_program_at_a_time_and_as_often_as_asked() -> None:
+    commands = {name: [sys.executable, "-c", WORKER] for name in "ab"}
+    turns = take_turns(commands, "done", warm=2, rounds=4)
+    assert {name: len(of) for name, of in turns.items()} == {"a": 4, "b": 4}
+    assert all(seconds > 0.04 for of in turns.values() for seconds, _ in of)
+    work = sorted(tuple(map(float, line.split()[1:])) for of in turns.values() for _, line in of)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(work))
+
+
+def test_a_turn_lasts_as_long_as_its_work() -> None:
+    slow = WORKER.replace("0.05", "0.25")
+    turns = take_turns({"fast": [sys.executable, "-c", WORKER], "slow": [sys.executable, "-c", slow]}, "done", 1, 3)
+    fast, slower = (min(seconds for seconds, _ in turns[name]) for name in ("fast", "slow"))
+    assert slower > 0.24 and fast < 0.2
+
+
+def test_a_program_that_ends_is_an_error_with_what_it_said() -> None:
+    with pytest.raises(SystemExit, match="ended too early:\nno such data"):
+        take_turns({"a": [sys.executable, "-c", "print('no such data')"]}, "done", 1, 1)
+
+
+def test_programs_are_ended() -> None:
+    program = Program([sys.executable, "-c", WORKER])
+    program.until("done")
+    program.close()
+    assert program._process.returncode == -9
