@@ -27,3 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder of two pairs, for `--task multilingual_local`."""
     return write_toy_data(tmp_path_factory.mktemp("toy") / "bin", ("xx", "yy"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: else one process is left with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

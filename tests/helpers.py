@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,17 +44,6 @@ def batches(task: Any, split: str = "valid", max_tokens: int = 200) -> list[dict
     task.load_dataset(split)
     iterator = task.get_batch_iterator(task.dataset(split), max_tokens=max_tokens, max_positions=task.max_positions())
     return list(iterator.next_epoch_itr(shuffle=False))
-
-
-def run(command: str, *args: str | Path, check: bool = True, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """Runs one of fairseq's commands with the plugin, as a user does from the project's folder."""
-    program = Path(sys.executable).parent / command
-    result = subprocess.run(
-        [str(program), *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, **kwargs
-    )
-    if check:
-        assert result.returncode == 0, result.stderr[-5000:]
-    return result
 
 
 def write_toy_data(

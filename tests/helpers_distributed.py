@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers_training import CONTEXT
+from helpers_commands import CONTEXT
 
 
 class World:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,13 +13,10 @@ from typing import Any
 
 import torch
 from helpers import ROOT, TRAIN_ARGS
+from helpers_commands import CONTEXT, say_to
 
 MODEL = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--encoder-embed-dim", "32", "--dropout", "0.1")
 OPTIONS = ("--user-dir", "xmoe_fairseq", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "4", "--seed", "3")
-
-CONTEXT = multiprocessing.get_context("forkserver")
-# All that takes long to import; torch.optim imports torch._dynamo late. The tests' own modules are not found there.
-CONTEXT.set_forkserver_preload(["torch._dynamo", "fairseq_cli.train", "xmoe_fairseq"])
 
 
 class Run:
@@ -88,9 +84,7 @@ def _train(words: list[str], log: str, dies_after: int, room: int, environment: 
     torch.set_num_threads(1)
     os.environ.update(environment)
     os.chdir(ROOT)
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    say_to(Path(log), Path(log))
     if dies_after >= 0:
         saving.open = Failing(dies_after, lambda: os.kill(os.getpid(), signal.SIGKILL)).open
     if room >= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import sacrebleu
 import torch
 from fairseq import checkpoint_utils
-from helpers import ROOT, run
+from helpers import ROOT
+from helpers_commands import run, run_warm
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
@@ -39,8 +41,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def train(demo: Path, save: Path, updates: int, *options: str, model: tuple[str, ...] = MODEL, **kwargs: Any) -> Any:
-    return run(
+def train(
+    demo: Path,
+    save: Path,
+    updates: int,
+    *options: str,
+    model: tuple[str, ...] = MODEL,
+    by: Callable[..., Any] = run_warm,
+    **kwargs: Any,
+) -> Any:
+    return by(
         "fairseq-train",
         *(demo / "bin", *TRAIN, *model, "--save-dir", save, "--max-update", str(updates), *options),
         **kwargs,
@@ -51,14 +61,14 @@ def train(demo: Path, save: Path, updates: int, *options: str, model: tuple[str,
 def trained(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that knows a little."""
     save = tmp_path_factory.mktemp("run")
-    result = train(demo, save, 60)
+    result = train(demo, save, 60, by=run)
     assert "enc_experts=" in result.stdout + result.stderr
     return save / "checkpoint_last.pt"
 
 
 def translate(demo: Path, checkpoint: Path, *options: str, pair: str = "en-ca", **kwargs: Any) -> Any:
     source, target = pair.split("-")
-    return run(
+    return run_warm(
         "fairseq-generate",
         *(demo / "bin", "--user-dir", "xmoe_fairseq", "--task", "multilingual_demo4", "--cpu", "--num-workers", "0"),
         *("--source-lang", source, "--target-lang", target, "--path", checkpoint, "--max-len-b", "50"),
@@ -132,7 +142,7 @@ def test_detokenised_output_is_plain_text(demo: Path, trained: Path) -> None:
 def test_model_overrides_change_the_computation(demo: Path, trained: Path) -> None:
     experts = {}
     for threshold in ("0.0", "0.5", "1.0"):
-        result = run(
+        result = run_warm(
             "fairseq-validate",
             *(demo / "bin", "--user-dir", "xmoe_fairseq", "--task", "multilingual_demo4", "--path", trained, "--cpu"),
             *("--max-tokens", "2000", "--num-workers", "0", "--model-overrides", f"{{'moe_threshold': {threshold}}}"),
@@ -249,7 +259,7 @@ def test_training_options(options: tuple[str, ...], demo: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_yaml_trains(config: Path, demo: Path, tmp_path: Path) -> None:
-    result = run(
+    result = run_warm(
         "fairseq-hydra-train",
         *("--config-dir", config.parent, "--config-name", config.stem, f"task.data={demo / 'bin'}"),
         *("task._name=multilingual_demo4", f"checkpoint.save_dir={tmp_path / 'run'}", "optimization.max_update=2"),
@@ -308,7 +318,7 @@ def test_bad_input_ends_training_in_one_line(
 
 
 def test_bad_yaml_ends_training_in_one_line(demo: Path, tmp_path: Path) -> None:
-    result = run(
+    result = run_warm(
         "fairseq-hydra-train",
         *("--config-dir", ROOT / "configs/demo", "--config-name", "demo4", f"task.data={demo / 'bin'}"),
         *("+model.moe_split_ratio=3", f"checkpoint.save_dir={tmp_path / 'run'}", "common.cpu=true"),

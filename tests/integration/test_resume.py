@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import run
+from helpers_commands import run_warm
 from helpers_training import MODEL, Run, assert_same, flipped_bit, train
 
 from xmoe_fairseq.cli import main
@@ -166,12 +166,12 @@ def test_translation_from_shards(toy_data: Path, tmp_path: Path) -> None:
         "xx",
     )
     outputs = [
-        run("fairseq-generate", toy_data, *options, "--cpu", "--max-len-b", "9", "--path", path, check=False)
+        run_warm("fairseq-generate", toy_data, *options, "--cpu", "--max-len-b", "9", "--path", path, check=False)
         for path in (trained.save / "checkpoint_last.pt", parts)
     ]
     hypotheses = [[line for line in one.stdout.split("\n") if line.startswith("H-")] for one in outputs]
     assert len(hypotheses[0]) == 20 and hypotheses[0] == hypotheses[1]
     (tmp_path / "parts.experts-1-of-2.pt").unlink()
-    failed = run("fairseq-generate", toy_data, *options, "--cpu", "--path", parts, check=False)
+    failed = run_warm("fairseq-generate", toy_data, *options, "--cpu", "--path", parts, check=False)
     assert failed.returncode == 1
     assert "parts.experts-1-of-2.pt is missing" in failed.stderr.strip().split("\n")[-1]

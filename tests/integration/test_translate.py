@@ -10,7 +10,8 @@ from pathlib import Path
 
 import prepare
 import pytest
-from helpers import ROOT, TINY_ARGS, TRAIN_ARGS, run
+from helpers import ROOT, TINY_ARGS, TRAIN_ARGS
+from helpers_commands import run_warm
 from published import text, zipped
 
 from xmoe_fairseq.benchmarks import M4
@@ -36,7 +37,7 @@ def prepared(folder: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("m4")
     data = prepared(folder)
-    run(
+    run_warm(
         "fairseq-train",
         *(data / "bin", "--user-dir", "xmoe_fairseq", *TRAIN_ARGS, "--task", "multilingual_m4", *TINY_ARGS),
         *("--max-update", "2", "--save-dir", folder / "run/checkpoints", "--no-epoch-checkpoints"),

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TINY_ARGS, TRAIN_ARGS, batches, build, run, write_toy_data
+from helpers import TINY_ARGS, TRAIN_ARGS, batches, build, write_toy_data
+from helpers_commands import run_warm
 
 from xmoe_fairseq.benchmarks import BENCHMARKS, M4, directions
 from xmoe_fairseq.errors import UserError
@@ -155,7 +156,7 @@ def test_unknown_and_empty_groups_are_named(m4_data: Path) -> None:
 
 def test_losses_of_groups_are_logged_in_training(m4_data: Path, tmp_path: Path) -> None:
     """The loss of all is the mean of those of the groups by tokens, and decides the best checkpoint."""
-    log = run(
+    log = run_warm(
         "fairseq-train",
         m4_data,
         *("--user-dir", "xmoe_fairseq"),
