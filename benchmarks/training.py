@@ -25,7 +25,7 @@ TRAIN = (
     *("--lr", "1e-9", "--clip-norm", "1", "--distributed-world-size", "1", "--no-save"),
     *("--disable-validation", "--log-format", "json"),
 )
-WARM = 3  # turns that are left out
+WARM = 2  # turns that are left out
 # Updates of a turn, and processes that make batches: a GPU must not wait for them.
 INTERVAL, WORKERS = {"cpu": 2, "cuda": 5}, {"cpu": 0, "cuda": 8}
 

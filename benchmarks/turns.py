@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from programs import ROOT, environment
 from tqdm import tqdm
@@ -70,7 +71,7 @@ def take_turns(
     Args:
         commands: by name.
         mark: part of the line that ends a turn.
-        warm: turns that are left out, starting the program among them.
+        warm: turns that are left out, beside those in which the programs start, two at a time.
         rounds: turns that are measured.
 
     Returns:
@@ -84,6 +85,9 @@ def take_turns(
     try:
         for name, words in commands.items():
             programs[name] = Program(words)
+        with ThreadPoolExecutor(2) as pool:
+            starts = pool.map(lambda program: program.until(mark), programs.values())
+            list(tqdm(starts, total=len(programs), unit="start"))
         for number in tqdm(range(warm + rounds), unit="round"):
             for name, program in programs.items():
                 turn = program.until(mark)
