@@ -24,16 +24,23 @@ def few(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation,
     counts = [sizes[expert] for expert in active]
     used = sum(counts)
     token, share = pairs.token[:used], pairs.weight[:used]
+    expert = torch.repeat_interleave(pairs.group_sizes, output_size=used)
     inputs = x.index_select(0, token)
-    hidden, outputs = x.new_empty(used, weights.fc1_bias.shape[1]), torch.empty_like(inputs)
-    made = hidden.split_with_sizes(counts)
-    for expert, rows, out in zip(active, inputs.split_with_sizes(counts), made, strict=True):
-        torch.addmm(weights.fc1_bias[expert], rows, weights.fc1_weight[expert].t(), out=out)
+    # Products are added to biases that are there: `addmm` would copy them expert by expert.
+    hidden = weights.fc1_bias.index_select(0, expert)
+    _add_products(hidden, inputs, weights.fc1_weight.mT, active, counts)
     hidden = activate(hidden, activation)
     if dropout:
         hidden = F.dropout(hidden, dropout)
-    made = outputs.split_with_sizes(counts)
-    for expert, rows, out in zip(active, hidden.split_with_sizes(counts), made, strict=True):
-        torch.addmm(weights.fc2_bias[expert], rows, weights.fc2_weight[expert], out=out)
+    outputs = weights.fc2_bias.index_select(0, expert)
+    _add_products(outputs, hidden, weights.fc2_weight, active, counts)
     outputs.mul_(share.to(x.dtype).unsqueeze(-1))
     return torch.zeros_like(x).index_add_(0, token, outputs)
+
+
+def _add_products(sums: Tensor, rows: Tensor, matrices: Tensor, active: list[int], counts: list[int]) -> None:
+    """Adds to (R, m) the rows (R, n) times the matrices (E, n, m) of the active experts, which have so many rows each."""
+    # One call makes the views of all experts as fast as single ones of a quarter of them.
+    chosen: Tensor | tuple[Tensor, ...] = matrices.unbind() if 4 * len(active) > len(matrices) else matrices
+    for expert, part, total in zip(active, rows.split_with_sizes(counts), sums.split_with_sizes(counts), strict=True):
+        total.addmm_(part, chosen[expert])
