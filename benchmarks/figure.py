@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
-from rows import Row
+from rows import Row, output_file
 
 from xmoe_fairseq.analysis.style import DOTS_PER_INCH, GREY, drawing, grid_rows
+from xmoe_fairseq.evaluation.outputs import replacing
 
 # Panels by the sign of the goals; rows without a goal are times.
 TITLES = {
@@ -32,12 +32,15 @@ def read(path: Path) -> list[Row]:
     """Reads the rows of a file.
 
     Raises:
-        SystemExit: it is none that a benchmark wrote.
+        SystemExit: it is none that a benchmark wrote, or has no row.
     """
     try:
-        return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
         raise SystemExit(f"{path} is not what a benchmark writes with --json: {error}") from error
+    if not rows:
+        raise SystemExit(f"{path} is not what a benchmark writes with --json: it has no row")
+    return rows
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -75,13 +78,11 @@ def main() -> None:
     """Reads, draws and writes."""
     parser = argparse.ArgumentParser(description="one picture of what benchmarks wrote with --json")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by a benchmark")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write, a PNG")
+    parser.add_argument("--out", type=output_file, required=True, help="picture to write, a PNG")
     args = parser.parse_args()
     rows = [row for path in args.files for row in read(path)]
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    with drawing(row.case for row in rows):
+    with drawing(row.case for row in rows), replacing(args.out) as temporary:
         draw(rows).savefig(temporary, format="png", dpi=DOTS_PER_INCH)
-    os.replace(temporary, args.out)
 
 
 if __name__ == "__main__":

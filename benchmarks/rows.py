@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from xmoe_fairseq.evaluation.outputs import replacing
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,18 @@ class Row:
 def parser(description: str) -> argparse.ArgumentParser:
     """Makes a parser with the options that every benchmark has."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, too")
-    made.add_argument("--quick", action="store_true", help="small sizes and few rounds, in under a minute")
+    made.add_argument("--json", type=output_file, metavar="FILE", help="write the rows to this file, too")
+    made.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
     return made
+
+
+def output_file(name: str) -> Path:
+    """Reads the name of a file to write; that its folder is missing should be said before minutes are spent."""
+    path = Path(name)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent} for {path.name}: make it first")
+    return path
 
 
 def finish(rows: Sequence[Row], args: argparse.Namespace) -> None:
@@ -56,9 +65,8 @@ def finish(rows: Sequence[Row], args: argparse.Namespace) -> None:
     for row in rows:
         print(f"| {row.case} | {row.ratio:.2f} | {row.low:.2f}-{row.high:.2f} | {row.goal} | {row.met} |")
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        os.replace(temporary, args.json)
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def machine(device: str) -> str:

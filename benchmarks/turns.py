@@ -51,7 +51,8 @@ class Program:
             if mark in line:
                 self._signal(signal.SIGSTOP)
                 return time.perf_counter() - start, line
-        raise SystemExit(f"{' '.join(self.words)} ended too early:\n{''.join(self._said)}")
+        hint = "if it had no more data, take fewer --rounds"
+        raise SystemExit(f"{' '.join(self.words)} ended too early ({hint}):\n{''.join(self._said)}")
 
     def close(self) -> None:
         """Ends it."""

@@ -36,7 +36,9 @@ def run_warm(command: str, *args: str | Path, check: bool = True) -> subprocess.
         process = CONTEXT.Process(target=_program, args=(words, folder))
         process.start()
         process.join(600)
-        assert process.exitcode is not None, f"{words} did not end"
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError(f"{words} did not end")
         said = [(Path(folder) / name).read_text() for name in ("out", "err")]
     result = subprocess.CompletedProcess(words, process.exitcode, *said)
     assert not check or result.returncode == 0, result.stderr[-5000:]

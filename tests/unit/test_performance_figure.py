@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import figure
 import pytest
-from rows import Row
+from rows import Row, output_file
 
 ROWS = [
     Row("forward, T 4096", 1.1, 1.0, 1.2, "<= 1.15"),
@@ -45,7 +46,13 @@ def test_the_command_writes_a_picture(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.png", "rows.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '[{"case": "a"}]'])
+def test_a_missing_folder_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no folder"):
+        output_file(str(tmp_path / "none" / "out.png"))
+    assert output_file(str(tmp_path / "out.png")) == tmp_path / "out.png"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[1]", '[{"case": "a"}]'])
 def test_another_file_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(SystemExit, match=r"rows.json is not what a benchmark writes"):
