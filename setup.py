@@ -19,6 +19,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "pyyaml>=6",
         "scipy>=1.11",
         "tqdm>=4.60",
     ],

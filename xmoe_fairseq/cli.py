@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("evaluation.compare_command", "Compares scored systems, with paired bootstrap."),
     "sweep": ("evaluation.sweep_command", "Measures quality against computation at many thresholds."),
     "analyze": ("analysis.command", "Says where the capacity goes: by language, layer, token and position."),
+    "study": ("study.command", "Trains models with several seeds, scores them, tests claims about them."),
     "report": ("report.command", "One page on a run: curves, scores, where the capacity goes, shaded translations."),
 }
 

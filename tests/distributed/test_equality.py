@@ -19,6 +19,9 @@ MODELS = {
     ),
     "top-k": ("--arch", "xmoe_transformer_tiny", *TINY, "--moe-router", "topk"),
 }
+# With ReLU, a hidden unit of a dense layer that comes near to 0 in update 5 is on another side in several processes.
+ENTROPY = ("--moe-entropy-loss-coeff", "0.3", "--activation-fn", "gelu")
+MODELS |= {f"{name}, entropy": (*MODELS[name], *ENTROPY) for name in ("xmoe", "smoe")}
 # Adam divides by gradients: where one is 0 but for rounding, as that of attention's key biases, it needs an epsilon.
 OPTIONS = ("--adam-eps", "1e-3", "--lr", "0.01", "--clip-norm", "0.5")
 # Model, processes, those that share experts, batches an update, back end.
@@ -29,6 +32,8 @@ CASES = [
     ("smoe", 2, 2, 2, "pytorch_ddp"),
     ("top-k", 2, 1, 2, "legacy_ddp"),
     ("top-k", 4, 4, 1, "pytorch_ddp"),
+    ("xmoe, entropy", 4, 2, 2, "legacy_ddp"),
+    ("smoe, entropy", 2, 1, 1, "pytorch_ddp"),
 ]
 SHOWN = (
     "loss",
@@ -53,9 +58,10 @@ def worlds() -> Iterator[Worlds]:
 
 def assert_same_logs(processes: list[dict[str, Any]], one: dict[str, Any]) -> None:
     """Compares what is shown, which has three digits."""
+    names = [*SHOWN, *(name for name in one["logs"][0] if name.endswith("entropy_loss"))]
     for update, expected in enumerate(one["logs"]):
         for process in processes:
-            for name in SHOWN:
+            for name in names:
                 assert process["logs"][update][name] == pytest.approx(expected[name], abs=2e-3), (update, name)
 
 
@@ -70,11 +76,13 @@ def test_processes_train_as_one(case: tuple[str, int, int, int, str], worlds: Wo
     assert_same_logs(many, one)
     assert one["logs"][-1]["loss"] < one["logs"][0]["loss"] - 0.3
     close(many[0]["model"], one["model"])
+    assert ("enc_entropy_loss" in many[0]["logs"][0]) == ("entropy" in model)
 
 
-def test_gradients_are_those_of_one_process(worlds: Worlds, toy_data: Path) -> None:
+@pytest.mark.parametrize("model", ["xmoe", "xmoe, entropy"])
+def test_gradients_are_those_of_one_process(model: str, worlds: Worlds, toy_data: Path) -> None:
     """Without momentum, the parameters after one update of rate 1 show the gradient."""
-    words = (*MODELS["xmoe"], "--optimizer", "sgd", "--lr", "1", "--moe-expert-parallel", "2")
+    words = (*MODELS[model], "--optimizer", "sgd", "--lr", "1", "--moe-expert-parallel", "2")
     plan = uneven_plan(4, 2)[1:]
     one = learn(toy_data, plan, words)
     many = worlds[4].run(learn_together, 4, toy_data, plan, (*words, "--ddp-backend", "legacy_ddp"), limit=180)

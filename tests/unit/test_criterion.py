@@ -11,6 +11,8 @@ from fairseq.logging import metrics
 from helpers import TINY_ARGS, Built, batches, build
 from torch import Tensor
 
+from xmoe_fairseq.moe import Router
+
 WEIGHTS = ("--moe-loss-coeff", "0.3", "--moe-z-loss-coeff", "0.07")
 
 
@@ -38,6 +40,80 @@ def test_loss_is_cross_entropy_plus_weighted_auxiliary_losses(toy_data: Path) ->
     torch.testing.assert_close(loss.double(), cross_entropy + auxiliary * size, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(log["loss"].double(), cross_entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(log["nll_loss"].double(), nll, rtol=1e-5, atol=1e-5)
+
+
+SMOE_ARGS = ("--arch", "smoe_transformer_tiny", "--share-all-embeddings", "--encoder-embed-dim", "32")
+STACK_ARGS = (*TINY_ARGS, "--moe-stack", "2")
+
+
+@pytest.mark.parametrize("combine", ["sum", "average"])
+@pytest.mark.parametrize("args", [TINY_ARGS, SMOE_ARGS, STACK_ARGS], ids=["xmoe", "smoe", "stack"])
+def test_entropy_loss_is_added_as_the_other_losses_are(args: tuple[str, ...], combine: str, toy_data: Path) -> None:
+    weights = (*WEIGHTS, "--moe-interval", "1", "--moe-loss-combine", combine)
+    without = build(toy_data, *args, *weights)
+    built = build(toy_data, *args, *weights, "--moe-entropy-loss-coeff", "0.2")
+    sample = batches(built.task)[0]
+    loss, size, log = built.criterion(built.model.eval(), sample)
+    plain, _, plain_log = without.criterion(built.model, sample)  # the same parameters
+    routing = built.model(**sample["net_input"])[1]["routing"]
+    losses = {stack: torch.stack([record.entropy_loss for record in routing[stack]]) for stack in routing}
+    together = torch.cat(list(losses.values()))
+    assert len(together) == 4 and (together > 0.1).all()
+    expected = 0.2 * size * (together.mean() if combine == "average" else together.sum())
+    torch.testing.assert_close(loss - plain, expected, rtol=1e-4, atol=1e-3)
+    assert log.keys() - plain_log.keys() == {"enc_entropy_loss", "dec_entropy_loss"}
+    for prefix, stack in (("enc", "encoder"), ("dec", "decoder")):
+        torch.testing.assert_close(log[f"{prefix}_entropy_loss"], losses[stack].sum() * size)
+    for name, value in plain_log.items():  # the loss that is shown among them
+        assert torch.equal(torch.as_tensor(log[name]), torch.as_tensor(value)), name
+    shown = logged(built, [[log], [log]])
+    assert shown["enc_entropy_loss"] == pytest.approx(losses["encoder"].sum().item(), abs=1e-4)
+    assert not [name for name in logged(without, [[plain_log]]) if "entropy" in name]
+
+
+@pytest.mark.parametrize("args", [TINY_ARGS, SMOE_ARGS], ids=["xmoe", "smoe"])
+def test_without_a_coefficient_entropy_changes_nothing_bit_for_bit(args: tuple[str, ...], toy_data: Path) -> None:
+    plain = build(toy_data, *args, *WEIGHTS)
+    sample = batches(plain.task)[0]
+    results = []
+    for words, measures in (((), False), (("--moe-entropy-loss-coeff", "0"), False), ((), True)):
+        built = build(toy_data, *args, *WEIGHTS, *words)
+        routers = [module for module in built.model.modules() if isinstance(module, Router)]
+        for router in routers:
+            router.measures_entropy = measures
+        torch.manual_seed(0)
+        loss, _, log = built.criterion(built.model.train(), sample)
+        loss.backward()
+        assert routers and all(router.measures_entropy is measures for router in routers)
+        results.append((loss, log, [parameter.grad for parameter in built.model.parameters()]))
+    # By hand, in the order in which the losses are added up.
+    torch.manual_seed(0)
+    output = plain.model.train()(**sample["net_input"])
+    expected, auxiliary = plain.criterion.compute_loss(plain.model, output, sample)[0], torch.zeros(())
+    for (record,) in output[1]["routing"].values():
+        weighted = 0.3 * record.balance_loss + 0.07 * record.z_loss
+        auxiliary = auxiliary + weighted * sample["ntokens"]
+    expected = expected + auxiliary
+    expected.backward()
+    wanted = [parameter.grad for parameter in plain.model.parameters()]
+    for loss, log, gradients in results:
+        assert torch.equal(loss, expected) and log.keys() == results[0][1].keys()
+        assert not [name for name in log if "entropy" in name]
+        assert all(torch.equal(one, other) for one, other in zip(gradients, wanted, strict=True))
+
+
+def test_routers_of_every_model_that_is_given_measure_entropy(toy_data: Path) -> None:
+    """Whatever it is wrapped in."""
+    built, other = (build(toy_data, *TINY_ARGS, "--moe-entropy-loss-coeff", "0.1") for _ in range(2))
+    sample = batches(built.task)[0]
+    for model in (built.model, torch.nn.ModuleList([other.model])):
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        assert len(routers) == 2 and not any(router.measures_entropy for router in routers)
+        built.criterion.measure_entropy(model)
+        assert all(router.measures_entropy for router in routers)
+    assert not list(built.criterion.parameters())  # the model's parameters are not the criterion's
+    _, size, log = built.criterion(other.model.eval(), sample)
+    assert log["dec_entropy_loss"] > 0.1 * size
 
 
 def test_auxiliary_gradient_reaches_only_what_routing_depends_on(toy_data: Path) -> None:
@@ -127,8 +203,9 @@ def test_shown_loss_and_perplexity_exclude_the_auxiliary_losses(toy_data: Path) 
 
 
 def test_logging_reads_nothing_from_the_device(toy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = build(toy_data)
+    built = build(toy_data, *TINY_ARGS, "--moe-entropy-loss-coeff", "0.1")
     sample = batches(built.task)[0]
+    built.criterion(built.model, sample)  # switches the routers' measuring on
     routing = built.model(**sample["net_input"])
 
     def refuse(*args: Any) -> Any:
@@ -139,6 +216,9 @@ def test_logging_reads_nothing_from_the_device(toy_data: Path, monkeypatch: pyte
 
         get_normalized_probs = staticmethod(built.model.get_normalized_probs)
         get_targets = staticmethod(built.model.get_targets)
+
+        def modules(self) -> list[Any]:
+            return []
 
         def __call__(self, **net_input: Any) -> Any:
             return routing

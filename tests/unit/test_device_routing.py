@@ -39,18 +39,20 @@ def facts(plan: RoutingPlan, logits: Tensor, padding: Tensor | None) -> list[Ten
     used = int(plan.group_sizes.sum())
     factor = torch.linspace(-1, 1, used, device=logits.device)
     stats = plan.stats
-    ((plan.weight[:used] * factor).sum() + stats.balance_loss + stats.z_loss).backward()
+    ((plan.weight[:used] * factor).sum() + stats.balance_loss + stats.z_loss + stats.entropy_loss).backward()
     real = slice(None) if padding is None else ~padding
     counts = (stats.tokens, stats.wanted, stats.received, stats.first_dropped, stats.top1_prob, stats.passes)
     pairs = (plan.token[:used], plan.weight[:used], plan.group_sizes, plan.first[real], plan.weight[used:])
     routing = plan.token_routing
     assert logits.grad is not None
-    return [*pairs, *counts, stats.expert_load, stats.first_choices, logits.grad, routing.taken, routing.top1_prob]
+    losses, loads = (stats.entropy_loss.detach(),), (stats.expert_load, stats.first_choices)
+    return [*pairs, *counts, *losses, *loads, logits.grad, routing.taken, routing.top1_prob]
 
 
 def check(name: str, logits: Tensor, padding: Tensor | None, training: bool, static: bool) -> None:
     options = RouterOptions(**(vars(OPTIONS[name]) | {"static": static}))
     router = ROUTERS[name.split()[0]](8, logits.shape[1], options).train(training)
+    router.measures_entropy = True
 
     def route() -> list[Tensor]:
         given_logits = logits.clone().requires_grad_()
@@ -112,10 +114,13 @@ def test_strata_are_those_of_torch(kind: str) -> None:
     def run() -> list[Tensor]:
         torch.manual_seed(0)
         rest = [ROUTERS[kind](16, sum(sizes[i:]), options) for i in range(len(sizes))]
+        for router in rest:
+            router.measures_entropy = True
         block: nn.Module = StratifiedMoE(rest, Experts(7, 16, 32, kernel="triton"), sizes).to(DEVICE)
         x = torch.randn(40, 16, device=DEVICE, requires_grad=True)
         y, plan = block(x)
-        (y.square().sum() + plan.stats.balance_loss).backward()
+        assert plan.stats.entropy_loss > 0.5
+        (y.square().sum() + plan.stats.balance_loss + plan.stats.entropy_loss).backward()
         return [y.detach(), plan.passes, x.grad, *(p.grad for p in block.parameters())]
 
     for one, other in zip(*both(run), strict=True):

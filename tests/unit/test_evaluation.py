@@ -218,7 +218,7 @@ def stats(layer: str, experts: int, seed: int, tokens: int | None = None) -> Rou
         expert_load=tensor(load),
         first_choices=tensor(first),
         passes=tensor(tokens),
-        routers=(RouterSums(tensor(tokens), tensor(first), probs, probs.sum()),),
+        routers=(RouterSums(tensor(tokens), tensor(first), probs, probs.sum(), probs.sum()),),
         layer=layer,
     )
 

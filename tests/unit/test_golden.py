@@ -73,6 +73,30 @@ def check_topk_gate(golden: Golden) -> None:
     check_gate(golden, TopKRouter, top_k=int(golden["k"]))
 
 
+class NormalizedThresholdRouter(ThresholdRouter):
+    """Divides a token's weights by their sum."""
+
+    normalize = True
+
+
+def check_top_p(golden: Golden) -> None:
+    """Checks all but ``balance_chosen``, a balance loss over all choices, which no router has."""
+    logits = torch.from_numpy(golden["logits"]).requires_grad_()
+    kind = NormalizedThresholdRouter if golden["normalize"] else ThresholdRouter
+    router = kind(1, logits.shape[1], RouterOptions(threshold=float(golden["threshold"])))
+    router.measures_entropy = True
+    plan = router.train().plan(logits, torch.from_numpy(golden["padding_mask"]))
+    weights, stats = combine_weights(plan, logits.shape[1]), plan.stats
+    close(weights, golden["combine_weights"])
+    close(stats.balance_loss, golden["balance_first"])
+    close(stats.entropy_loss, golden["entropy"])
+    check_statistics(plan, golden)
+    assert str(golden["loss_is"]) == "(cotangent*combine_weights).sum() + 0.01*balance_first + 0.1*entropy"
+    wanted = (torch.from_numpy(golden["cotangent"]) * weights).sum()
+    (wanted + 0.01 * stats.balance_loss + 0.1 * stats.entropy_loss).backward()
+    close(logits.grad, golden["grad_logits"])
+
+
 def check_xmoe_layer(golden: Golden) -> None:
     num_experts, hidden, dim = golden["fc1_weight"].shape
     router = ThresholdRouter(dim, num_experts, RouterOptions(threshold=float(golden["threshold"])))
@@ -122,6 +146,7 @@ def check_smoe_block(golden: Golden, expected: Golden | None = None) -> None:
 CHECKS: dict[str, Callable[..., None]] = {
     "xmoe_gate": check_xmoe_gate,
     "topk_gate": check_topk_gate,
+    "top_p": check_top_p,
     "xmoe_layer": check_xmoe_layer,
     "smoe_block": check_smoe_block,
 }

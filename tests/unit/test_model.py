@@ -105,8 +105,9 @@ def test_a_sentence_scores_the_same_alone_and_in_a_batch(router: str, toy_data: 
 
 @pytest.mark.parametrize("option", ["--checkpoint-activations", "--offload-activations"])
 def test_activation_checkpointing_changes_no_gradient(option: str, toy_data: Path) -> None:
-    plain = build(toy_data, *TINY_ARGS, "--dropout", "0.3", "--activation-dropout", "0.2")
-    saving = build(toy_data, *TINY_ARGS, "--dropout", "0.3", "--activation-dropout", "0.2", option)
+    words = ("--dropout", "0.3", "--activation-dropout", "0.2", "--moe-entropy-loss-coeff", "0.1")
+    plain = build(toy_data, *TINY_ARGS, *words)
+    saving = build(toy_data, *TINY_ARGS, *words, option)
     saving.model.load_state_dict(plain.model.state_dict())
     sample = batches(plain.task)[0]
     logged = []
@@ -116,6 +117,7 @@ def test_activation_checkpointing_changes_no_gradient(option: str, toy_data: Pat
         loss.backward()
         logged.append(log)
     assert int(logged[0]["enc_received"]) == int(logged[1]["enc_received"])  # not counted twice
+    torch.testing.assert_close(logged[0]["enc_entropy_loss"], logged[1]["enc_entropy_loss"])
     expected = grads(plain.model)
     assert "encoder.layers.1.moe.router.weight" in expected
     for name, gradient in grads(saving.model).items():
@@ -187,7 +189,7 @@ def test_bad_options_are_refused_in_one_line(options: list[str], message: str, t
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("option", ["--moe-loss-coeff", "--moe-z-loss-coeff"])
+@pytest.mark.parametrize("option", ["--moe-loss-coeff", "--moe-z-loss-coeff", "--moe-entropy-loss-coeff"])
 def test_negative_loss_weights_are_refused(option: str, toy_data: Path) -> None:
     with pytest.raises(UserError, match=f"{option} -1.0 is out of range"):
         build(toy_data, *TINY_ARGS, option, "-1")

@@ -29,18 +29,20 @@ def make_layer(kind: str, static: bool | None, kernel: str = "fused", strata: tu
     options = RouterOptions(**(vars(BOUNDED[kind]) | {"static": static, "min_capacity": 1}))
     count = sum(strata) or 6
     experts = Experts(count, 16, 24, kernel=kernel)
-    if strata:
-        return StratifiedMoE([ROUTERS[kind](16, sum(strata[i:]), options) for i in range(len(strata))], experts, strata)
-    return MoELayer(ROUTERS[kind](16, count, options), experts)
+    routers = [ROUTERS[kind](16, sum(strata[i:]) or count, options) for i in range(len(strata) or 1)]
+    for router in routers:
+        router.measures_entropy = True
+    return StratifiedMoE(routers, experts, strata) if strata else MoELayer(routers[0], experts)
 
 
 def results(layer: nn.Module, x: Tensor, padding: Tensor, tokens: Tensor) -> list[Tensor]:
     """Output, losses, counts and gradients."""
     y, plan = layer(x, padding, tokens)
     stats = plan.stats
-    (y.square().sum() + stats.balance_loss + stats.z_loss).backward()
+    (y.square().sum() + stats.balance_loss + stats.z_loss + stats.entropy_loss).backward()
     counts = (stats.tokens, stats.wanted, stats.received, stats.first_dropped, stats.passes, stats.expert_load)
-    return [y, stats.balance_loss, *counts, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+    losses = (stats.balance_loss, stats.entropy_loss)
+    return [y, *losses, *counts, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
 
 
 # Strata need a learnt router, and the last one room for every expert a token.

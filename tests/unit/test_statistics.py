@@ -23,11 +23,14 @@ def layers() -> list[nn.Module]:
     strata = [TopKRouter(6, count, RouterOptions(top_k=1)) for count in (5, 3)]
     block = StratifiedMoE(strata, Experts(5, 6, 4), (2, 3))
     plain = MoELayer(ThresholdRouter(6, 4, RouterOptions(threshold=0.5)), Experts(4, 6, 3))
+    for router in (*strata, plain.router):
+        router.measures_entropy = True
     return [plain, ConditionalMoE(block, 6, 8, gate_dropout=0.0)]
 
 
 def losses(records: list[RoutingStats]) -> torch.Tensor:
-    return torch.stack([one.balance_loss + one.z_loss + (0 if one.gate is None else one.gate) for one in records]).sum()
+    gates = [one.gate for one in records if one.gate is not None]
+    return torch.stack([one.balance_loss + one.z_loss + one.entropy_loss for one in records] + gates).sum()
 
 
 def test_a_vector_gives_back_what_was_put_in() -> None:
@@ -54,5 +57,7 @@ def test_sums_of_parts_give_the_losses_of_the_whole(number: int) -> None:
     (together,) = unpack(pack(parts[0]) + pack(parts[1]), parts[0])
     torch.testing.assert_close(together.balance_loss, whole.balance_loss)
     torch.testing.assert_close(together.z_loss, whole.z_loss)
+    torch.testing.assert_close(together.entropy_loss, whole.entropy_loss)
+    assert whole.entropy_loss > 0.5
     apart = torch.stack([one.balance_loss for (one,) in parts]).mean()
     assert abs(apart - whole.balance_loss) > 0.01

@@ -1,55 +1,285 @@
-"""The table of a study."""
+"""``xmoe study`` without training: the plan, the results added up, the claims by naive ways, the page."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
+from statistics import fmean, stdev
 
+import numpy as np
 import pytest
-import torch
+from helpers import ROOT
+from helpers_study import ROWS, make_study, write_result
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from matplotlib.image import imread
 
+from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.study import main, read_row
+from xmoe_fairseq.study.claims import NOT_SEEN, SEEN, UNDECIDED, resample, test_claims
+from xmoe_fairseq.study.command import write_page
+from xmoe_fairseq.study.jobs import run_all
+from xmoe_fairseq.study.measure import plateau
+from xmoe_fairseq.study.plan import read_plan
+from xmoe_fairseq.study.results import read_results
+from xmoe_fairseq.study.runs import Run, runs_of
 
 
-def write_model(study: Path, name: str, layers: list[dict[str, int]]) -> None:
-    directions = [
-        {"source": "en", "target": "de", "bleu": 10.0, "chrf": 30.0},
-        {"source": "de", "target": "en", "bleu": 20.0, "chrf": 40.0},
-        {"source": "en", "target": "cs", "bleu": 30.0, "chrf": 50.0},
-        {"source": "cs", "target": "en", "bleu": 50.0, "chrf": 60.0},
+def test_the_projects_own_plan() -> None:
+    plan = read_plan(ROOT / "configs/study/rows.yaml")
+    main = {row.name for row in plan.rows if row.main}
+    assert main == {"dense", "gshard", "smoe-2-2-2-2", "xmoe", "topk-small"}
+    words = plan.train_words(plan.row("xmoe"), 70, "--fp16")
+    assert words[words.index("--total-num-update") + 1] == "70" and words[-1] == "--fp16"
+    assert words.index("--moe-num-experts") > words.index("--max-tokens")
+    assert words[words.index("--adam-betas") + 1] == "(0.9, 0.98)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("why: the baseline", "wy: the baseline"), "'wy' is unknown: did you mean why?"),
+        ((", why: the baseline", ""), "why is missing"),
+        (("main: true}", "main: 1}"), "main is 1, it must be of type bool"),
+        (("name: base,", "name: a/b,"), "the row's name 'a/b' is refused"),
+        (("name: other,", "name: base,"), "two rows of the same name"),
+        (("system: other, baseline: base}", "system: othr, baseline: base}"), "no row 'othr': did you mean other?"),
+        (("at: chosen", "at: best"), "is at 'best': choose trained or chosen"),
+        (("than: base", "than: b"), "no row 'b'"),
+        (("--moe-num-experts 16", "--x 'a"), "cannot be read"),
+        (("rows:", "lines:"), "has no list of rows"),
+        (("train: --crit", "train: [--crit"), "is not YAML"),
+        (("- {name: base, arch: moe_transformer_tiny, why: the baseline, main: true}", "- base"), "'base' is no entry"),
+    ],
+)
+def test_a_plan_that_is_refused_says_why(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    file = tmp_path / "rows.yaml"
+    assert change[0] in ROWS
+    file.write_text(ROWS.replace(*change, 1))
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_plan(file)
+    with pytest.raises(UserError, match="cannot read"):
+        read_plan(tmp_path / "none.yaml")
+
+
+def test_the_first_seed_of_the_main_rows_comes_first(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    names = [run.name for run in runs_of(study, (), (1, 2))]
+    assert names == ["base-1", "other-1", "base-2", "other-2", "last-1", "last-2"]
+    assert [run.name for run in runs_of(study, ("last",), (3,))] == ["last-3"]
+
+
+def test_runs_of_other_settings_are_never_mixed(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    run = Run(study, study.plan.rows[0], 1)
+    assert not run.finished()
+    write_result(run, 20, 100)
+    assert run.finished()
+    changed = make_study(tmp_path, updates=11)
+    with pytest.raises(UserError, match=r'other settings \(train \["10"\], now \["11"\]\)'):
+        Run(changed, study.plan.rows[0], 1).finished()
+    other = dataclasses.replace(study)
+    (tmp_path / "data/raw/test.en-ca.ca").write_text("dos\n")
+    with pytest.raises(UserError, match=r"other settings \(data "):
+        Run(other, study.plan.rows[0], 1).finished()
+
+
+def test_rows_are_added_up_over_seeds(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    base, other, last = study.plan.rows
+    for seed, bleu in ((1, 20.0), (2, 22.0), (10, 27.0)):
+        write_result(Run(study, base, seed), bleu, 400.0)
+    write_result(Run(study, last, 1), 15.0, 0.0)
+    (study.results / "base-old.json").write_text("{}")
+    rows = read_results(study)
+    assert [(row.row.name, row.seeds) for row in rows] == [("base", [1, 2, 10]), ("last", [1])]
+    found = rows[0].as_json()
+    assert found["bleu"] == {"mean": fmean((20, 22, 27)), "sd": stdev((20, 22, 27))}
+    assert found["bleu_en_xx"]["mean"] == 22 and found["bleu_xx_en"]["mean"] == 24
+    assert found["moe_flops"] == {"mean": 400, "sd": 0} and found["valid_ppl"]["mean"] == 8
+    assert found["experts"]["encoder"]["mean"] == 2.5 and found["updates"] == 10
+    dense = rows[1].as_json()
+    assert dense["bleu"] == {"mean": 15, "sd": None} and dense["experts"] == {"encoder": None, "decoder": None}
+    Run(study, other, 1).result.write_text("[]")
+    with pytest.raises(UserError, match="holds no JSON object"):
+        read_results(study)
+    Run(study, other, 1).result.write_text(json.dumps({"settings": Run(study, other, 1).settings}))
+    with pytest.raises(UserError, match="is no result of a run, row is missing"):
+        read_results(study)
+
+
+def test_plateau_is_the_fall_over_the_last_fifth() -> None:
+    points = {update: {"loss": loss} for update, loss in ((20, 8.0), (40, 6.0), (60, 5.0), (80, 4.0), (100, 3.9))}
+    assert plateau(points) == pytest.approx(0.1 / 4)
+
+
+@given(st.integers(2, 4).flatmap(lambda n: arrays(np.float64, (n, 40), elements=st.floats(0, 50))))
+def test_resampled_seeds_keep_the_mean_and_spread_as_the_mean_of_seeds_does(draws: np.ndarray) -> None:
+    seeds = len(draws)
+    same = np.repeat(draws.mean(axis=1, keepdims=True), 20_000, axis=1)  # sentences play no part
+    found = resample(same, np.random.default_rng(1))
+    expected = same[:, 0].std(ddof=1) / np.sqrt(seeds)  # the standard error of a mean
+    assert found.mean() == pytest.approx(same[:, 0].mean(), abs=0.05 * expected + 1e-9)
+    assert found.std() == pytest.approx(expected, rel=0.05, abs=1e-9)
+
+
+def test_one_seed_is_drawn_as_it_is() -> None:
+    draws = np.arange(5.0)[None]
+    assert (resample(draws, np.random.default_rng(1)) == draws[0]).all()
+
+
+def naive_interval(system: list[list[float]], baseline: list[list[float]]) -> tuple[float, float]:
+    """Loops over the draws of sentences, and over all choices of seeds in each."""
+    differences = []
+    for draw in range(len(system[0])):
+        sides = []
+        for side in (system, baseline):
+            values = [seed[draw] for seed in side]
+            mean, scale = fmean(values), (len(values) / (len(values) - 1)) ** 0.5
+            sides.append([mean + scale * (fmean(c) - mean) for c in itertools.product(values, repeat=len(values))])
+        differences += [one - other for one in sides[0] for other in sides[1]]
+    return float(np.percentile(differences, 2.5)), float(np.percentile(differences, 97.5))
+
+
+def test_claims_by_a_naive_bootstrap(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    base, other, _ = study.plan.rows
+    for seed in (1, 2):
+        write_result(Run(study, base, seed), 20.0 + seed, 400.0)
+        write_result(Run(study, other, seed), 25.0 + 0.5 * seed, 800.0, chosen=18.0 + seed)
+    rows = read_results(study)
+    better, kept = test_claims(study.plan.claims, rows)
+    draws = [
+        [result[at]["bleu_draws"] for result in row.results] for row, at in ((rows[1], "trained"), (rows[0], "trained"))
     ]
-    (study / name / "checkpoints").mkdir(parents=True)
-    (study / name / "report.json").write_text(json.dumps({"directions": directions, "layers": layers}))
-    shared = torch.zeros(10, 4)
-    state = {"a": shared, "b": shared, "c": torch.zeros(5), "encoder.version": torch.zeros(1)}
-    torch.save({"model": state}, study / name / "checkpoints/checkpoint_last.pt")
+    low, high = naive_interval(*draws)
+    centre = np.mean(draws[0]) - np.mean(draws[1])
+    assert better.difference == pytest.approx(25.75 - 21.5)
+    assert better.low - better.difference == pytest.approx(low - centre, abs=0.3)
+    assert better.high - better.difference == pytest.approx(high - centre, abs=0.3)
+    assert better.verdict == SEEN and better.moe_flops == 2 and better.p < 0.05 and better.seeds == (2, 2)
+    assert kept.difference == pytest.approx(-2) and kept.verdict == SEEN and kept.moe_flops == 0.5
 
 
-def test_row_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_model(tmp_path, "xmoe", [{"tokens": 10, "received": 25}, {"tokens": 30, "received": 55}])
-    write_model(tmp_path, "dense", [])
-    row = read_row(tmp_path, "xmoe")
-    assert (row.out_of_english, row.into_english, row.bleu, row.chrf) == (20, 35, 27.5, 45)
-    assert row.parameters == 45  # what shares memory counts once
-    assert row.experts == 2
-    main(["--study", str(tmp_path), "dense", "xmoe"])
-    table = (tmp_path / "results.md").read_text()
-    assert capsys.readouterr().out == table
-    assert table.split("\n")[2:4] == [
-        "| dense | 0.00M | 20.00 | 35.00 | 27.50 | 45.00 | dense |",
-        "| xmoe | 0.00M | 20.00 | 35.00 | 27.50 | 45.00 | 2.00 |",
-    ]
+def test_verdicts(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    base, other, _ = study.plan.rows
+    assert test_claims(study.plan.claims, []) == []
+    for bleu, spread, verdict in ((21.0, 0.1, SEEN), (19.0, 0.1, NOT_SEEN), (20.2, 3.0, UNDECIDED)):
+        for seed in (1, 2):
+            write_result(Run(study, base, seed), 20.0, 400.0, spread=spread)
+            write_result(Run(study, other, seed), bleu, 800.0, spread=spread)
+        (tested,) = test_claims(study.plan.claims, read_results(study))  # without a chosen threshold, one claim
+        assert tested.verdict == verdict
+    Run(study, other, 2).result.unlink()
+    write_result(Run(study, other, 1), 30.0, 800.0)
+    (tested,) = test_claims(study.plan.claims, read_results(study))
+    assert tested.verdict == UNDECIDED and tested.seeds == (1, 2)
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no report"):
-        main(["--study", str(tmp_path), "none"])
-    write_model(tmp_path, "half", [])
-    (tmp_path / "half/checkpoints/checkpoint_last.pt").unlink()
-    with pytest.raises(UserError, match="no checkpoint"):
-        read_row(tmp_path, "half")
-    (tmp_path / "half/report.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
-        read_row(tmp_path, "half")
-    assert not (tmp_path / "results.md").exists()
+def test_equal_systems_differ_by_nothing(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    for row in study.plan.rows[:2]:
+        for seed in (1, 2):
+            write_result(Run(study, row, seed), 20.0, 400.0)
+    (tested,) = test_claims(study.plan.claims, read_results(study))
+    assert tested.difference == 0 and tested.p == 1 and tested.low < 0 < tested.high
+
+
+def test_the_page_the_tables_and_the_pictures(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    base, other, last = study.plan.rows
+    for seed, bleu in ((1, 20.0), (2, 22.0)):
+        write_result(Run(study, base, seed), bleu, 400.0)
+        write_result(Run(study, other, seed), bleu + 4, 800.0, chosen=bleu)
+    write_result(Run(study, last, 1), 15.0, 0.0)
+    (study.results / "speed.json").write_text(json.dumps({"ratios": {"base": {"training": 0.9, "decoding": 0.8}}}))
+    write_page(study)
+    page = (study.results / "results.md").read_text()
+    assert re.search(r"\| base +\| +2 \| 21\.00 ± 1\.41 \|", page)
+    assert re.search(r"\| last +\| +1 \| +15\.00 \|", page)
+    assert "other is better (nobody) " in page and "**seen**" in page and "2.00 of the baseline's" in page
+    assert re.search(r"\| base .*0\.90 .*0\.80 \|", page) and "tok:13a" in page and "- **last**: no experts" in page
+    found = json.loads((study.results / "results.json").read_text())
+    assert found.keys() == {"rows", "claims"} and found["rows"][0]["speed"] == {"training": 0.9, "decoding": 0.8}
+    assert found["claims"][0].keys() >= {"claim", "difference", "low", "high", "p", "verdict"}
+    lines = (study.results / "results.tsv").read_text().splitlines()
+    assert len(lines) == 4 and lines[1].startswith("base\t2\t10\t2000000\t21\t1.41421\t")
+    for name in ("curves", "experts", "quality"):
+        assert imread(study.results / f"{name}.png").std() > 0.01
+        assert (study.results / f"{name}.svg").read_text().startswith("<?xml")
+    before = {path.name: path.read_bytes() for path in study.results.iterdir()}
+    write_page(study)
+    assert before == {path.name: path.read_bytes() for path in study.results.iterdir()}
+
+
+class Program(Run):
+    """A run that is a small program."""
+
+    code = ""
+
+    def steps(self) -> list[tuple[str, list[str]]]:
+        write = f"import pathlib; pathlib.Path({str(self.folder)!r}, 'first').touch(); {self.code}"
+        done = f"import json; json.dump({{'settings': {self.settings!r}}}, open({str(self.result)!r}, 'w'))"
+        return [("train", [sys.executable, "-c", write]), ("measure", [sys.executable, "-c", done])]
+
+
+class Failing(Program):
+    code = "raise SystemExit('it is broken')"
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    study = make_study(tmp_path)
+    study.results.mkdir()
+    base, other, last = study.plan.rows
+    runs = [Program(study, base, 1), Failing(study, other, 1), Program(study, last, 1)]
+    ended: list[str] = []
+    failures = run_all(runs, 2, lambda run: ended.append(run.name))
+    assert sorted(ended) == ["base-1", "last-1"] and len(failures) == 1
+    assert "other-1: train ended with code 1: it is broken" in failures[0]
+    said = capfd.readouterr().err
+    assert said.splitlines()[0].startswith("0 of 3 runs done · base-1 train 0% · other-1 train 0% · 1 waiting")
+    assert "error: other-1" in said
+    assert run_all(runs[:1], 1, lambda run: ended.append("again")) == [] and "again" not in ended
+
+
+def test_a_folder_in_which_a_program_still_works_is_waited_for(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    study.results.mkdir()
+    run = Program(study, study.plan.rows[0], 1)
+    run.folder.mkdir(parents=True)
+    started = run.folder / "started"
+    hold = f"import fcntl, pathlib, time; f = open({str(run.folder / '.lock')!r}, 'wb'); fcntl.flock(f, 2); "
+    hold += f"pathlib.Path({str(started)!r}).touch(); time.sleep(1.5)"
+    begin = time.monotonic()
+    orphan = subprocess.Popen([sys.executable, "-c", hold])
+    while not started.exists():
+        time.sleep(0.01)
+    assert run_all([run], 1, lambda _: None) == []
+    assert time.monotonic() - begin > 1.5 and orphan.wait() == 0 and run.finished()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--seeds", "1,1"), "--seeds 1,1 is refused"),
+        (("--seeds", "a"), "--seeds a is refused"),
+        (("--jobs", "0"), "--jobs 0 is out of range"),
+        (("--updates", "0"), "--updates 0 is out of range"),
+        (("--models", "bose"), "no row 'bose': did you mean base?"),
+        (("--rows", "none.yaml"), "cannot read the study's rows none.yaml"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path: Path, words: tuple[str, str], message: str) -> None:
+    study = make_study(tmp_path)
+    own = ("--data", str(study.data), "--out", str(study.out), "--rows", str(study.rows), "--updates", "5")
+    with pytest.raises(UserError, match=re.escape(message)):
+        cli.main(["study", *own, *words])
+    assert not study.out.exists()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from fairseq.criterions import register_criterion
@@ -19,10 +20,12 @@ from fairseq.logging.meters import safe_round
 from torch import Tensor
 
 from ..errors import UserError
-from ..moe import RoutingStats
+from ..moe import Router, RoutingStats
 from ..processes.batches import DUMMY, of_all_processes
 
 STACKS = {"encoder": "enc", "decoder": "dec"}
+# The auxiliary losses of a stack's routers; the last is there only if its coefficient is not 0.
+LOSSES = ("balance_loss", "z_loss", "entropy_loss")
 # What is shown for a stack: metric, the sum above and below the fraction line, digits.
 RATIOS = (
     ("experts_wanted", "wanted", "tokens", 3),
@@ -43,6 +46,10 @@ class ThresholdRoutingCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfi
     moe_z_loss_coeff: float = field(
         default=0.0, metadata={"help": "weight of the routers' z-loss, summed over the MoE layers; 0 or more"}
     )
+    moe_entropy_loss_coeff: float = field(
+        default=0.0,
+        metadata={"help": "weight of the entropy of the routers' probabilities, summed over the MoE layers; 0 or more"},
+    )
     moe_loss_combine: ChoiceEnum(("sum", "average")) = field(  # type: ignore[valid-type]
         default="sum",
         metadata={"help": "whether the auxiliary losses are summed (XMoE) or averaged (SMoE) over layers"},
@@ -57,14 +64,16 @@ class ThresholdRoutingCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfi
 
 @register_criterion("threshold_routing_cross_entropy", dataclass=ThresholdRoutingCrossEntropyConfig)
 class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
-    """Label-smoothed cross-entropy + ``moe_loss_coeff`` * balance loss + ``moe_z_loss_coeff`` * z-loss.
+    """Label-smoothed cross-entropy + ``moe_loss_coeff`` * balance loss + ``moe_z_loss_coeff`` * z-loss
+    + ``moe_entropy_loss_coeff`` * entropy loss, which routers measure only where its coefficient is not 0.
 
     The auxiliary losses are summed, or averaged, over the MoE layers and multiplied by the sample size, as the
     cross-entropy is a sum over the sample. CMR's budget loss counts the gates of all layers together. The loss
     and perplexity that are shown do not contain them.
     With a model without MoE layers it is plain label-smoothed cross-entropy.
 
-    Sources: Yang et al. 2024 (XMoE), section 3; Xu et al. 2023 (SMoE), section 4; the metrics of the XMoE code.
+    Sources: Yang et al. 2024 (XMoE), section 3; Xu et al. 2023 (SMoE), section 4; Huang et al. 2024 (ACL, arXiv
+    2403.07652), the entropy loss; the metrics of the XMoE code.
     """
 
     knows_dummies = True  # see processes/batches.py
@@ -81,12 +90,14 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         moe_loss_combine: str = "sum",
         moe_cmr_loss_coeff: float = 0.01,
         moe_cmr_budget: float = 0.8,
+        moe_entropy_loss_coeff: float = 0.0,
     ) -> None:
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         for name, value in (
             ("moe-loss-coeff", moe_loss_coeff),
             ("moe-z-loss-coeff", moe_z_loss_coeff),
             ("moe-cmr-loss-coeff", moe_cmr_loss_coeff),
+            ("moe-entropy-loss-coeff", moe_entropy_loss_coeff),
         ):
             if not value >= 0:
                 raise UserError(f"--{name} {value} is out of range: it must be at least 0")
@@ -94,6 +105,8 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             raise UserError(f"--moe-cmr-budget {moe_cmr_budget} is out of range: it must be in [0, 1]")
         self.moe_loss_coeff = moe_loss_coeff
         self.moe_z_loss_coeff = moe_z_loss_coeff
+        self.moe_entropy_loss_coeff = moe_entropy_loss_coeff
+        self._measured: WeakSet[Any] = WeakSet()  # models whose routers measure entropy
         self.averaged = moe_loss_combine == "average"
         self.moe_cmr_loss_coeff = moe_cmr_loss_coeff
         self.moe_cmr_budget = moe_cmr_budget
@@ -104,6 +117,8 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         Returns:
             The loss to minimise, the sample size to divide by, and sums to log.
         """
+        if self.moe_entropy_loss_coeff:
+            self.measure_entropy(model)
         net_output = model(**sample["net_input"])
         loss, nll_loss = self.compute_loss(model, net_output, sample, reduce=reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
@@ -124,6 +139,14 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         if stands_in:
             return loss * 0, sample_size * 0, {name: value * 0 for name, value in logging_output.items()}
         return loss, sample_size, logging_output
+
+    def measure_entropy(self, model: Any) -> None:
+        """Makes the routers of a model measure the entropy of their probabilities; looks at a model only once."""
+        if model not in self._measured:
+            self._measured.add(model)
+            for module in model.modules():
+                if isinstance(module, Router):
+                    module.measures_entropy = True
 
     def _auxiliary(
         self, routing: Mapping[str, Sequence[RoutingStats]], sample_size: int, like: Tensor, counts: bool
@@ -152,6 +175,10 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             logging_output |= _sums(STACKS[stack], own, records, like)
             logging_output[f"{STACKS[stack]}_balance_loss"] = balance.detach() * sample_size
             logging_output[f"{STACKS[stack]}_z_loss"] = z_loss.detach() * sample_size
+            if self.moe_entropy_loss_coeff:
+                entropy = _total(records, "entropy_loss", like)
+                loss = loss + self.moe_entropy_loss_coeff * entropy * share
+                logging_output[f"{STACKS[stack]}_entropy_loss"] = entropy.detach() * sample_size
         gated = [record for record in everyone if record.gate is not None]
         if gated:
             mean_gate = _total(gated, "gate", like) / _total(gated, "tokens", like).clamp(min=1)
@@ -170,7 +197,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             def total(key: str, prefix: str = prefix) -> Any:
                 return sum(output[f"{prefix}_{key}"] for output in logging_outputs)
 
-            for key in ("balance_loss", "z_loss"):
+            for key in [name for name in LOSSES if f"{prefix}_{name}" in logging_outputs[0]]:
                 metrics.log_scalar(f"{prefix}_{key}", total(key) / sample_size, sample_size, round=4)
             shown = [ratio for ratio in RATIOS if f"{prefix}_{ratio[1]}" in logging_outputs[0]]
             for key in sorted({name for _, above, below, _ in shown for name in (above, below)}):

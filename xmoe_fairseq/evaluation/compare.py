@@ -187,6 +187,23 @@ def _compare(systems: Sequence[System], name: str, samples: int, bar: tqdm) -> M
     return MetricComparison(directions, means, _all_sentences(metric, statistics, samples), wins)
 
 
+def mean_of_draws(texts: Mapping[str, tuple[Sequence[str], Sequence[str]]], name: str, samples: int) -> np.ndarray:
+    """Draws sets of sentences and scores one system on each: (samples,) means over the directions.
+
+    Sentence i is drawn in every direction at once, and every system gets the same draws.
+
+    Args:
+        texts: by direction, references and translations.
+        name: of the metric.
+        samples: draws.
+    """
+    draws = []
+    for pair, (references, hypotheses) in texts.items():
+        metric = build_metric(name, pair.partition("-")[2])
+        draws.append(_draws(metric, _statistics(metric, references, hypotheses), samples))
+    return np.mean(draws, axis=0)
+
+
 def _statistics(metric: Metric, references: Sequence[str], hypotheses: Sequence[str]) -> list[list[float]]:
     """What sacreBLEU adds up over sentences: (sentences, statistics)."""
     return metric._extract_corpus_statistics(hypotheses, [references])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
@@ -46,6 +47,7 @@ class Sweep:
         device: that the search ran on.
         sentences, directions: that each point was measured on.
         signatures: sacreBLEU's, by metric, each one once.
+        max_moe_flops: most FLOPs of a token in experts that the chosen threshold may take; None for any.
     """
 
     name: str
@@ -55,12 +57,23 @@ class Sweep:
     sentences: int
     directions: int
     signatures: Mapping[str, Sequence[str]]
+    max_moe_flops: float | None = None
 
     @property
     def chosen(self) -> Point:
-        """The point with the least threshold that loses no more than ``lose`` BLEU against the best."""
-        best = max(point.scores["bleu"] for point in self.points)
-        return next(point for point in self.points if point.scores["bleu"] >= best - self.lose)
+        """The point with the least threshold that loses no more than ``lose`` BLEU against the best.
+
+        Raises:
+            UserError: every threshold takes more than ``max_moe_flops``.
+        """
+        found = choose(self.points, self.lose, self.max_moe_flops)
+        if found is None:
+            least = min(point.moe_flops for point in self.points)
+            raise UserError(
+                f"no threshold takes at most {self.max_moe_flops:g} FLOPs per token in experts, the least is "
+                f"{least:g}: sweep lower thresholds, or allow more"
+            )
+        return found
 
     def fronts(self) -> dict[str, list[float]]:
         """Gives the thresholds on the Pareto front of BLEU, by what is paid: FLOPs in experts, or time."""
@@ -79,6 +92,22 @@ COSTS: dict[str, Callable[[Point], float]] = {
     "moe_flops": lambda point: point.moe_flops,
     "time": lambda point: -point.words_per_second,
 }
+
+
+def choose(points: Sequence[Point], lose: float, max_moe_flops: float | None = None) -> Point | None:
+    """Chooses the least threshold that loses no more than ``lose`` BLEU against the best one that can be afforded.
+
+    Args:
+        points: by rising threshold.
+        lose: BLEU that may be lost.
+        max_moe_flops: most FLOPs of a token in experts; None affords all.
+
+    Returns:
+        The point, or None where none can be afforded.
+    """
+    affordable = [point for point in points if max_moe_flops is None or point.moe_flops <= max_moe_flops]
+    best = max((point.scores["bleu"] for point in affordable), default=0.0)
+    return next((point for point in affordable if point.scores["bleu"] >= best - lose), None)
 
 
 def pareto(points: Sequence[Point], cost: Callable[[Point], float], quality: Callable[[Point], float]) -> list[Point]:
@@ -129,7 +158,9 @@ def make_point(threshold: float, scores: Scores) -> Point:
 def render_markdown(sweep: Sweep) -> str:
     """Writes the table and the choice."""
     chosen, front = sweep.chosen, sweep.fronts()["moe_flops"]
-    best = max(sweep.points, key=lambda point: point.scores["bleu"])
+    affordable = [point for point in sweep.points if point.moe_flops <= (sweep.max_moe_flops or math.inf)]
+    best = max(affordable, key=lambda point: point.scores["bleu"])
+    limit = f" of at most {short(sweep.max_moe_flops)} MoE FLOPs a token" if sweep.max_moe_flops else ""
     header, rows = _table(sweep)
     for row, point in zip(rows, sweep.points, strict=True):
         row.append("yes" if point.threshold in front else NONE)
@@ -139,8 +170,8 @@ def render_markdown(sweep: Sweep) -> str:
                 f"# {sweep.name} by threshold",
                 markdown([*header, "Pareto front"], rows),
                 f"Threshold **{chosen.threshold:g}** is the least that loses no more than {sweep.lose:g} BLEU against "
-                f"the best ({best.scores['bleu']:.2f} at {best.threshold:g}): {chosen.scores['bleu']:.2f} BLEU with "
-                f"{chosen.computation_saved:.0%} of the MoE computation saved.",
+                f"the best{limit} ({best.scores['bleu']:.2f} at {best.threshold:g}): {chosen.scores['bleu']:.2f} BLEU "
+                f"with {chosen.computation_saved:.0%} of the MoE computation saved.",
                 f"Means of {sweep.directions} directions, {sweep.sentences:,} sentences; FLOPs a token with the "
                 f"experts that tokens took, references as decoder inputs; source words/s on {sweep.device}.",
                 "\n".join(

@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
     thresholds = read_thresholds(args.thresholds)
     if not args.lose >= 0:
         raise UserError(f"--lose {args.lose:g} is out of range: it must be at least 0")
+    if args.max_moe_flops is not None and not args.max_moe_flops > 0:
+        raise UserError(f"--max-moe-flops {args.max_moe_flops:g} is out of range: it must be more than 0")
     out = args.out or default_out(args.checkpoint, "sweep")
     decoding = decoding_options(args, args.data)
     jobs = {
@@ -66,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         for threshold in thresholds
     }
     found = _score(jobs, out, args.quiet)
-    sweep = _sweep(args.checkpoint.stem, found, args.lose)
+    sweep = _sweep(args.checkpoint.stem, found, args.lose, args.max_moe_flops)
     _write(sweep, out)
     if args.json:
         print(json.dumps(sweep.as_json(), indent=1, ensure_ascii=False))
@@ -89,6 +91,9 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--lose", type=float, default=0.5, metavar="X", help="BLEU that may be lost (default: 0.5)")
     parser.add_argument(
+        "--max-moe-flops", type=float, metavar="X", help="FLOPs of a token in experts that the choice may take"
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="results (default: CHECKPOINT-sweep beside the checkpoint)"
     )
     add_set_options(parser)
@@ -107,7 +112,7 @@ def _score(jobs: dict[float, ScoreJob], out: Path, quiet: bool) -> dict[float, S
     return found
 
 
-def _sweep(name: str, found: dict[float, Scores], lose: float) -> Sweep:
+def _sweep(name: str, found: dict[float, Scores], lose: float, max_moe_flops: float | None) -> Sweep:
     first = next(iter(found.values()))
     signatures = {
         metric: sorted({row.signatures[metric] for row in first.rows}) for metric in METRICS if metric in _METRICS
@@ -120,6 +125,7 @@ def _sweep(name: str, found: dict[float, Scores], lose: float) -> Sweep:
         sentences=sum(row.sentences for row in first.rows),
         directions=len(first.rows),
         signatures=signatures,
+        max_moe_flops=max_moe_flops,
     )
 
 

@@ -31,6 +31,7 @@ def plan_on_device(
     normalize: bool = False,
     most: int | None = None,
     most_each: int | None = None,
+    measures_entropy: bool = False,
 ) -> RoutingPlan:
     """Routes by logits (T, E) in float32; see `make_plan`.
 
@@ -42,12 +43,14 @@ def plan_on_device(
         normalize: divide a token's weights by their sum after dropping.
         most: a bound of the number of pairs; none reads their number back from the device.
         most_each: a bound of the pairs of one expert, if one is known.
+        measures_entropy: as in `make_plan`.
     """
     probs, token, weight, sizes, ranks, counts, first, top = _Route.apply(
         logits, limits, padding_mask, capacity, normalize, most
     )
     ranked = RankedProbs(logits, probs, top.unsqueeze(-1), first.unsqueeze(-1))
-    return planned(token, weight, sizes, ranked, partial(torch.ge, ranks, 0), counts, padding_mask, most_each)
+    received = partial(torch.ge, ranks, 0)
+    return planned(token, weight, sizes, ranked, received, counts, padding_mask, most_each, measures_entropy)
 
 
 class _Route(torch.autograd.Function):

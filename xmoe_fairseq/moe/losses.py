@@ -32,3 +32,17 @@ def z_loss(squares: Tensor, tokens: Tensor) -> Tensor:
     Source: Zoph et al. 2022 (ST-MoE), eq. 5.
     """
     return squares / tokens.clamp(min=1)
+
+
+def entropy_loss(entropies: Tensor, tokens: Tensor) -> Tensor:
+    """Penalises undecided routers: the mean over real tokens of ``-sum_e p_e log p_e``, in nats.
+
+    It is 0 when every token takes one expert with certainty and log E when all experts are equally probable.
+
+    Args:
+        entropies: () sum of the entropies of the real tokens' router probabilities.
+        tokens: () their number; 0 gives a loss of 0.
+
+    Source: Huang et al. 2024, "Harder Tasks Need More Experts", ACL 2024 (arXiv 2403.07652).
+    """
+    return entropies / tokens.clamp(min=1)

@@ -55,6 +55,8 @@ class Router(nn.Module):
 
     # Whether a token's weights are divided by their sum after dropping.
     normalize = False
+    # Whether statistics have the entropy of the probabilities; a criterion that weighs it sets this.
+    measures_entropy: bool = False
 
     def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
         super().__init__()
@@ -103,10 +105,12 @@ class Router(nn.Module):
             capacity: Tensor | int | None = None
             if self.limited:
                 capacity = self.room(tokens) if padding_mask is None else self.capacity((~padding_mask).sum())
-            return plan_on_device(logits, self.limits(), padding_mask, capacity, self.normalize, most, most_each)
+            return plan_on_device(
+                logits, self.limits(), padding_mask, capacity, self.normalize, most, most_each, self.measures_entropy
+            )
         ranked, chosen = self.choose(logits)
         limit = self.capacity if self.limited else None
-        return make_plan(ranked, chosen, padding_mask, limit, self.normalize, most, most_each)
+        return make_plan(ranked, chosen, padding_mask, limit, self.normalize, most, most_each, self.measures_entropy)
 
     @property
     def limited(self) -> bool:

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .pairs import Pairs
 from .ranking import RankedProbs
@@ -49,6 +50,7 @@ def make_plan(
     normalize: bool = False,
     most: int | None = None,
     most_each: int | None = None,
+    measures_entropy: bool = False,
 ) -> RoutingPlan:
     """Turns the choice of ranks into a plan, and drops what exceeds the experts' capacity.
 
@@ -61,6 +63,7 @@ def make_plan(
         most: a bound of the number of pairs. The plan then has that many, the unused ones last and with weight
             0, and no number is read back from the device; none makes a plan of exactly the chosen pairs.
         most_each: a bound of the pairs of one expert, if one is known.
+        measures_entropy: add up the entropies of the tokens' probabilities, which costs a pass over (T, E).
     """
     tokens, num_experts = ranked.probs.shape
     if padding_mask is not None:
@@ -78,7 +81,7 @@ def make_plan(
     if normalize:
         total = weight.new_zeros(tokens).index_add(0, token, weight).index_select(0, token)
         weight = weight / (total if used is None else total.masked_fill(~used, 1.0))
-    return planned(token, weight, load, ranked, lambda: received, chosen, padding_mask, most_each)
+    return planned(token, weight, load, ranked, lambda: received, chosen, padding_mask, most_each, measures_entropy)
 
 
 def planned(
@@ -90,6 +93,7 @@ def planned(
     wanted: Tensor,
     padding_mask: Tensor | None,
     most_each: int | None,
+    measures_entropy: bool = False,
 ) -> RoutingPlan:
     """Makes a plan of the pairs and of what they were chosen by.
 
@@ -102,6 +106,7 @@ def planned(
         wanted: what adds up to the number of pairs before capacity.
         padding_mask: (T,) bool, true for padding.
         most_each: as in `Pairs`.
+        measures_entropy: as in `make_plan`.
     """
     return RoutingPlan(
         token=token,
@@ -109,7 +114,7 @@ def planned(
         group_sizes=load,
         first=ranked.order[:, 0],
         num_tokens=len(ranked.logits),
-        count=partial(_statistics, ranked, wanted, received, load, padding_mask),
+        count=partial(_statistics, ranked, wanted, received, load, padding_mask, measures_entropy),
         most_each=most_each,
         trace=partial(_token_routing, ranked, received, padding_mask),
     )
@@ -199,6 +204,7 @@ def _statistics(
     received: Callable[[], Tensor],
     load: Tensor,
     padding_mask: Tensor | None,
+    measures_entropy: bool,
 ) -> RoutingStats:
     keep = real_tokens(padding_mask, ranked.probs)
     real, first = keep.sum(), ranked.order[:, 0]
@@ -210,6 +216,7 @@ def _statistics(
     if padding_mask is not None:
         probs = probs.masked_fill(padding_mask.unsqueeze(-1), 0.0)
         squares, top1_prob = squares.masked_fill(padding_mask, 0.0), top1_prob.masked_fill(padding_mask, 0.0)
+    entropy_sum = _entropy_sum(ranked, padding_mask) if measures_entropy else squares.new_zeros(())
     dropped = keep & ~received().gather(1, first.unsqueeze(-1)).squeeze(-1)
     return RoutingStats(
         tokens=real,
@@ -220,8 +227,18 @@ def _statistics(
         expert_load=load,
         first_choices=first_choices,
         passes=real,
-        routers=(RouterSums(real, first_choices, probs.sum(0), squares.sum()),),
+        routers=(RouterSums(real, first_choices, probs.sum(0), squares.sum(), entropy_sum),),
     )
+
+
+def _entropy_sum(ranked: RankedProbs, padding_mask: Tensor | None) -> Tensor:
+    """Adds up the entropies, in nats, of the real tokens' probabilities: ().
+
+    ``log_softmax`` stays finite where a probability underflows to 0, and so does their product. The logarithm needs no
+    gradient, because ``sum_e p_e d(log p_e) = d(sum_e p_e) = 0``.
+    """
+    entropies = -(ranked.probs * F.log_softmax(ranked.logits.detach(), dim=-1)).sum(-1)
+    return (entropies if padding_mask is None else entropies.masked_fill(padding_mask, 0.0)).sum()
 
 
 def _token_routing(ranked: RankedProbs, received: Callable[[], Tensor], padding_mask: Tensor | None) -> TokenRouting:

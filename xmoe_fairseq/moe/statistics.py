@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .losses import balance_loss, z_loss
+from .losses import balance_loss, entropy_loss, z_loss
 
 
 class RouterSums(NamedTuple):
@@ -21,12 +21,15 @@ class RouterSums(NamedTuple):
         first_choices: (E,) tokens whose first choice the expert was, before capacity.
         probs: (E,) probabilities, with their gradient.
         squares: () squared log-sum-exp of the logits, with its gradient.
+        entropy: () entropies of the probabilities in nats, with their gradient; 0 where the router does not measure
+            them.
     """
 
     tokens: Tensor
     first_choices: Tensor
     probs: Tensor
     squares: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,14 @@ class RoutingStats:
     def z_loss(self) -> Tensor:
         """() mean squared log-sum-exp of the router's logits: the mean of the routers that received a token."""
         return self._mean([z_loss(one.squares, one.tokens) for one in self.routers])
+
+    @cached_property
+    def entropy_loss(self) -> Tensor:
+        """() mean entropy of the router's probabilities: the mean of the routers that received a token.
+
+        It is 0 where routers do not measure it.
+        """
+        return self._mean([entropy_loss(one.entropy, one.tokens) for one in self.routers])
 
     def _mean(self, losses: list[Tensor]) -> Tensor:
         if len(losses) <= 1:

@@ -1,0 +1,143 @@
+"""``xmoe study``: trains the rows of a study with several seeds, measures them, tests the claims, writes the page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from ..arguments import CommandParser, comma_list, quiet_libraries
+from ..errors import UserError
+from ..evaluation.outputs import replacing
+from ..evaluation.result_folder import read_json, write_json
+from ..evaluation.sweep_plot import save
+from .claims import test_claims
+from .figures import draw_curves, draw_experts, draw_quality
+from .jobs import run_all
+from .page import StudyResults, render_markdown, render_tsv
+from .plan import read_plan
+from .results import read_results
+from .runs import Study, runs_of
+
+# What benchmarks/study_speed.py writes into the folder of results.
+SPEED = "speed.json"
+
+_EPILOG = """\
+Written to --results: NAME-SEED.json for each run as it ends, then results.md, results.json, results.tsv and the
+pictures curves and quality (PNG and SVG) of all runs that are there. A run whose file is there is done. Killed at any
+moment, the same command goes on where it was.
+
+example:
+  xmoe study --data runs/study/data --out runs/study --seeds 1,2,3 --jobs 2 --updates 12000
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains the rows of a study with several seeds, measures and compares them.
+
+    Args:
+        argv: the words after ``xmoe study``.
+
+    Raises:
+        UserError: an argument or a file is refused, or a run failed.
+    """
+    args = _parser().parse_args(argv)
+    quiet_libraries()
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs} is out of range: it must be at least 1")
+    study = read_study(args)
+    runs = runs_of(study, args.models, _seeds(args.seeds))
+    study.results.mkdir(parents=True, exist_ok=True)
+
+    failures = run_all(runs, args.jobs, lambda _: write_page(study))
+    write_page(study)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(runs)} runs failed, the others are done: {failures[0]}")
+    print(f"written: {study.results / 'results.md'}")
+
+
+def write_page(study: Study) -> None:
+    """Writes the page, the tables and the pictures of all results that are in the folder, whichever were asked for.
+
+    Raises:
+        UserError: a result is damaged, or of other settings.
+    """
+    rows = read_results(study)
+    if not rows:
+        return
+    speed = study.results / SPEED
+    results = StudyResults(
+        rows=rows,
+        claims=test_claims(study.plan.claims, rows),
+        speed=read_json(speed)["ratios"] if speed.is_file() else {},
+    )
+    figures = {"curves": draw_curves, "experts": draw_experts, "quality": draw_quality}
+    with ExitStack() as written:
+        paths = {
+            name: written.enter_context(replacing(study.results / name))
+            for name in ("results.md", "results.tsv", *(f"{name}.{end}" for name in figures for end in ("png", "svg")))
+        }
+        paths["results.md"].write_text(render_markdown(results), encoding="utf-8")
+        paths["results.tsv"].write_text(render_tsv(results), encoding="utf-8")
+        for name, draw in figures.items():
+            save(draw(rows), paths[f"{name}.png"], paths[f"{name}.svg"])
+        write_json(study.results / "results.json", results.as_json())
+
+
+def _seeds(words: Sequence[str]) -> list[int]:
+    try:
+        seeds = [int(word) for word in words]
+    except ValueError as error:
+        raise UserError(f"--seeds {','.join(words)} is refused: give whole numbers, such as 1,2,3") from error
+    if len(set(seeds)) < len(seeds) or not seeds or min(seeds) < 0:
+        raise UserError(f"--seeds {','.join(words)} is refused: give each once, 0 or more, such as 1,2,3")
+    return seeds
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="xmoe study",
+        usage="xmoe study --data DATA --out DIR [options]",
+        description="Trains models side by side with several seeds, scores them, and tests claims about them.",
+        epilog=_EPILOG,
+    )
+    add_study_options(parser)
+    parser.add_argument("--models", type=comma_list, default=[], metavar="NAMES", help="rows (default: all)")
+    parser.add_argument("--seeds", type=comma_list, default=["1"], metavar="LIST", help="such as 1,2,3 (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    return parser
+
+
+def add_study_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what all runs of a study have in common."""
+    parser.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder made by data_prep/prepare.sh")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs: a folder for each row and seed")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="small results, tables, pictures (default: --out)")
+    parser.add_argument(
+        "--rows", type=Path, default=Path("configs/study/rows.yaml"), metavar="FILE", help="rows and claims"
+    )
+    parser.add_argument("--updates", type=int, required=True, metavar="N", help="training steps of a run")
+    parser.add_argument("--beam", type=int, default=4, metavar="N", help="hypotheses in the search (default: 4)")
+    parser.add_argument("--train", default="", metavar="WORDS", help="more words of fairseq-train, for all runs")
+
+
+def read_study(args: argparse.Namespace) -> Study:
+    """Gathers what all runs have in common.
+
+    Raises:
+        UserError: a number is out of range, or the rows are refused.
+    """
+    for name in ("updates", "beam"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} is out of range: it must be at least 1")
+    return Study(
+        rows=args.rows,
+        plan=read_plan(args.rows),
+        data=args.data,
+        out=args.out,
+        results=args.results or args.out,
+        updates=args.updates,
+        beam=args.beam,
+        more=args.train,
+    )

@@ -1,0 +1,190 @@
+"""What a study consists of, read from YAML: the models, what they share, and the claims to test."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ..errors import UserError
+
+# A row's name is part of file names.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+CHOSEN = "chosen"
+# What YAML may give for a field, by the name of its type.
+_TYPES = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
+TASK = "multilingual_local"
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One model of the study.
+
+    Attributes:
+        name: of the row and of its folders.
+        arch: ``--arch``.
+        options: words of ``fairseq-train`` in which the row differs from the others.
+        why: one line, what the row is there for.
+        main: whether it is among the rows that are trained with every seed first.
+    """
+
+    name: str
+    arch: str
+    why: str
+    options: str = ""
+    main: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence to be tested: ``system`` minus ``baseline`` in mean BLEU.
+
+    Attributes:
+        claim: the sentence.
+        source: who published it, with the published figures.
+        system, baseline: names of rows.
+        at: ``trained``, the model as it was trained, or ``chosen``, at the threshold that was chosen for it.
+        margin: BLEU that the system may lose; 0 where it is claimed to be better.
+    """
+
+    claim: str
+    source: str
+    system: str
+    baseline: str
+    at: str = "trained"
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """Which thresholds are tried on the development set after training.
+
+    Attributes:
+        thresholds: ``FIRST:LAST:STEP`` or numbers between commas.
+        lines: of each development set.
+        than: the row of whose MoE FLOPs the chosen threshold takes at most half.
+    """
+
+    thresholds: str
+    lines: int
+    than: str
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """The whole study.
+
+    Attributes:
+        train: words of ``fairseq-train`` that all rows share; ``{updates}`` stands for the number of updates.
+        rows: in the order of the table.
+        claims: in the order of the page.
+        sweep: None where no threshold is chosen.
+    """
+
+    train: str
+    rows: Sequence[StudyRow]
+    claims: Sequence[Claim] = ()
+    sweep: SweepPlan | None = None
+
+    def train_words(self, row: StudyRow, updates: int, more: str = "") -> list[str]:
+        """Gives a row's words of ``fairseq-train``, those of the row after the shared ones.
+
+        Args:
+            row: of this plan.
+            updates: of a run.
+            more: words for all rows, after the others.
+        """
+        shared = self.train.replace("{updates}", str(updates))
+        return ["--task", TASK, "--arch", row.arch, *shlex.split(shared), *shlex.split(row.options), *shlex.split(more)]
+
+    def row(self, name: str) -> StudyRow:
+        """Finds a row.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        names = [row.name for row in self.rows]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"the study has no row {name!r}: {hint}choose from {', '.join(names)}")
+
+
+def read_plan(path: Path) -> StudyPlan:
+    """Reads a study's plan.
+
+    Raises:
+        UserError: the file is missing or no YAML, or an entry is missing, unknown or of the wrong type.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the study's rows {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("rows"), list):
+        raise UserError(f"{path} has no list of rows: write one as in configs/study/rows.yaml")
+    parts = {
+        "rows": [_made(StudyRow, row, path) for row in values["rows"]],
+        "claims": [_made(Claim, claim, path) for claim in values.get("claims") or ()],
+        "sweep": _made(SweepPlan, values["sweep"], path) if values.get("sweep") else None,
+    }
+    plan = _made(StudyPlan, {**values, **parts}, path)
+    _check(plan, path)
+    return plan
+
+
+_Part = TypeVar("_Part")
+
+
+def _made(kind: type[_Part], values: Any, path: Path) -> _Part:
+    """Makes a part of the plan of what the file says, none missing, none unknown."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: {values!r} is no entry: write names and values, as in configs/study/rows.yaml")
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    where = f"{path}, {values.get('name') or values.get('claim') or 'top level'}"
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"{where}: {name!r} is unknown: {hint}choose from {', '.join(known)}")
+        kind_of = str(known[name].type)
+        if kind_of in _TYPES and type(value) not in _TYPES[kind_of]:
+            raise UserError(f"{where}: {name} is {value!r}, it must be of type {kind_of}")
+    for name, field in known.items():
+        if field.default is MISSING and name not in values:
+            raise UserError(f"{where}: {name} is missing")
+    return kind(**values)
+
+
+def _check(plan: StudyPlan, path: Path) -> None:
+    names = [row.name for row in plan.rows]
+    for row in plan.rows:
+        if not _NAME.fullmatch(row.name):
+            raise UserError(f"{path}: the row's name {row.name!r} is refused: use letters, digits, '.', '_' and '-'")
+        for words in (row.options, plan.train):
+            _split(words, path)
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has two rows of the same name: {', '.join(names)}")
+    for claim in plan.claims:
+        for name in (claim.system, claim.baseline):
+            plan.row(name)
+        if claim.at not in ("trained", CHOSEN):
+            raise UserError(f"{path}: {claim.claim!r} is at {claim.at!r}: choose trained or {CHOSEN}")
+    if plan.sweep is not None:
+        plan.row(plan.sweep.than)
+
+
+def _split(words: str, path: Path) -> None:
+    try:
+        shlex.split(words)
+    except ValueError as error:
+        raise UserError(f"{path}: the options {words!r} cannot be read: {error}") from error

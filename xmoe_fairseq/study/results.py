@@ -1,0 +1,120 @@
+"""The runs that are there, added up over seeds: what ``results.json`` says of each row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from ..errors import UserError
+from ..evaluation.result_folder import read_json
+from .plan import StudyRow
+from .runs import Run, Study
+
+Result = Mapping[str, Any]
+_SEED = re.compile(r"-(\d+)\.json")
+_PARTS = ("row", "seed", "settings", "machine", "seconds", "valid", "train", "plateau", "trained", "chosen")
+# Two figures of one row: over the seeds.
+Spread = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class RowResults:
+    """A row with the results of its seeds, in the order of the seeds; at least one."""
+
+    row: StudyRow
+    results: Sequence[Result]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [result["seed"] for result in self.results]
+
+    def spread(self, value: Callable[[Result], float | None]) -> Spread | None:
+        """Gives mean and standard deviation of a figure over the seeds; None where the row has no such figure."""
+        values = [value(result) for result in self.results]
+        known = [one for one in values if one is not None]
+        if len(known) < len(values):
+            return None
+        return {"mean": fmean(known), "sd": stdev(known) if len(known) > 1 else None}
+
+    def score(self, metric: str, directions: str = "all") -> Spread | None:
+        """Gives a metric, the mean of all directions, or of ``en-xx`` or ``xx-en``."""
+        return self.spread(lambda result: result["trained"]["averages"].get(directions, {}).get(metric))
+
+    def cost(self, name: str) -> Spread | None:
+        """Gives a figure of `ModelSize`."""
+        return self.spread(lambda result: result["trained"]["model"][name])
+
+    def experts(self, stack: str) -> Spread | None:
+        """Gives the experts per token that were measured in a stack; None without experts."""
+        return self.spread(lambda result: result["trained"]["stacks"].get(stack, {}).get("experts"))
+
+    def strata(self, stack: str) -> Spread | None:
+        """Gives the strata per token (requested capacity) in a stack; None without experts."""
+        return self.spread(lambda result: result["trained"]["stacks"].get(stack, {}).get("strata"))
+
+    def as_json(self) -> dict[str, Any]:
+        """Gives plain values; ``flops`` and ``moe_flops`` are of a token's forward pass."""
+        return {
+            "name": self.row.name,
+            "why": self.row.why,
+            "seeds": self.seeds,
+            "bleu": self.score("bleu"),
+            "bleu_en_xx": self.score("bleu", self.out_of),
+            "bleu_xx_en": self.score("bleu", self.into),
+            "chrf": self.score("chrf"),
+            "chrf_en_xx": self.score("chrf", self.out_of),
+            "chrf_xx_en": self.score("chrf", self.into),
+            "valid_ppl": self.spread(lambda result: result["valid"]["ppl"][-1]),
+            "parameters": self.results[0]["trained"]["model"]["parameters"],
+            "active_parameters": self.cost("active_parameters"),
+            "flops": self.cost("flops"),
+            "moe_flops": self.cost("moe_flops"),
+            "experts": {stack: self.experts(stack) for stack in ("encoder", "decoder")},
+            "strata": {stack: self.strata(stack) for stack in ("encoder", "decoder")},
+            "updates": self.results[0]["settings"]["updates"],
+            "plateau": self.spread(lambda result: result["plateau"]),
+            "train_seconds": self.spread(lambda result: result["seconds"]),
+        }
+
+    @property
+    def out_of(self) -> str:
+        """The name of the directions out of English in the averages."""
+        return self._named(lambda name: name.endswith("-xx"))
+
+    @property
+    def into(self) -> str:
+        """The name of the directions into English in the averages."""
+        return self._named(lambda name: name.startswith("xx-"))
+
+    def _named(self, wanted: Callable[[str], bool]) -> str:
+        return next((name for name in self.results[0]["trained"]["averages"] if wanted(name)), "")
+
+
+def read_results(study: Study) -> list[RowResults]:
+    """Reads the results that are in the study's folder, in the order of the plan's rows, each by its seeds.
+
+    Rows without a result are left out, and so are results of rows that the plan does not have.
+
+    Raises:
+        UserError: a file is damaged, or of other settings.
+    """
+    rows = []
+    for row in study.plan.rows:
+        named = (_SEED.fullmatch(path.name.removeprefix(row.name)) for path in study.results.glob(f"{row.name}-*.json"))
+        runs = [Run(study, row, seed) for seed in sorted(int(match[1]) for match in named if match)]
+        results = [_read(run.result) for run in runs if run.finished()]
+        if results:
+            rows.append(RowResults(row, results))
+    return rows
+
+
+def _read(path: Path) -> Result:
+    result = read_json(path)
+    missing = [name for name in _PARTS if name not in result]
+    if missing:
+        raise UserError(f"{path} is no result of a run, {missing[0]} is missing: delete it to measure the run again")
+    return result
