@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command in ("-h", "--help"):
         print(_help())
     elif command in COMMANDS:
-        importlib.import_module(f".{COMMANDS[command][0]}", __package__).main(rest)
+        # Importing fairseq turns debugging on, and then every library tells what it imports.
+        logging.disable(logging.INFO)
+        module = importlib.import_module(f".{COMMANDS[command][0]}", __package__)
+        logging.disable(logging.NOTSET)
+        module.main(rest)
     else:
         raise UserError(f"xmoe has no command {command!r}: choose {', '.join(COMMANDS)}, or see xmoe --help")
 
