@@ -45,18 +45,21 @@ def test_the_projects_own_plan() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("why: the baseline", "wy: the baseline"), "'wy' is unknown: did you mean why?"),
-        ((", why: the baseline", ""), "why is missing"),
-        (("main: true}", "main: 1}"), "main is 1, it must be of type bool"),
+        (("why: the baseline", "wy: the baseline"), "'rows[0].wy' is unknown"),
+        ((", why: the baseline", ""), "rows[0].why is missing"),
+        (("main: true}", "main: 1}"), "rows[0].main is 1, it must be true or false"),
         (("name: base,", "name: a/b,"), "the row's name 'a/b' is refused"),
         (("name: other,", "name: base,"), "two rows of the same name"),
         (("system: other, baseline: base}", "system: othr, baseline: base}"), "no row 'othr': did you mean other?"),
-        (("at: chosen", "at: best"), "is at 'best': choose trained or chosen"),
+        (("at: chosen", "at: best"), "claims[1].at is 'best', it must be one of trained, chosen"),
         (("than: base", "than: b"), "no row 'b'"),
         (("--moe-num-experts 16", "--x 'a"), "cannot be read"),
-        (("rows:", "lines:"), "has no list of rows"),
+        (("rows:", "lines:"), "'lines' is unknown"),
         (("train: --crit", "train: [--crit"), "is not YAML"),
-        (("- {name: base, arch: moe_transformer_tiny, why: the baseline, main: true}", "- base"), "'base' is no entry"),
+        (
+            ("- {name: base, arch: moe_transformer_tiny, why: the baseline, main: true}", "- base"),
+            "rows[0] is 'base', it must be an object of names and values",
+        ),
     ],
 )
 def test_a_plan_that_is_refused_says_why(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal
 
 import yaml
 
 from ..errors import UserError
+from ..schema import build
 
 # A row's name is part of file names.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-CHOSEN = "chosen"
-# What YAML may give for a field, by the name of its type.
-_TYPES = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
 TASK = "multilingual_local"
 
 
@@ -57,7 +55,7 @@ class Claim:
     source: str
     system: str
     baseline: str
-    at: str = "trained"
+    at: Literal["trained", "chosen"] = "trained"
     margin: float = 0.0
 
 
@@ -130,39 +128,9 @@ def read_plan(path: Path) -> StudyPlan:
         raise UserError(f"cannot read the study's rows {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("rows"), list):
-        raise UserError(f"{path} has no list of rows: write one as in configs/study/rows.yaml")
-    parts = {
-        "rows": [_made(StudyRow, row, path) for row in values["rows"]],
-        "claims": [_made(Claim, claim, path) for claim in values.get("claims") or ()],
-        "sweep": _made(SweepPlan, values["sweep"], path) if values.get("sweep") else None,
-    }
-    plan = _made(StudyPlan, {**values, **parts}, path)
+    plan = build(StudyPlan, values, str(path), "write it like configs/study/rows.yaml")
     _check(plan, path)
     return plan
-
-
-_Part = TypeVar("_Part")
-
-
-def _made(kind: type[_Part], values: Any, path: Path) -> _Part:
-    """Makes a part of the plan of what the file says, none missing, none unknown."""
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path}: {values!r} is no entry: write names and values, as in configs/study/rows.yaml")
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    where = f"{path}, {values.get('name') or values.get('claim') or 'top level'}"
-    for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"{where}: {name!r} is unknown: {hint}choose from {', '.join(known)}")
-        kind_of = str(known[name].type)
-        if kind_of in _TYPES and type(value) not in _TYPES[kind_of]:
-            raise UserError(f"{where}: {name} is {value!r}, it must be of type {kind_of}")
-    for name, field in known.items():
-        if field.default is MISSING and name not in values:
-            raise UserError(f"{where}: {name} is missing")
-    return kind(**values)
 
 
 def _check(plan: StudyPlan, path: Path) -> None:
@@ -177,8 +145,6 @@ def _check(plan: StudyPlan, path: Path) -> None:
     for claim in plan.claims:
         for name in (claim.system, claim.baseline):
             plan.row(name)
-        if claim.at not in ("trained", CHOSEN):
-            raise UserError(f"{path}: {claim.claim!r} is at {claim.at!r}: choose trained or {CHOSEN}")
     if plan.sweep is not None:
         plan.row(plan.sweep.than)
 

@@ -1,0 +1,138 @@
+"""The form of what a file holds, checked once where it is read: dataclasses from plain values.
+
+JSON and YAML give dictionaries, lists, strings, numbers, booleans and None. `build` makes the dataclass that they
+should be and names the first place where they are not.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from .errors import UserError
+
+_Made = TypeVar("_Made")
+# Characters of a value that a message shows.
+_SHOWN = 60
+
+
+def build(kind: type[_Made], values: Any, where: str, advice: str) -> _Made:
+    """Makes a dataclass of plain values, and dataclasses within it.
+
+    Fields may be ``bool``, ``int``, ``float``, ``str``, ``Any``, ``Literal``, a dataclass, ``X | None``,
+    ``Sequence[X]``, ``tuple[X, ...]`` and ``Mapping[str, X]``. A ``float`` takes whole numbers and refuses NaN and
+    infinity; whole numbers have at most 64 bits.
+
+    Args:
+        kind: a dataclass.
+        values: from a file.
+        where: names the file in messages.
+        advice: what to do with a file of the wrong form.
+
+    Raises:
+        UserError: a name is unknown or missing, or a value has the wrong type.
+    """
+    try:
+        made = _build(kind, values, "")
+    except _WrongForm as error:
+        raise UserError(f"{where} does not have the right form: {error}; {advice}") from error
+    return typing.cast(_Made, made)
+
+
+class _WrongForm(Exception):
+    """Says at which place of the values what is wrong."""
+
+
+def _build(kind: Any, value: Any, place: str) -> Any:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is typing.Literal:
+        if value not in inner:
+            raise _wrong(place, value, f"one of {', '.join(map(str, inner))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _build_union(inner, value, place)
+    if origin in (collections.abc.Sequence, list, tuple):
+        if not isinstance(value, list | tuple):
+            raise _wrong(place, value, "a list")
+        made = [_build(inner[0], one, f"{place}[{number}]") for number, one in enumerate(value)]
+        return tuple(made) if origin is tuple else made
+    if origin in (collections.abc.Mapping, dict):
+        names = _names(value, place)
+        return {name: _build(inner[1], value[name], _join(place, name)) for name in names}
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, place)
+    return _build_plain(kind, value, place)
+
+
+def _build_union(kinds: Sequence[Any], value: Any, place: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    others = [kind for kind in kinds if kind is not type(None)]
+    for kind in others[:-1]:
+        try:
+            return _build(kind, value, place)
+        except _WrongForm:
+            continue
+    return _build(others[-1], value, place)
+
+
+def _build_dataclass(kind: Any, value: Any, place: str) -> Any:
+    types_of = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in _names(value, place):
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f", did you mean {near[0]}?" if near else f", known are {', '.join(fields)}"
+            raise _WrongForm(f"{_join(place, name)[:_SHOWN]!r} is unknown{hint}")
+    for name, field in fields.items():
+        without = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if without and name not in value:
+            raise _WrongForm(f"{_join(place, name)} is missing")
+    return kind(**{name: _build(types_of[name], value[name], _join(place, name)) for name in value})
+
+
+def _build_plain(kind: Any, value: Any, place: str) -> Any:
+    if kind is float and type(value) in (int, float):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+        raise _wrong(place, value, "a finite number")
+    if type(value) is not kind:
+        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[kind]
+        raise _wrong(place, value, expected)
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise _wrong(place, value, "a whole number of 64 bits")
+    return value
+
+
+def _names(value: Any, place: str) -> list[str]:
+    if not isinstance(value, Mapping):
+        raise _wrong(place, value, "an object of names and values")
+    for name in value:
+        if not isinstance(name, str):
+            raise _wrong(place, name, "a name")
+    return list(value)
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _wrong(place: str, value: Any, expected: str) -> _WrongForm:
+    try:
+        shown = repr(value)
+    except ValueError:  # Python refuses to write a whole number of thousands of digits
+        shown = "a number of too many digits"
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    return _WrongForm(f"{place or 'the whole'} is {shown}, it must be {expected}")
