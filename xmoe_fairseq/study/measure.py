@@ -82,7 +82,9 @@ def _last(points: Mapping[int, Values], name: str) -> float:
 def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    threads = torch.get_num_threads()
+    kind = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    return f"{kind}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _job(run: Run, decoding: Decoding, metrics: Sequence[str] = ("bleu", "chrf")) -> ScoreJob:

@@ -102,7 +102,9 @@ def _cost(results: StudyResults) -> tuple[list[str], list[list[str]]]:
     for row in results.rows:
         costs = [_large(row.cost(name)) for name in ("active_parameters", "flops", "moe_flops")]
         experts = [_shown(row.experts(stack)) for stack in ("encoder", "decoder")]
-        strata = [_shown(row.strata(stack)) for stack in ("encoder", "decoder")]
+        # Outside of stratified layers every token passes one.
+        passed = [row.strata(stack) for stack in ("encoder", "decoder")]
+        strata = [_shown(one if one is not None and one["mean"] != 1 else None) for one in passed]
         speed = results.speed.get(row.row.name, {})
         parameters = short(row.results[0]["trained"]["model"]["parameters"])
         lines.append(
