@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -286,3 +287,21 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, words: tuple[str, str], me
     with pytest.raises(UserError, match=re.escape(message)):
         cli.main(["study", *own, *words])
     assert not study.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give a folder and what to do: bash benchmarks/gpu.sh OUT study"),
+        (("out", "nothing"), "give a folder and what to do"),
+        (("out", "study"), "there is no prepared text in nowhere: make it with data_prep/prepare.sh, or set DATA"),
+    ],
+)
+def test_the_script_for_gpus_refuses_in_one_line(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    script = [
+        "bash",
+        str(ROOT / "benchmarks/gpu.sh"),
+        *(str(tmp_path / word) if word == "out" else word for word in words),
+    ]
+    done = subprocess.run(script, env={**os.environ, "DATA": "nowhere"}, capture_output=True, text=True, check=False)
+    assert done.returncode and done.stderr.count("\n") == 1 and message in done.stderr
