@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from typing import Any, NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from .errors import UserError
+
+_Number = TypeVar("_Number", int, float)
+# Characters of an argument that a message shows.
+_SHOWN = 40
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -35,6 +41,40 @@ class CommandParser(argparse.ArgumentParser):
 def comma_list(text: str) -> list[str]:
     """Reads words between commas, as ``--pairs en-ca,ca-en`` has them."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def bounded(kind: type[_Number], least: _Number, most: _Number) -> Callable[[str], _Number]:
+    """Makes a type of arguments: numbers between two, the ends included; NaN is not between any.
+
+    Args:
+        kind: ``int`` or ``float``.
+        least, most: the ends, which messages name.
+    """
+    ends = f"[{least:,}, {most:,}]" if kind is int else f"[{least:g}, {most:g}]"
+
+    def read(text: str) -> _Number:
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        try:
+            number = kind(text)
+        except ValueError as error:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{shown!r} is not {what} in {ends}") from error
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{shown} is out of range: it must be in {ends}")
+        return number
+
+    return read
+
+
+def file_path(text: str) -> Path:
+    """Reads the name of a file or a folder; one that is empty, as of a variable that is not set, is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty: was a variable not set?")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"the name {text!r} is not UTF-8: rename it") from error
+    return Path(text)
 
 
 def quiet_libraries() -> None:

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
+# Control codes, which a terminal obeys and which break lines; marks that turn the direction of writing; halves of
+# characters, which a name of a file that is not UTF-8 has and which cannot be written.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Spells what a terminal would obey and what would break a line: a line end becomes ``\n``."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
 
 class UserError(SystemExit):
     """Ends the program with one line on standard error and exit code 1.
@@ -15,5 +26,5 @@ class UserError(SystemExit):
     """
 
     def __init__(self, message: str) -> None:
-        self.message = " ".join(message.split())
+        self.message = printable(" ".join(message.split()))
         super().__init__(f"xmoe_fairseq: error: {self.message}")

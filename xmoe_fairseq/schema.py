@@ -1,7 +1,7 @@
 """The form of what a file holds, checked once where it is read: dataclasses from plain values.
 
-JSON and YAML give dictionaries, lists, strings, numbers, booleans and None. `build` makes the dataclass that they
-should be and names the first place where they are not.
+JSON and YAML give dictionaries, lists, strings, numbers, booleans and None; `read_json` reads the first. `build` makes
+the dataclass that they should be and names the first place where they are not.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError
@@ -20,6 +23,72 @@ from .errors import UserError
 _Made = TypeVar("_Made")
 # Characters of a value that a message shows.
 _SHOWN = 60
+# Digits of a whole number in JSON; one of more is beyond every float.
+_MOST_DIGITS = 308
+
+
+def read_json(path: Path, advice: str) -> Any:
+    """Reads a JSON file; see `parse_json`.
+
+    Raises:
+        UserError: the file is missing, no regular file, not UTF-8, or not JSON.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file; {advice}")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}); {advice}") from error
+    return parse_json(text, str(path), advice)
+
+
+def parse_json(text: str, where: str, advice: str) -> Any:
+    """Reads JSON as its standard has it: no NaN, no infinity, no name twice in an object, no half of a character.
+
+    Args:
+        text: of a file.
+        where: names the file in messages.
+        advice: what to do with a file that is not JSON.
+
+    Raises:
+        UserError: the text is not JSON, is nested too deeply, or has a number that no float can hold.
+    """
+    try:
+        values = json.loads(
+            text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole, object_pairs_hook=_names_once
+        )
+        if "\\u" in text:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply; {advice}") from error
+    except ValueError as error:  # json.JSONDecodeError and UnicodeEncodeError are such
+        raise UserError(f"{where} is not JSON ({error}); {advice}") from error
+    return values
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text[:_SHOWN])
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
+
+
+def _names_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {twice[:_SHOWN]!r} stands twice in an object")
+    return values
 
 
 def build(kind: type[_Made], values: Any, where: str, advice: str) -> _Made:
@@ -27,7 +96,8 @@ def build(kind: type[_Made], values: Any, where: str, advice: str) -> _Made:
 
     Fields may be ``bool``, ``int``, ``float``, ``str``, ``Any``, ``Literal``, a dataclass, ``X | None``,
     ``Sequence[X]``, ``tuple[X, ...]`` and ``Mapping[str, X]``. A ``float`` takes whole numbers and refuses NaN and
-    infinity; whole numbers have at most 64 bits.
+    infinity; whole numbers have at most 64 bits. Names that a dataclass lacks are refused, unless it has the class
+    variable ``OTHERS = True``: then they are passed over.
 
     Args:
         kind: a dataclass.
@@ -87,7 +157,10 @@ def _build_union(kinds: Sequence[Any], value: Any, place: str) -> Any:
 def _build_dataclass(kind: Any, value: Any, place: str) -> Any:
     types_of = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name in _names(value, place):
+    names = _names(value, place)
+    if getattr(kind, "OTHERS", False):
+        names = [name for name in names if name in fields]
+    for name in names:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f", did you mean {near[0]}?" if near else f", known are {', '.join(fields)}"
@@ -96,7 +169,7 @@ def _build_dataclass(kind: Any, value: Any, place: str) -> Any:
         without = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if without and name not in value:
             raise _WrongForm(f"{_join(place, name)} is missing")
-    return kind(**{name: _build(types_of[name], value[name], _join(place, name)) for name in value})
+    return kind(**{name: _build(types_of[name], value[name], _join(place, name)) for name in names})
 
 
 def _build_plain(kind: Any, value: Any, place: str) -> Any:

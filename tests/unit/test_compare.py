@@ -16,7 +16,6 @@ from sacrebleu.significance import PairedTest
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import compare as module
 
 LINES = 20
 SYSTEMS = {"first": spoil(3), "second": spoil(2), "third": spoil(5, "small")}
@@ -133,17 +132,6 @@ def test_equal_systems_differ_by_chance_only(folders: list[Path], capsys: pytest
     assert found["systems"][0]["name"] == str(folders[0])  # both folders have the same last name
 
 
-def test_draws_that_would_not_fit_are_left_out(
-    folders: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # 100 draws of 4 bytes; 10 sums for BLEU and 3 x 8 for chrF++.
-    monkeypatch.setattr(module, "MAX_GIB", len(PAIRS) * LINES * 100 * 4 * 10 / 2**30)
-    found = as_json(folders, capsys, "--samples", "100")
-    assert found["metrics"]["bleu"]["all_sentences"] and found["metrics"]["chrf"]["all_sentences"] is None
-    compare(folders, "--samples", "100")
-    assert "All sentences as one are left out" in capsys.readouterr().out
-
-
 def test_what_cannot_be_compared_is_named(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, first = write_data(tmp_path / "data", lines=LINES), folders[0]
     fake_translator(monkeypatch, spoil(3))
@@ -163,10 +151,10 @@ def test_what_cannot_be_compared_is_named(folders: list[Path], tmp_path: Path, m
     refused(data, "holds no scores.json: make it with xmoe score")
     compare([first, tmp_path / "one"], "--pairs", "en-ca", "--samples", "5")
     (char / "scores.json").write_text('{"name": 1}')
-    refused(char, "is not as this version writes it")
+    refused(char, "settings is missing; it is not as this version writes it")
     with pytest.raises(UserError, match="give two folders or more"):
         compare([first])
-    with pytest.raises(UserError, match="--samples 0 is out of range"):
+    with pytest.raises(UserError, match="--samples: 0 is out of range"):
         compare(folders, "--samples", "0")
 
 

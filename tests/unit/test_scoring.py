@@ -165,8 +165,12 @@ def test_results_of_two_systems_are_never_mixed(
     ("file", "text", "message"),
     [
         ("en-ca/hyp.ca", "one line\n", r"en-ca has 12 sources, 12 references and 1 translations: remove it"),
-        ("en-ca/about.json", "{", r"about.json is not JSON .*: remove .*en-ca and score again"),
-        ("en-ca/about.json", '{"usage": [{}]}', r"about.json is damaged .*: remove .*en-ca"),
+        ("en-ca/about.json", "{", r"about.json is not JSON .*; remove .*en-ca and score again"),
+        (
+            "en-ca/about.json",
+            '{"usage": [{}]}',
+            r"about.json does not .* form: seconds is missing; remove .*en-ca",
+        ),
         ("settings.json", "[]", r"settings.json holds no JSON object"),
     ],
 )
@@ -284,7 +288,7 @@ BAD = {
     "direction": (["DATA", "--checkpoint", "last.pt", "--pairs", "en-xx"], "no direction 'en-xx': choose from en-ca"),
     "twice": (["DATA", "--checkpoint", "last.pt", "--pairs", "en-ca,en-ca"], "names en-ca twice"),
     "metric": (["DATA", "--checkpoint", "last.pt", "--metrics", "ter"], "--metrics ter is refused: choose from bleu"),
-    "beam": (["DATA", "--checkpoint", "last.pt", "--beam", "0"], "--beam 0 is out of range: it must be at least 1"),
+    "beam": (["DATA", "--checkpoint", "last.pt", "--beam", "0"], r"--beam: 0 is out of range: it must be in \[1, "),
     "threshold": (["DATA", "--checkpoint", "last.pt", "--moe-threshold", "2"], r"2 is out of range: .* \[0, 1\]"),
     "subset": (["DATA", "--checkpoint", "last.pt", "--subset", "valid"], "no raw reference .*valid.en-ca.ca"),
     "run without data": (["run"], "run is a run: give --data"),

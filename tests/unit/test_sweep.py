@@ -56,10 +56,10 @@ def test_thresholds() -> None:
     assert read_thresholds("0.1:1.0:0.1") == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     assert read_thresholds("0:0.5:0.2") == [0, 0.2, 0.4]
     assert read_thresholds("0.9,0.3,0.30") == [0.3, 0.9] and read_thresholds("1") == [1]
-    for text in ("a", "0:1", "", "0:1:0.1:2", "0:1:nan", "0:inf:1"):
+    for text in ("a", "0:1", "", "0:1:0.1:2", "0:1:nan"):
         with pytest.raises(UserError, match="is not FIRST:LAST:STEP"):
             read_thresholds(text)
-    for text in ("nan", "0:1:0", "0.5:0.1:0.1", "0.5,2"):
+    for text in ("nan", "0:1:0", "0.5:0.1:0.1", "0.5,2", "0:inf:1"):
         with pytest.raises(UserError, match="is out of range"):
             read_thresholds(text)
 
@@ -123,7 +123,7 @@ def test_sweep_measures_each_threshold_once(
     ("more", "message"),
     [
         (["--thresholds", "2"], "--thresholds 2 is out of range"),
-        (["--thresholds", "0.5", "--lose", "-1"], "--lose -1 is out of range"),
+        (["--thresholds", "0.5", "--lose", "-1"], "--lose: -1 is out of range"),
         (["--thresholds", "0.5", "--pairs", "en-xx"], "no direction 'en-xx'"),
         (["--thresholds", "0.5", "--moe-threshold", "1"], "unrecognized arguments: --moe-threshold"),
         ([], "required: --thresholds"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,16 +10,14 @@ from typing import Any
 
 import numpy as np
 from sacrebleu.metrics.base import Metric
-from sacrebleu.significance import _bootstrap_resample, _compute_p_value, estimate_ci
+from sacrebleu.significance import _compute_p_value, estimate_ci
 from tqdm import tqdm
 
 from ..errors import UserError
+from .bootstrap import corpus_score, draw_scores, read_seed, sentence_statistics
 from .result_folder import read_scores, read_texts
 from .score import METRICS, build_metric
 from .scores import Scores
-
-# What the draws over all sentences at once may take: sacreBLEU holds all of them in memory.
-MAX_GIB = 4.0
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,28 @@ class MetricComparison:
     Attributes:
         directions: by direction.
         means: by set of directions, ``all``, ``en-xx`` and ``xx-en``: the mean of the directions' scores.
-        all_sentences: as one text; None where it would take more than `MAX_GIB`.
+        all_sentences: as one text.
         win_ratio: by set of directions, the share of them in which the system is better than the first one.
     """
 
     directions: Mapping[str, Sequence[Result]]
     means: Mapping[str, Sequence[Result]]
-    all_sentences: Sequence[Result] | None
+    all_sentences: Sequence[Result]
     win_ratio: Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class System:
-    """One folder of results, with its texts: by direction, sources, references and translations."""
+    """One folder of results, and the directions that are compared."""
 
     name: str
     scores: Scores
-    texts: Mapping[str, tuple[list[str], list[str], list[str]]]
+    folder: Path
+    pairs: Sequence[str]
+
+    def texts(self, pair: str) -> tuple[list[str], list[str], list[str]]:
+        """Reads sources, references and translations of a direction, which together may not fit into memory."""
+        return read_texts(self.folder, pair)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def read_systems(folders: Sequence[Path], pairs: Sequence[str] = ()) -> list[Sys
     Raises:
         UserError: a folder holds no scores, or scores of other directions, test sets, metrics or signatures.
     """
-    names = [folder.resolve().name for folder in folders]
+    names = [Path(os.path.realpath(folder)).name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     systems = []
@@ -115,7 +119,7 @@ def read_systems(folders: Sequence[Path], pairs: Sequence[str] = ()) -> list[Sys
         missing = set(wanted) - {row.name for row in scores.rows}
         if missing:
             raise UserError(f"{folder} has no scores of {', '.join(sorted(missing))}: it has other directions")
-        systems.append(System(name, scores, {pair: read_texts(folder, pair) for pair in wanted}))
+        systems.append(System(name, scores, folder, list(dict.fromkeys(wanted))))
     for system in systems[1:]:
         _check_comparable(systems[0], system)
     return systems
@@ -123,15 +127,15 @@ def read_systems(folders: Sequence[Path], pairs: Sequence[str] = ()) -> list[Sys
 
 def _check_comparable(one: System, other: System) -> None:
     what = f"{one.name} and {other.name} cannot be compared: "
-    if one.texts.keys() != other.texts.keys():
-        differ = ", ".join(sorted(one.texts.keys() ^ other.texts.keys()))
+    if set(one.pairs) != set(other.pairs):
+        differ = ", ".join(sorted(set(one.pairs) ^ set(other.pairs)))
         raise UserError(f"{what}only one of them has {differ}; name the common directions with --pairs")
     if set(one.scores.metrics) != set(other.scores.metrics):
         metrics = [",".join(system.scores.metrics) for system in (one, other)]
         raise UserError(f"{what}they were scored by {metrics[0]} and by {metrics[1]}; score both by the same --metrics")
     rows = {system.name: {row.name: row for row in system.scores.rows} for system in (one, other)}
-    for pair in one.texts:
-        if one.texts[pair][:2] != other.texts[pair][:2]:
+    for pair in one.pairs:
+        if one.texts(pair)[:2] != other.texts(pair)[:2]:
             raise UserError(
                 f"{what}their test sets of {pair} differ; score both on the same data, --subset and --lines"
             )
@@ -155,24 +159,25 @@ def compare(systems: Sequence[System], samples: int, bar: tqdm) -> Comparison:
     Raises:
         UserError: a metric cannot be had, or the installed sacreBLEU is another one than scored.
     """
-    metrics = {name: _compare(systems, name, samples, bar) for name in systems[0].scores.metrics}
+    seed = read_seed()
+    metrics = {name: _compare(systems, name, samples, seed, bar) for name in systems[0].scores.metrics}
     return Comparison(systems, metrics, samples)
 
 
-def _compare(systems: Sequence[System], name: str, samples: int, bar: tqdm) -> MetricComparison:
+def _compare(systems: Sequence[System], name: str, samples: int, seed: int, bar: tqdm) -> MetricComparison:
     signatures = {row.name: row.signatures[name] for row in systems[0].scores.rows}
     tokenizer = systems[0].scores.tokenize
     directions, scores, draws, statistics = {}, {}, {}, []
-    for pair in systems[0].texts:
+    for pair in systems[0].pairs:
         metric = build_metric(name, pair.partition("-")[2], tokenizer)
-        stats = [_statistics(metric, *system.texts[pair][1:]) for system in systems]
+        stats = [sentence_statistics(metric, *system.texts(pair)[1:]) for system in systems]
         if str(metric.get_signature()) != signatures[pair]:
             raise UserError(
                 f"{METRICS[name]} of {pair} was computed as {signatures[pair]}, this sacreBLEU gives "
                 f"{metric.get_signature()}: run xmoe score again, for all systems"
             )
-        scores[pair] = np.array([metric._aggregate_and_compute(one).score for one in stats])
-        draws[pair] = np.stack([_draws(metric, one, samples) for one in stats])
+        scores[pair] = np.array([corpus_score(metric, [one]) for one in stats])
+        draws[pair] = draw_scores(metric, stats, samples, seed)
         directions[pair] = _results(scores[pair], draws[pair])
         statistics.append(stats)
         bar.set_description(f"{METRICS[name]} {pair}")
@@ -184,7 +189,7 @@ def _compare(systems: Sequence[System], name: str, samples: int, bar: tqdm) -> M
         for group, pairs in sets.items()
     }
     wins = {group: np.mean([scores[p] > scores[p][0] for p in pairs], axis=0).tolist() for group, pairs in sets.items()}
-    return MetricComparison(directions, means, _all_sentences(metric, statistics, samples), wins)
+    return MetricComparison(directions, means, _all_sentences(metric, statistics, samples, seed), wins)
 
 
 def mean_of_draws(texts: Mapping[str, tuple[Sequence[str], Sequence[str]]], name: str, samples: int) -> np.ndarray:
@@ -197,21 +202,11 @@ def mean_of_draws(texts: Mapping[str, tuple[Sequence[str], Sequence[str]]], name
         name: of the metric.
         samples: draws.
     """
-    draws = []
+    draws, seed = [], read_seed()
     for pair, (references, hypotheses) in texts.items():
         metric = build_metric(name, pair.partition("-")[2])
-        draws.append(_draws(metric, _statistics(metric, references, hypotheses), samples))
+        draws.append(draw_scores(metric, [sentence_statistics(metric, references, hypotheses)], samples, seed)[0])
     return np.mean(draws, axis=0)
-
-
-def _statistics(metric: Metric, references: Sequence[str], hypotheses: Sequence[str]) -> list[list[float]]:
-    """What sacreBLEU adds up over sentences: (sentences, statistics)."""
-    return metric._extract_corpus_statistics(hypotheses, [references])
-
-
-def _draws(metric: Metric, statistics: Sequence[Sequence[float]], samples: int) -> np.ndarray:
-    """Scores of resampled sets: (samples,). All systems get the same draws, by sacreBLEU's seed."""
-    return np.array([drawn.score for drawn in _bootstrap_resample(statistics, metric, samples)[1]])
 
 
 def _results(scores: np.ndarray, draws: np.ndarray) -> list[Result]:
@@ -241,16 +236,16 @@ def _sets(pairs: Sequence[str], english: str) -> dict[str, list[str]]:
     return {name: members for name, members in ways.items() if members}
 
 
-def _all_sentences(metric: Metric, statistics: Sequence[Sequence[Any]], samples: int) -> list[Result] | None:
+def _all_sentences(metric: Metric, statistics: Sequence[Sequence[np.ndarray]], samples: int, seed: int) -> list[Result]:
     """Tests the systems on all sentences as one text.
 
     Args:
         metric: turns sums of statistics into a score; which tokenizer gave them does not matter here.
         statistics: by direction and system.
         samples: draws.
+        seed: of the draws.
     """
-    whole = [[row for stats in one for row in stats] for one in zip(*statistics, strict=True)]
-    if samples * len(whole[0]) * len(whole[0][0]) * 4 > MAX_GIB * 2**30:
-        return None
-    scores = np.array([metric._aggregate_and_compute(one).score for one in whole])
-    return _results(scores, np.stack([_draws(metric, one, samples) for one in whole]))
+    systems = list(zip(*statistics, strict=True))
+    scores = np.array([corpus_score(metric, parts) for parts in systems])
+    whole = [np.concatenate(parts, dtype=np.float32, casting="same_kind") for parts in systems]
+    return _results(scores, draw_scores(metric, whole, samples, seed))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
-from ..arguments import CommandParser, comma_list, quiet_libraries
+from ..arguments import CommandParser, bounded, comma_list, file_path, quiet_libraries
 from ..errors import UserError
 from .compare import compare, read_systems
 from .compare_page import RENDERERS
@@ -38,10 +37,8 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     if len(args.folders) < 2:
         raise UserError("one system has nothing to be compared with: give two folders or more")
-    if args.samples < 1:
-        raise UserError(f"--samples {args.samples} is out of range: it must be at least 1")
     systems = read_systems(args.folders, args.pairs)
-    steps = len(systems[0].texts) * len(systems[0].scores.metrics)
+    steps = len(systems[0].pairs) * len(systems[0].scores.metrics)
     with tqdm(total=steps, disable=args.quiet) as bar:
         comparison = compare(systems, args.samples, bar)
     if args.json:
@@ -57,9 +54,17 @@ def _parser() -> CommandParser:
         description="Compares scored systems: quality with paired bootstrap, and what it costs.",
         epilog=_EPILOG,
     )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="A B", help="folders of results; A is the baseline")
+    parser.add_argument(
+        "folders", type=file_path, nargs="+", metavar="A B", help="folders of results; A is the baseline"
+    )
     parser.add_argument("--pairs", type=comma_list, default=[], metavar="SRC-TGT,...", help="directions (default: all)")
-    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="draws of the bootstrap (default: 1000)")
+    parser.add_argument(
+        "--samples",
+        type=bounded(int, 1, 100_000),
+        default=1000,
+        metavar="N",
+        help="draws of the bootstrap (default: 1000)",
+    )
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     style.add_argument("--latex", action="store_true", help="print LaTeX tables for the package booktabs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .compare import MAX_GIB, Comparison, MetricComparison, Result
+from .compare import Comparison, MetricComparison, Result
 from .score import METRICS
 from .tables import NONE, latex, markdown, number, short
 
@@ -58,8 +58,7 @@ def metric_table(comparison: Comparison, one: MetricComparison) -> Table:
     header = ["direction", names[0], *(cell for name in names[1:] for cell in (name, "Δ", "p"))]
     rows = [[pair, *_cells(results)] for pair, results in one.directions.items()]
     rows += [[f"mean of {group}", *_cells(results)] for group, results in one.means.items()]
-    if one.all_sentences is not None:
-        rows.append(["all sentences as one", *_cells(one.all_sentences)])
+    rows.append(["all sentences as one", *_cells(one.all_sentences)])
     for group, ratios in one.win_ratio.items():
         rows.append(
             [f"wins of {group}", NONE, *(cell for ratio in ratios[1:] for cell in (f"{ratio:.0%}", NONE, NONE))]
@@ -77,10 +76,6 @@ def notes(comparison: Comparison) -> list[str]:
     devices = {system.scores.device for system in comparison.systems}
     if len(devices) > 1:
         lines.append(f"The words/s were measured on several devices ({', '.join(map(str, devices))}): not comparable.")
-    if any(one.all_sentences is None for one in comparison.metrics.values()):
-        lines.append(
-            f"All sentences as one are left out where the draws would take over {MAX_GIB:g} GiB: lower --samples."
-        )
     return lines
 
 

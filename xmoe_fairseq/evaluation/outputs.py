@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -20,17 +21,85 @@ _HYPOTHESIS = re.compile(r"D-(\d+)\t[^\t]*\t(.*)", re.DOTALL)
 _OTHER_LINE = re.compile(r"[A-Z]-\d+(_\d+)?\t")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _WORD_START = "▁"
+_LANGUAGE = re.compile(r"\w[\w.@+]*")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` that takes its name if, and only if, the block succeeds."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    """Yields a temporary path beside ``path`` that takes its name if, and only if, the block succeeds.
+
+    Raises:
+        UserError: as of `replacing_all`.
+    """
+    with replacing_all([path]) as (temporary,):
         yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Does the same for several files of one folder: all of them are replaced, or none.
+
+    Raises:
+        UserError: a folder stands in the place of a file, or something cannot be written.
+    """
+    check_no_folders(paths)
+    temporary = [path.with_name(f".{path.name}.tmp") for path in paths]
+    with writing(paths[0].parent):
+        try:
+            yield temporary
+            for new, path in zip(temporary, paths, strict=True):
+                os.replace(new, path)
+        finally:
+            for new in temporary:
+                with suppress(OSError):  # what could not be written need not be there
+                    new.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Says in one line what the operating system refuses while files of a folder are written.
+
+    Raises:
+        UserError: of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {error.filename or folder}: {error.strerror or error}") from error
+
+
+def check_no_folders(paths: Iterable[Path]) -> None:
+    """Finds out whether files can take these names.
+
+    Raises:
+        UserError: a folder has one of them.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"cannot write the file {path}: a folder has this name, rename it")
+
+
+def check_writable(folder: Path, option: str = "--out") -> None:
+    """Finds out whether files can be written to a folder, which may not be there yet, and leaves nothing behind.
+
+    Args:
+        folder: that work of minutes will be written to.
+        option: that named it.
+
+    Raises:
+        UserError: it is a file, a symlink that leads nowhere, or in a place where nothing can be written.
+    """
+    there = folder
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        what = "no folder" if there.exists() else "a symlink that leads nowhere"
+        raise UserError(f"{option} {folder} is refused: {there} is {what}, give another")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {option} {folder}: {error.strerror}; give another") from error
 
 
 def read_lines(path: Path, what: str) -> list[str]:
@@ -55,6 +124,22 @@ def write_lines(path: Path, lines: list[str]) -> None:
     r"""Writes one line each, ended by ``\n``, and leaves either the whole file or what was there before."""
     with replacing(path) as temporary:
         temporary.write_bytes("".join(f"{line}\n" for line in lines).encode())
+
+
+def split_pair(name: str, where: str) -> tuple[str, str]:
+    """Gives source and target of a direction, ``SRC-TGT``, whose name is also that of a folder.
+
+    Args:
+        name: from a file or a folder.
+        where: names it in messages.
+
+    Raises:
+        UserError: the name is no such, or would lead to another folder.
+    """
+    source, _, target = name.partition("-")
+    if not _LANGUAGE.fullmatch(source) or not _LANGUAGE.fullmatch(target):
+        raise UserError(f"{where} holds {name[:60]!r}, which is no direction SRC-TGT, such as en-ca: prepare it again")
+    return source, target
 
 
 def find_raw(data: Path, subset: str, source: str, target: str) -> tuple[Path, Path]:

@@ -13,17 +13,30 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sacrebleu.metrics import BLEU
+
+from .. import schema
 from ..errors import UserError
 from .decoding import Translated
-from .outputs import read_lines, replacing, write_lines
+from .outputs import read_lines, replacing, split_pair, write_lines, writing
+from .score import METRICS
 from .scores import Scores
 from .usage import LayerUsage
 
 SETTINGS, SCORES, ABOUT = "settings.json", "scores.json", "about.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """What ``about.json`` holds of one direction: `Translated` without the text."""
+
+    seconds: float | None
+    too_long: int | None
+    usage: Sequence[LayerUsage]
 
 
 class ResultFolder:
@@ -41,11 +54,13 @@ class ResultFolder:
         self.path = path
         file = path / SETTINGS
         if file.exists():
-            _check_same(path, read_json(file), settings)
+            advice = f"give another --out, or remove {path}"
+            _check_same(path, read_json(file, advice), settings)
             return
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} is there already and holds no results: give another --out")
-        path.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
 
     def finished(self, name: str) -> bool:
@@ -54,16 +69,17 @@ class ResultFolder:
 
     def keep(self, name: str, sources: Sequence[str], references: Sequence[str], found: Translated) -> None:
         """Writes a finished direction; the folder gets its name when all is written."""
-        source, _, target = name.partition("-")
+        source, target = split_pair(name, "the data")
         temporary = self.path / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        write_lines(temporary / f"src.{source}", list(sources))
-        write_lines(temporary / f"ref.{target}", list(references))
-        write_lines(temporary / f"hyp.{target}", list(found.hypotheses))
-        about = {key: value for key, value in asdict(found).items() if key != "hypotheses"}
-        write_json(temporary / ABOUT, about)
-        temporary.rename(self.path / name)
+        about = About(found.seconds, found.too_long, found.usage)
+        with writing(self.path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write_lines(temporary / f"src.{source}", list(sources))
+            write_lines(temporary / f"ref.{target}", list(references))
+            write_lines(temporary / f"hyp.{target}", list(found.hypotheses))
+            write_json(temporary / ABOUT, asdict(about))
+            temporary.rename(self.path / name)
 
     def read(self, name: str) -> tuple[list[str], list[str], Translated]:
         """Reads the sources, the references and the translations of a finished direction.
@@ -72,18 +88,12 @@ class ResultFolder:
             UserError: a file is missing or damaged.
         """
         sources, references, hypotheses = read_texts(self.path, name)
-        about = read_json(self.path / name / ABOUT)
-        try:
-            usage = [_usage(layer) for layer in about["usage"]]
-            return sources, references, Translated(hypotheses, about["seconds"], about["too_long"], usage)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path / name / ABOUT} is damaged ({error}): remove {self.path / name}") from error
-
-
-def _usage(values: Mapping[str, Any]) -> LayerUsage:
-    """Makes tuples of JSON's lists."""
-    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return LayerUsage(**fields)
+        file, advice = self.path / name / ABOUT, f"remove {self.path / name} and score again"
+        about = schema.build(About, read_json(file, advice), str(file), advice)
+        for use in about.usage:
+            if min(use.tokens, use.passes, use.experts) < 1 or len(use.first_choices) != use.experts:
+                raise UserError(f"{file} says of {use.layer} what no layer does; {advice}")
+        return sources, references, Translated(hypotheses, about.seconds, about.too_long, about.usage)
 
 
 def read_texts(folder: Path, name: str) -> tuple[list[str], list[str], list[str]]:
@@ -92,7 +102,7 @@ def read_texts(folder: Path, name: str) -> tuple[list[str], list[str], list[str]
     Raises:
         UserError: a file is missing, or they differ in length.
     """
-    source, _, target = name.partition("-")
+    source, target = split_pair(name, str(folder))
     sources = read_lines(folder / name / f"src.{source}", "sources")
     references = read_lines(folder / name / f"ref.{target}", "references")
     hypotheses = read_lines(folder / name / f"hyp.{target}", "translations")
@@ -110,35 +120,75 @@ def read_scores(folder: Path) -> Scores:
     Raises:
         UserError: the folder holds no scores, or they are damaged.
     """
-    if not (folder / SCORES).is_file():
+    file = folder / SCORES
+    if not file.is_file():
         raise UserError(f"{folder} holds no {SCORES}: make it with xmoe score")
-    try:
-        return Scores.from_json(read_json(folder / SCORES))
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / SCORES} is not as this version writes it ({error}): run xmoe score again"
-        ) from error
+    advice = "it is not as this version writes it, run xmoe score again"
+    scores = schema.build(Scores, read_json(file, advice), str(file), advice)
+    _check_scores(scores, file, advice)
+    return scores
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _check_scores(scores: Scores, file: Path, advice: str) -> None:
+    """Checks what the types of `Scores` do not say."""
+    if not scores.rows or not scores.averages:
+        raise UserError(f"{file} has no directions; {advice}")
+    for row in scores.rows:
+        split_pair(row.name, str(file))
+        if list(row.scores) != scores.metrics or list(row.signatures) != scores.metrics:
+            raise UserError(f"{file} has other metrics of {row.name} than of {scores.rows[0].name}; {advice}")
+    if len({row.name for row in scores.rows}) < len(scores.rows):
+        raise UserError(f"{file} names a direction twice; {advice}")
+    unknown = [name for name in scores.metrics if name not in METRICS]
+    if unknown or not scores.metrics:
+        raise UserError(f"{file} has the metrics {unknown}, known are {', '.join(METRICS)}; {advice}")
+    if any(list(one.scores) != scores.metrics for one in scores.averages):
+        raise UserError(f"{file} has other metrics of its means than of its directions; {advice}")
+    if scores.tokenize is not None and scores.tokenize not in BLEU.TOKENIZERS:
+        raise UserError(f"{file} has the tokenizer {scores.tokenize!r}, which sacreBLEU does not know; {advice}")
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
     """Reads an object.
+
+    Args:
+        path: of the file.
+        advice: what to do with a file that holds none.
 
     Raises:
         UserError: the file is missing or no JSON object.
     """
-    try:
-        values = json.loads("\n".join(read_lines(path, "file")))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): remove {path.parent} and score again") from error
+    values = schema.read_json(path, advice)
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object: remove {path.parent} and score again")
+        raise UserError(f"{path} holds no JSON object; {advice}")
     return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes an object, whole or not at all."""
+    """Writes an object, whole or not at all.
+
+    Raises:
+        UserError: as of `json_text`, or the file cannot be written.
+    """
+    text = json_text(values, path)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def json_text(values: Mapping[str, Any], path: Path) -> str:
+    """Gives an object as JSON, which `read_json` reads.
+
+    Args:
+        values: plain ones.
+        path: of the file that they are for.
+
+    Raises:
+        UserError: a number is NaN or infinite, as of a model that has such parameters.
+    """
+    try:
+        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"cannot write {path}: a number in it is NaN or infinite, look at the checkpoint") from error
 
 
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
 from sacrebleu.utils import SACREBLEU_DIR
 
 from ..errors import UserError
+from .bootstrap import corpus_score, sentence_statistics
 from .outputs import GENERATE_FILE, read_hypotheses, read_lines, write_lines
 
 # BLEU needs words. sacreBLEU has word segmenters for three languages written without spaces; two of them need MeCab
@@ -108,8 +109,8 @@ def score(hypotheses: Sequence[str], references: Sequence[str], target: str, tok
     bleu, used = build_bleu(target, tokenizer)
     chrf = build_metric("chrf", target)
     return Score(
-        bleu=bleu.corpus_score(hypotheses, [references]).score,
-        chrf=chrf.corpus_score(hypotheses, [references]).score,
+        bleu=corpus_score(bleu, [sentence_statistics(bleu, references, hypotheses)]),
+        chrf=corpus_score(chrf, [sentence_statistics(chrf, references, hypotheses)]),
         bleu_signature=str(bleu.get_signature()),
         chrf_signature=str(chrf.get_signature()),
         tokenizer=used,

@@ -11,8 +11,8 @@ from typing import Any
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from ..arguments import CommandParser, comma_list, quiet_libraries
-from ..errors import UserError
+from ..arguments import CommandParser, bounded, comma_list, file_path, quiet_libraries
+from ..errors import UserError, printable
 from .decoding import Decoding
 from .score import METRICS
 from .score_job import ScoreJob, read_benchmark
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(scores.as_json(), indent=1, ensure_ascii=False))
     else:
         print(render_markdown(scores))
-        print(f"written: {args.out or out}")
+        print(printable(f"written: {args.out or out}"))
 
 
 def _parser() -> CommandParser:
@@ -65,11 +65,14 @@ def _parser() -> CommandParser:
         description="Translates the test sets with a checkpoint and scores them with sacreBLEU.",
         epilog=_EPILOG,
     )
-    parser.add_argument("folder", type=Path, metavar="DATA|RUN", help="what to translate, or a run that was translated")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="the model")
-    parser.add_argument("--data", type=Path, metavar="DATA", help="with RUN: the data that was translated")
+    parser.add_argument("folder", type=file_path, metavar="DATA|RUN", help="what to translate, or a translated run")
+    parser.add_argument("--checkpoint", type=file_path, metavar="FILE", help="the model")
+    parser.add_argument("--data", type=file_path, metavar="DATA", help="with RUN: the data that was translated")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="results (default: CHECKPOINT-scores beside the checkpoint, RUN/scores)"
+        "--out",
+        type=file_path,
+        metavar="DIR",
+        help="results (default: CHECKPOINT-scores beside the checkpoint, RUN/scores)",
     )
     parser.add_argument(
         "--metrics", type=comma_list, default=["bleu", "chrf"], metavar="NAMES", help="of bleu,chrf,spbleu (bleu,chrf)"
@@ -78,7 +81,10 @@ def _parser() -> CommandParser:
     add_set_options(parser)
     add_translating_options(parser)
     parser.add_argument(
-        "--moe-threshold", type=float, metavar="P", help="another threshold than the model was trained with"
+        "--moe-threshold",
+        type=bounded(float, 0, 1),
+        metavar="P",
+        help="another threshold than the model was trained with",
     )
     add_output_options(parser)
     return parser
@@ -90,15 +96,18 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
         "--pairs", type=comma_list, default=[], metavar="SRC-TGT,...", help="directions (default: all of the data)"
     )
     parser.add_argument("--subset", choices=("test", "valid"), help="(default: test)")
-    parser.add_argument("--lines", type=int, metavar="N", help="only the first N lines of each set")
+    parser.add_argument("--lines", type=bounded(int, 1, 10**9), metavar="N", help="only the first N lines of each set")
 
 
 def add_translating_options(parser: argparse.ArgumentParser) -> None:
     """Adds how it is translated."""
-    parser.add_argument("--beam", type=int, metavar="N", help="hypotheses in the search (default: the benchmark's)")
-    parser.add_argument("--lenpen", type=float, metavar="X", help="length penalty (default: the benchmark's)")
-    parser.add_argument("--max-len-b", type=int, metavar="N", help="most pieces of a translation (default: 200)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="pieces in a batch (default: 6000)")
+    for option, kind, meaning in (
+        ("--beam", bounded(int, 1, 1000), "hypotheses in the search (default: the benchmark's)"),
+        ("--lenpen", bounded(float, -10, 10), "length penalty (default: the benchmark's)"),
+        ("--max-len-b", bounded(int, 1, 10**6), "most pieces of a translation (default: 200)"),
+        ("--max-tokens", bounded(int, 1, 10**9), "pieces in a batch (default: 6000)"),
+    ):
+        parser.add_argument(option, type=kind, metavar="N" if kind is not float else "X", help=meaning)
     parser.add_argument("--fp16", action="store_const", const=True, help="half precision, for GPUs")
 
 
@@ -144,15 +153,9 @@ def decoding_options(args: argparse.Namespace, data: Path) -> Decoding:
     """Gathers how to translate; beam and length penalty are the benchmark's unless they are given.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: the folder was not made by data_prep/prepare.sh.
     """
     benchmark = read_benchmark(data)
     options: dict[str, Any] = {name: getattr(args, name, None) for name in _TRANSLATING}
     given = {name: value for name, value in options.items() if value is not None}
-    for name in ("beam", "max_len_b", "max_tokens", "lines"):
-        if given.get(name, 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {given[name]} is out of range: it must be at least 1")
-    threshold = given.get("moe_threshold", 0)
-    if not 0 <= threshold <= 1:
-        raise UserError(f"--moe-threshold {threshold:g} is out of range: it must be in [0, 1]")
     return Decoding(**({"beam": benchmark.beam, "lenpen": benchmark.lenpen} | given))

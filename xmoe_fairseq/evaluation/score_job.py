@@ -6,12 +6,14 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from tqdm import tqdm
 
+from .. import schema
 from ..benchmarks import BENCHMARKS, Benchmark
 from ..checkpoints.shards import fingerprint
 from ..checkpoints.summary import summarize
@@ -19,13 +21,31 @@ from ..errors import UserError
 from ..tasks.data_folder import read_groups
 from .decoding import Decoding, Translated, Translator
 from .language import MISSING, LanguageDetector, find_detector
-from .outputs import GENERATE_FILE, find_raw, read_hypotheses, read_lines, replacing
-from .result_folder import SCORES, ResultFolder, read_json, write_json
+from .outputs import (
+    GENERATE_FILE,
+    check_no_folders,
+    check_writable,
+    find_raw,
+    read_hypotheses,
+    read_lines,
+    replacing_all,
+    split_pair,
+)
+from .result_folder import SCORES, ResultFolder, json_text, read_json
 from .score import build_metric
 from .score_page import render_markdown, render_tsv
 from .scores import Row, Scores, average, score_lines, words_per_second
 from .usage import LayerUsage, add_up
 from .versions import read_versions
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What scoring takes from the ``MANIFEST.json`` of a data folder."""
+
+    OTHERS: ClassVar[bool] = True
+
+    benchmark: str
 
 
 class ScoreJob:
@@ -85,6 +105,9 @@ class ScoreJob:
         Raises:
             UserError: a file is missing or refused, or ``out`` holds results of other settings.
         """
+        files = [out / name for name in ("scores.md", "scores.tsv", SCORES)]
+        check_writable(out)
+        check_no_folders(files)
         if self.checkpoint is not None:
             _ = self.translator  # what cannot be loaded is said before a folder is made
         folder = ResultFolder(out, self.settings)
@@ -101,10 +124,10 @@ class ScoreJob:
             usages.append(usage)
             bar.update()
         scores = self._scores(out, rows, add_up(usages), detector)
-        with replacing(out / "scores.md") as page, replacing(out / "scores.tsv") as table:
+        with replacing_all(files) as (page, table, data):
             page.write_text(render_markdown(scores), encoding="utf-8")
             table.write_text(render_tsv(scores), encoding="utf-8")
-            write_json(out / SCORES, scores.as_json())
+            data.write_text(json_text(scores.as_json(), files[-1]), encoding="utf-8")
         return scores
 
     def _direction(
@@ -135,6 +158,8 @@ class ScoreJob:
         sources, references = read_lines(files[0], "raw source"), read_lines(files[1], "raw reference")
         if len(sources) != len(references):
             raise UserError(f"{files[0]} has {len(sources)} lines but {files[1]} has {len(references)}")
+        if not references:
+            raise UserError(f"{files[1]} has no line: there is nothing to score, prepare the data again")
         lines = self.decoding.lines or len(references)
         return sources[:lines], references[:lines]
 
@@ -197,7 +222,8 @@ def read_benchmark(data: Path) -> Benchmark:
     manifest = data / "MANIFEST.json"
     if not manifest.is_file():
         raise UserError(f"there is no {manifest}: give the folder that data_prep/prepare.sh made")
-    name = read_json(manifest).get("benchmark")
+    advice = "restore the file, or prepare the data again with data_prep/prepare.sh"
+    name = schema.build(Manifest, read_json(manifest, advice), str(manifest), advice).benchmark
     if name not in BENCHMARKS:
         raise UserError(f"{manifest} names the benchmark {name!r}: this version knows {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
@@ -220,7 +246,12 @@ def choose_pairs(known: Sequence[str], wanted: Sequence[str]) -> list[str]:
 
 
 def _known_pairs(data: Path, generated: Path | None) -> list[str]:
-    known = read_lines(data / "bin" / "lang_pairs.txt", "list of directions")
+    file = data / "bin" / "lang_pairs.txt"
+    known = read_lines(file, "list of directions")
+    if not known:
+        raise UserError(f"{file} names no direction: prepare the data again")
+    for pair in known:
+        split_pair(pair, str(file))
     if generated is None:
         return known
     found = [pair for pair in known if (generated / pair / GENERATE_FILE).is_file()]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from .bootstrap import corpus_score, sentence_statistics
 from .decoding import ModelSize
 from .language import LanguageDetector
 from .score import build_bleu, build_metric
@@ -121,20 +122,6 @@ class Scores:
         """Gives plain values."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Scores:
-        """Undoes `as_json`.
-
-        Raises:
-            KeyError, TypeError: the values are not those of `as_json`.
-        """
-        parts = {
-            "rows": [Row(**row) for row in values["rows"]],
-            "averages": [Average(**one) for one in values["averages"]],
-            "model": ModelSize(**values["model"]) if values["model"] is not None else None,
-        }
-        return cls(**{**values, **parts})
-
 
 def score_lines(
     sources: Sequence[str],
@@ -147,12 +134,16 @@ def score_lines(
 ) -> dict[str, Any]:
     """Computes what a `Row` says of the texts themselves; all three have one line for each sentence."""
     built = {name: build_metric(name, target, tokenizer) for name in metrics}
-    words = build_bleu(target, tokenizer)[0].corpus_score(hypotheses, [references])
+    counted = {name: sentence_statistics(metric, references, hypotheses) for name, metric in built.items()}
+    words = counted.get("bleu")
+    if words is None:
+        words = sentence_statistics(build_bleu(target, tokenizer)[0], references, hypotheses)
+    of_hypotheses, of_references = words[:, :2].sum(0, dtype=int).tolist()
     return {
         "sentences": len(references),
-        "scores": {name: metric.corpus_score(hypotheses, [references]).score for name, metric in built.items()},
+        "scores": {name: corpus_score(metric, [counted[name]]) for name, metric in built.items()},
         "signatures": {name: str(metric.get_signature()) for name, metric in built.items()},
-        "length_ratio": words.sys_len / words.ref_len if words.ref_len else 0.0,
+        "length_ratio": of_hypotheses / of_references if of_references else 0.0,
         "empty": sum(not text.strip() for text in hypotheses),
         "copies": sum(text.strip() == source.strip() != "" for text, source in zip(hypotheses, sources, strict=True)),
         "wrong_language": detector.wrong_share(hypotheses, target) if detector else None,

@@ -119,24 +119,35 @@ def pareto(points: Sequence[Point], cost: Callable[[Point], float], quality: Cal
     return front
 
 
+# Of one sweep; each is a translation of all test sets.
+MOST_THRESHOLDS = 1000
+
+
 def read_thresholds(text: str) -> list[float]:
     """Reads ``FIRST:LAST:STEP``, the last included, or thresholds between commas.
 
     Raises:
-        UserError: the text is neither, or a threshold is outside [0, 1].
+        UserError: the text is neither, there are more than `MOST_THRESHOLDS`, one is outside [0, 1], or two are the
+            same in the six digits that name their folders.
     """
+    shown = f"--thresholds {text if len(text) <= 60 else f'{text[:60]}...'}"
     try:
         if ":" in text:
             first, last, step = map(Decimal, text.split(":"))
-            # Decimals, so that ten steps of 0.1 are 1.
-            count = int((last - first) / step) + 1 if step > 0 else 0
+            # Decimals, so that ten steps of 0.1 are 1; counted before a list is made.
+            steps = (last - first) / step if step > 0 else Decimal(-1)
+            count = int(min(steps, Decimal(MOST_THRESHOLDS))) + 1 if steps >= 0 else 0
             values = [float(first + number * step) for number in range(count)]
         else:
             values = sorted({float(word) for word in text.split(",")})
     except (ArithmeticError, ValueError) as error:
-        raise UserError(f"--thresholds {text} is not FIRST:LAST:STEP, such as 0.1:1.0:0.1, or 0.3,0.5,0.9") from error
+        raise UserError(f"{shown} is not FIRST:LAST:STEP, such as 0.1:1.0:0.1, or 0.3,0.5,0.9") from error
     if not values or not all(0 <= value <= 1 for value in values):
-        raise UserError(f"--thresholds {text} is out of range: it must name thresholds in [0, 1], from low to high")
+        raise UserError(f"{shown} is out of range: it must name thresholds in [0, 1], from low to high")
+    if len(values) > MOST_THRESHOLDS:
+        raise UserError(f"{shown} names more than {MOST_THRESHOLDS:,} thresholds: take a larger step")
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise UserError(f"{shown} names two thresholds that are the same in six digits: take a larger step")
     return values
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..arguments import CommandParser, quiet_libraries
-from ..errors import UserError
-from .outputs import replacing
-from .result_folder import write_json
+from ..arguments import CommandParser, bounded, file_path, quiet_libraries
+from ..errors import printable
+from .outputs import check_no_folders, check_writable, replacing_all
+from .result_folder import json_text
 from .score import METRICS
 from .score_command import (
     add_output_options,
@@ -51,11 +51,6 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     quiet_libraries()
     thresholds = read_thresholds(args.thresholds)
-    if not args.lose >= 0:
-        raise UserError(f"--lose {args.lose:g} is out of range: it must be at least 0")
-    if args.max_moe_flops is not None and not args.max_moe_flops > 0:
-        raise UserError(f"--max-moe-flops {args.max_moe_flops:g} is out of range: it must be more than 0")
-    out = args.out or default_out(args.checkpoint, "sweep")
     decoding = decoding_options(args, args.data)
     jobs = {
         threshold: ScoreJob(
@@ -67,6 +62,9 @@ def main(argv: Sequence[str]) -> None:
         )
         for threshold in thresholds
     }
+    out = args.out or default_out(args.checkpoint, "sweep")
+    check_writable(out)
+    check_no_folders(_files(out))
     found = _score(jobs, out, args.quiet)
     sweep = _sweep(args.checkpoint.stem, found, args.lose, args.max_moe_flops)
     _write(sweep, out)
@@ -74,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(sweep.as_json(), indent=1, ensure_ascii=False))
     else:
         print(render_markdown(sweep))
-        print(f"written: {out}")
+        print(printable(f"written: {out}"))
 
 
 def _parser() -> CommandParser:
@@ -84,17 +82,26 @@ def _parser() -> CommandParser:
         description="Measures BLEU, chrF++, FLOPs and speed of one trained model at many thresholds.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a model with threshold routers")
-    parser.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder made by data_prep/prepare.sh")
+    parser.add_argument("--checkpoint", type=file_path, required=True, metavar="FILE", help="with threshold routers")
+    parser.add_argument("--data", type=file_path, required=True, metavar="DATA", help="made by data_prep/prepare.sh")
     parser.add_argument(
         "--thresholds", required=True, metavar="LIST", help="FIRST:LAST:STEP, the last included, or 0.3,0.5,0.9"
     )
-    parser.add_argument("--lose", type=float, default=0.5, metavar="X", help="BLEU that may be lost (default: 0.5)")
     parser.add_argument(
-        "--max-moe-flops", type=float, metavar="X", help="FLOPs of a token in experts that the choice may take"
+        "--lose",
+        type=bounded(float, 0, 100),
+        default=0.5,
+        metavar="X",
+        help="BLEU that may be lost (default: 0.5)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="results (default: CHECKPOINT-sweep beside the checkpoint)"
+        "--max-moe-flops",
+        type=bounded(float, 1, 1e30),
+        metavar="X",
+        help="FLOPs of a token in experts that the choice may take",
+    )
+    parser.add_argument(
+        "--out", type=file_path, metavar="DIR", help="results (default: CHECKPOINT-sweep beside the checkpoint)"
     )
     add_set_options(parser)
     add_translating_options(parser)
@@ -129,16 +136,15 @@ def _sweep(name: str, found: dict[float, Scores], lose: float, max_moe_flops: fl
     )
 
 
+def _files(out: Path) -> list[Path]:
+    return [out / f"sweep.{ending}" for ending in ("md", "tsv", "png", "svg", "json")]
+
+
 def _write(sweep: Sweep, out: Path) -> None:
     """Writes all files, or none."""
-    paths = [out / f"sweep.{ending}" for ending in ("md", "tsv", "png", "svg")]
-    with (
-        replacing(paths[0]) as page,
-        replacing(paths[1]) as table,
-        replacing(paths[2]) as png,
-        replacing(paths[3]) as svg,
-    ):
+    files = _files(out)
+    with replacing_all(files) as (page, table, png, svg, data):
         page.write_text(render_markdown(sweep), encoding="utf-8")
         table.write_text(render_tsv(sweep), encoding="utf-8")
         save(draw_sweep(sweep), png, svg)
-        write_json(out / "sweep.json", sweep.as_json())
+        data.write_text(json_text(sweep.as_json(), files[-1]), encoding="utf-8")

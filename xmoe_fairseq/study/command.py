@@ -70,7 +70,7 @@ def write_page(study: Study) -> None:
     results = StudyResults(
         rows=rows,
         claims=test_claims(study.plan.claims, rows),
-        speed=read_json(speed)["ratios"] if speed.is_file() else {},
+        speed=read_json(speed, "measure the speed again")["ratios"] if speed.is_file() else {},
     )
     figures = {"curves": draw_curves, "experts": draw_experts, "quality": draw_quality}
     with ExitStack() as written:

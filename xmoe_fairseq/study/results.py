@@ -113,7 +113,7 @@ def read_results(study: Study) -> list[RowResults]:
 
 
 def _read(path: Path) -> Result:
-    result = read_json(path)
+    result = read_json(path, "delete it to measure the run again")
     missing = [name for name in _PARTS if name not in result]
     if missing:
         raise UserError(f"{path} is no result of a run, {missing[0]} is missing: delete it to measure the run again")

@@ -122,7 +122,7 @@ class Run:
         """
         if not self.result.is_file():
             return False
-        kept = read_json(self.result).get("settings", {})
+        kept = read_json(self.result, "delete it to measure the run again").get("settings", {})
         for name, value in self.settings.items():
             if kept.get(name) != value:
                 old = kept.get(name)
