@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any
 
 import torch
@@ -18,6 +19,8 @@ Writer = Callable[[IO[bytes]], Any]
 
 TEMPORARY = ".tmp"
 _COPY_BYTES = 1 << 24
+# The files that training writes; with the ending, those that it has not finished.
+_CHECKPOINT = re.compile(r"checkpoint.*\.pt(\.tmp)?")
 # A disk shared with others may have room again a moment later.
 _TRIES, _PAUSE = 3, 2.5
 
@@ -32,6 +35,7 @@ def write(writers: Mapping[str, Writer]) -> None:
         UserError: a file cannot be written, such as on a full disk; none is left behind, and those of before are whole.
     """
     temporary = {path: path + TEMPORARY for path in writers}
+    refuse_folders(writers)
     try:
         for path, writer in writers.items():
             _write_one(path, temporary[path], writer)
@@ -40,7 +44,37 @@ def write(writers: Mapping[str, Writer]) -> None:
             _sync_folder(os.path.dirname(path) or ".")
     finally:
         for name in temporary.values():
-            Path(name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # nothing was written where nothing can be removed
+                os.unlink(name)
+
+
+def refuse_folders(paths: Iterable[str]) -> None:
+    """Refuses folders in the places of files, before work is done for the files.
+
+    Raises:
+        UserError: names the first one.
+    """
+    for path in paths:
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder, and a file of this name is to be written: move it, or choose another")
+
+
+def check_folder(folder: str) -> None:
+    """Makes sure that training can write its checkpoints; changes no file of the folder.
+
+    Raises:
+        UserError: says why not.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(
+            f"--save-dir {folder} cannot be written to ({error.strerror}): give a folder where you may write"
+        ) from error
+    refuse_folders(os.path.join(folder, name) for name in names if _CHECKPOINT.fullmatch(name))
 
 
 def _write_one(path: str, temporary: str, writer: Writer) -> None:
@@ -115,7 +149,7 @@ def remove_leftovers(folder: str) -> list[str]:
     """Removes what a killed training left half-written in its folder, and names it."""
     if not os.path.isdir(folder):
         return []
-    found = [name for name in sorted(os.listdir(folder)) if re.fullmatch(r"checkpoint.*\.pt\.tmp", name)]
+    found = [name for name in sorted(os.listdir(folder)) if _CHECKPOINT.fullmatch(name) and name.endswith(TEMPORARY)]
     for name in found:
         os.remove(os.path.join(folder, name))
     return found
