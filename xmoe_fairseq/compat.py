@@ -4,6 +4,7 @@ Some things of stock fairseq do not work today; `install` mends them, for this p
 
 * torch >= 2.6 reads checkpoints with an allow-list of classes, and fairseq's hold an ``argparse.Namespace``;
 * a checkpoint that cannot be read ends in a traceback;
+* a file named ``dummy`` in the folder of checkpoints is removed;
 * a run that is killed while it writes a checkpoint, or whose disk is full, may leave none that is whole;
 * a run that is resumed may differ from one that was not: it makes an update too many, samples other data, or starts
   from rounded parameters;
@@ -21,6 +22,7 @@ import inspect
 import logging
 import os
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -35,8 +37,8 @@ MIN_PYTHON = (3, 11)
 MIN_TORCH = (2, 6)
 FAIRSEQ_VERSIONS = ("0.12.3",)
 
-# What --restore-file is unless it is given.
-LAST = "checkpoint_last.pt"
+# What goes on from a checkpoint that is read, if anything does.
+_trained_task: ContextVar[Any] = ContextVar("_trained_task", default=None)
 # Beside exp_avg and others in the optimizer's state.
 MASTER = "fp32_param"
 
@@ -80,6 +82,7 @@ def install() -> None:
     # A Namespace only holds values: restoring one calls nothing.
     torch.serialization.add_safe_globals([argparse.Namespace])
     for module, name, wrapper in (
+        (checkpoint_utils, "verify_checkpoint_directory", _leaves_files_alone),
         (checkpoint_utils, "load_checkpoint", _ends_when_trained),
         (checkpoint_utils, "load_checkpoint_to_cpu", _whole_checkpoints),
         (checkpoint_utils, "load_model_ensemble_and_task", _missing_files),
@@ -114,12 +117,19 @@ def install() -> None:
 def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
     @functools.wraps(load_checkpoint_to_cpu)
     def load(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
+        from . import identity
         from .processes.state import own_experts
 
         local = _local_path(path)
         reading.check(local)
         state = load_checkpoint_to_cpu(path, arg_overrides, load_on_all_ranks)
         shards.join(state, local)
+        identity.checkpoint_read.set(local)
+        if not isinstance(state.get("task_state"), dict):  # fairseq's older versions wrote none
+            state["task_state"] = {}
+        task = _trained_task.get()
+        if hasattr(task, "identity"):  # for translation, fairseq does the same
+            task.load_state_dict(state["task_state"])
         if load_on_all_ranks:  # to train; else one process reads, for all that is in it
             own_experts(state)
         return state
@@ -133,13 +143,14 @@ def _newest_intact(load_checkpoint: Any) -> Any:
 
     @functools.wraps(load_checkpoint)
     def load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+        token = _trained_task.set(trainer.task)
         # Each process reads the file: what fairseq sends from one to the others, torch refuses to unpickle.
         trainer.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = trainer.data_parallel_world_size > 1
         try:
             return load_checkpoint(trainer, filename, *args, **kwargs)
         except reading.DamagedCheckpoint as error:
             options = trainer.cfg.checkpoint
-            if filename != os.path.join(options.save_dir, options.restore_file) or options.restore_file != LAST:
+            if filename != os.path.join(options.save_dir, options.restore_file) or options.restore_file != reading.LAST:
                 raise
             for other in reading.others_by_updates(filename):
                 try:
@@ -150,6 +161,8 @@ def _newest_intact(load_checkpoint: Any) -> Any:
                 logger.warning(f"{error.message}; going on from {other}, the most trained intact one of the folder")
                 return load_checkpoint(trainer, other, *args, **kwargs)
             raise
+        finally:
+            _trained_task.reset(token)
 
     return load
 
@@ -157,12 +170,15 @@ def _newest_intact(load_checkpoint: Any) -> Any:
 def _ends_when_trained(load_checkpoint: Any) -> Any:
     """Stock fairseq, started again after its last update, would make one update more before it looks."""
 
+    from . import locks
     from .processes import launch, state
 
     @functools.wraps(load_checkpoint)
     def load(cfg: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         launch.check(trainer.cfg, trainer.cuda)
-        if trainer.data_parallel_rank == 0:
+        launch.check_files(trainer.cfg)
+        if trainer.data_parallel_rank == 0 and not cfg.no_save:
+            locks.hold(cfg.save_dir)
             for name in saving.remove_leftovers(cfg.save_dir):
                 logger.info(f"removed {name}, which an earlier run had not finished writing")
         loaded = load_checkpoint(cfg, trainer, *args, **kwargs)
@@ -174,6 +190,16 @@ def _ends_when_trained(load_checkpoint: Any) -> Any:
         return loaded
 
     return load
+
+
+def _leaves_files_alone(verify_checkpoint_directory: Any) -> Any:
+    """Stock fairseq tries ``--save-dir`` by writing and removing ``dummy``, which may be a file of the user."""
+
+    @functools.wraps(verify_checkpoint_directory)
+    def verify(save_dir: str) -> None:
+        saving.check_folder(save_dir)
+
+    return verify
 
 
 def _durable_saves(torch_persistent_save: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import identity
 from ..errors import UserError
 from . import reading, shards
 
@@ -44,15 +45,15 @@ def average(paths: Sequence[str]) -> dict[str, Any]:
     The rest is the first one's, but for the optimizer's state, which belongs to none of the means.
 
     Raises:
-        UserError: a checkpoint has other parameters than the first one.
+        UserError: a checkpoint has other parameters than the first one, or was trained with another dictionary, or has
+            parameters that are no numbers.
     """
-    state = reading.read(paths[0])
-    shards.join(state, paths[0])
+    state = _read(paths[0])
     model: dict[str, Tensor] = state["model"]
     sums = _sums(model)
     for path in paths[1:]:
-        other = reading.read(path)
-        shards.join(other, path)
+        other = _read(path)
+        identity.check_same({paths[0]: state, path: other})
         _check_same(model, other["model"], paths[0], path)
         for name, total in sums.items():
             total += other["model"][name]
@@ -60,6 +61,16 @@ def average(paths: Sequence[str]) -> dict[str, Any]:
     for name, tensor in model.items():
         model[name] = means.get(_bytes(tensor), tensor)
     state.pop("last_optimizer_state", None)
+    return state
+
+
+def _read(path: str) -> dict[str, Any]:
+    """Reads a checkpoint that can be averaged."""
+    state = reading.read(path)
+    shards.join(state, path)
+    for name, tensor in state["model"].items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{name} of {path} holds NaN or infinity, and so would every mean: leave {path} out")
     return state
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import locks
 from ..arguments import CommandParser
 from ..errors import UserError
 from . import reading, saving, shards
@@ -41,9 +42,12 @@ def main(argv: Sequence[str]) -> None:
         UserError: an argument or a file is refused.
     """
     args = _parser().parse_args(argv)
-    if "out" in args:
-        _check_out(args.out, args.force)
-    args.run(args)
+    if "out" not in args:
+        args.run(args)
+        return
+    _check_out(args.out, args.force)
+    with locks.held(args.out, file=True):
+        args.run(args)
 
 
 def _parser() -> CommandParser:
@@ -92,7 +96,8 @@ def _check_out(out: str, force: bool) -> None:
 
 
 def _check_free(path: str, force: bool) -> None:
-    if not force and os.path.exists(path):
+    saving.refuse_folders([path])
+    if not force and os.path.lexists(path):
         raise UserError(f"{path} is there already: give another --out, or --force to replace it")
 
 
@@ -105,7 +110,8 @@ def _shard(args: argparse.Namespace) -> None:
     state = reading.read(args.file)
     if reading.SHARD_SET in state:
         raise UserError(f"{args.file} is in shards already: join them with xmoe checkpoint consolidate first")
-    paths = [shards.shard_path(args.out, number, args.shards) for number in range(max(args.shards, 0))]
+    shards.check_number(state, args.shards)
+    paths = [shards.shard_path(args.out, number, args.shards) for number in range(args.shards)]
     for path in paths:
         _check_free(path, args.force)
     if state.get("last_optimizer_state") and not shards.optimizer_names(state):

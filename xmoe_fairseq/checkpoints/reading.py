@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 
 # What a file of a sharded checkpoint holds beside stock fairseq's entries; see shards.py.
 SHARD_SET = "xmoe_shard_set"
 SHARD = "xmoe_shard"
+# What --restore-file is unless it is given.
+LAST = "checkpoint_last.pt"
 
 
 class DamagedCheckpoint(UserError):
@@ -30,7 +34,9 @@ def check(path: str) -> None:
     """
     state = _read(path)
     if isinstance(state, dict) and SHARD in state:
-        raise UserError(f"{path} holds some experts of a checkpoint only: give {state[SHARD]['name']} beside it")
+        shard = state[SHARD]
+        name = shard.get("name", "NAME.pt") if isinstance(shard, dict) else "NAME.pt"
+        raise UserError(f"{path} holds some experts of a checkpoint only: give {name} beside it")
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path} is no fairseq checkpoint: it holds no 'model'. Check the file name")
     check_sums(path)
@@ -97,6 +103,31 @@ def others_by_updates(path: str) -> list[str]:
 
 
 def _read(path: str) -> Any:
+    state = _load(path)
+    for tensor in _tensors(state):
+        real = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not real or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(
+                f"checkpoint {path} is refused: it holds a tensor of the shape {tuple(tensor.shape)} but not its "
+                "numbers. Use another file"
+            )
+    return state
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """Finds all tensors of a state, whose lists may hold themselves."""
+    seen: set[int] = set()
+    left = [state]
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, dict) else value)
+
+
+def _load(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

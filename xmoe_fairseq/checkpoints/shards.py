@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,49 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..moe.parallel import block
+from ..schema import build
 from .reading import SHARD, SHARD_SET, DamagedCheckpoint, check_sums, read_shard
 
 Place = list[Any]  # keys from the state down to a tensor
 Concatenate = Callable[[list[Tensor]], Tensor]
 
+_AGAIN = "shard the whole checkpoint again"
 _EXPERTS = re.compile(r"(.*\.)?experts\.fc[12]_(weight|bias)")
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """What ``NAME.pt`` says of its shards.
+
+    Attributes:
+        source: the `fingerprint` of the checkpoint that they were made of.
+        shards: their number.
+        experts: of the layer that has fewest.
+        places: of the tensors that they hold, in their order.
+    """
+
+    source: str
+    shards: int
+    experts: int
+    places: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of experts.
+
+    Attributes:
+        name: ``NAME.pt``, which it belongs to.
+        source, shards: as of `ShardSet`.
+        number: of this one, from 0.
+        tensors: its rows of each.
+    """
+
+    name: str
+    source: str
+    number: int
+    shards: int
+    tensors: Sequence[Any]
 
 
 def is_expert(name: str) -> bool:
@@ -46,7 +84,8 @@ def expert_places(state: dict[str, Any]) -> list[Place]:
     """Lists where a whole checkpoint holds tensors of experts."""
     places: list[Place] = [["model", name] for name in state["model"] if is_expert(name)]
     for average in ("ema", "ema_fp32_params"):
-        places += [["extra_state", average, name] for name in state["extra_state"].get(average, ()) if is_expert(name)]
+        held = (state.get("extra_state") or {}).get(average, ())
+        places += [["extra_state", average, name] for name in held if is_expert(name)]
     experts = {name: len(state["model"][name]) for name in state["model"] if is_expert(name)}
     moments = (state.get("last_optimizer_state") or {}).get("state", {})
     for number, name in optimizer_names(state).items():
@@ -102,15 +141,26 @@ def split(state: dict[str, Any], shards: int, name: str, source: str) -> Iterato
     """
     places = expert_places(state)
     tensors = [holder(state, place)[place[-1]] for place in places]
+    fewest = check_number(state, shards)
+    for number in range(shards):
+        blocks = [_own_rows(tensor, block(len(tensor), number, shards)) for tensor in tensors]
+        yield {SHARD: vars(Shard(name, source, number, shards, blocks))}
+    for place, tensor in zip(places, tensors, strict=True):
+        holder(state, place)[place[-1]] = tensor[:0].clone()
+    state[SHARD_SET] = vars(ShardSet(source, shards, fewest, places))
+
+
+def check_number(state: dict[str, Any], shards: int) -> int:
+    """Gives the experts of the layer that has fewest.
+
+    Raises:
+        UserError: they are fewer than the shards, or there are none.
+    """
+    tensors = [holder(state, place)[place[-1]] for place in expert_places(state)]
     fewest = min(map(len, tensors), default=0)
     if not 1 <= shards <= fewest:
         raise UserError(f"--shards {shards} is out of range: the checkpoint has {fewest} experts, one a shard at most")
-    for number in range(shards):
-        blocks = [_own_rows(tensor, block(len(tensor), number, shards)) for tensor in tensors]
-        yield {SHARD: {"name": name, "source": source, "number": number, "shards": shards, "tensors": blocks}}
-    for place, tensor in zip(places, tensors, strict=True):
-        holder(state, place)[place[-1]] = tensor[:0].clone()
-    state[SHARD_SET] = {"source": source, "shards": shards, "experts": fewest, "places": places}
+    return fewest
 
 
 def _own_rows(tensor: Tensor, held: range) -> Tensor:
@@ -135,23 +185,52 @@ def join(state: dict[str, Any], path: str, concatenate: Concatenate = torch.cat)
     """
     if SHARD_SET not in state:
         return
-    wanted = state.pop(SHARD_SET)
-    shards = [_read_one(path, number, wanted) for number in range(wanted["shards"])]
-    for index, place in enumerate(wanted["places"]):
-        holder(state, place)[place[-1]] = concatenate([shard["tensors"][index] for shard in shards])
+    wanted = shard_set(state, path)
+    del state[SHARD_SET]
+    for place in wanted.places:
+        _check_place(state, place, path)
+    shards = [_read_one(path, number, wanted) for number in range(wanted.shards)]
+    for index, place in enumerate(wanted.places):
+        blocks = [shard.tensors[index] for shard in shards]
+        if len({(block.dtype, block.shape[1:]) for block in blocks}) > 1 or not blocks[0].dim():
+            raise DamagedCheckpoint(f"the shards of {path} hold other experts each of {place[-1]}: {_AGAIN}")
+        holder(state, place)[place[-1]] = concatenate(blocks)
 
 
-def _read_one(path: str, number: int, wanted: dict[str, Any]) -> dict[str, Any]:
-    shards = wanted["shards"]
-    file = shard_path(path, number, shards)
+def shard_set(state: dict[str, Any], path: str) -> ShardSet:
+    """Gives what ``NAME.pt`` says of its shards.
+
+    Raises:
+        DamagedCheckpoint: it is damaged.
+    """
+    try:
+        return build(ShardSet, state[SHARD_SET], f"{SHARD_SET} of {path}", _AGAIN)
+    except UserError as error:
+        raise DamagedCheckpoint(error.message) from error
+
+
+def _check_place(state: dict[str, Any], place: Sequence[Any], path: str) -> None:
+    try:
+        there = isinstance(holder(state, place)[place[-1]], Tensor)
+    except (LookupError, TypeError):
+        there = False
+    if not there:
+        raise DamagedCheckpoint(f"{SHARD_SET} of {path} names the place {place!s:.80}, where no tensor is: {_AGAIN}")
+
+
+def _read_one(path: str, number: int, wanted: ShardSet) -> Shard:
+    file = shard_path(path, number, wanted.shards)
     if not os.path.isfile(file):
-        raise DamagedCheckpoint(f"{file} is missing: {path} needs all of its {shards} shards beside it")
-    shard = read_shard(file)
-    if shard is None or (shard["source"], shard["number"], shard["shards"]) != (wanted["source"], number, shards):
+        raise DamagedCheckpoint(f"{file} is missing: {path} needs all of its {wanted.shards} shards beside it")
+    values = read_shard(file)
+    shard = build(Shard, values, f"{SHARD} of {file}", _AGAIN) if values is not None else None
+    if shard is None or (shard.source, shard.number, shard.shards) != (wanted.source, number, wanted.shards):
         raise DamagedCheckpoint(
             f"{file} is not shard {number} of {path}, but of another checkpoint: shard that one again, or copy its "
             "files together"
         )
+    if len(shard.tensors) != len(wanted.places) or not all(isinstance(one, Tensor) for one in shard.tensors):
+        raise DamagedCheckpoint(f"{file} does not hold the {len(wanted.places)} tensors that {path} expects: {_AGAIN}")
     check_sums(file)
     return shard
 

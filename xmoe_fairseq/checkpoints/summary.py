@@ -64,7 +64,7 @@ def summarize(path: str) -> Summary:
         UserError: the file is missing or refused, or a shard is.
     """
     state = reading.read(path)
-    number = state.get(reading.SHARD_SET, {}).get("shards", 0)
+    number = shards.shard_set(state, path).shards if reading.SHARD_SET in state else 0
     shards.join(state, path, _unread)
     tensors = {(tensor.data_ptr(), tensor.shape): (name, tensor) for name, tensor in state["model"].items()}
     parameters = dict(tensors.values())

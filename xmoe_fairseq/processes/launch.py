@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairseq.distributed import utils as distributed
+from fairseq.file_io import PathManager
 from omegaconf import open_dict
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
+from .. import locks
+from ..checkpoints.reading import LAST
 from ..errors import UserError
 from . import layout
 
@@ -39,6 +44,7 @@ def one_job(call_main: Any) -> Any:
             if options.distributed_world_size > 1 and not on_gpu and not cfg.common.tpu:
                 _without_gpu(options)
         check(cfg, on_gpu)
+        check_files(cfg)
         try:
             call_main(cfg, main, **kwargs)
         except RuntimeError as error:
@@ -48,6 +54,8 @@ def one_job(call_main: Any) -> Any:
                 f"process {options.distributed_rank} cannot reach the others any more ({str(error).splitlines()[0]}): "
                 "the log of one that ended says why; start again, and training goes on from its last checkpoint"
             ) from error
+        finally:
+            locks.release_all()
 
     return call
 
@@ -94,7 +102,7 @@ def _without_gpu(options: Any) -> None:
 
 
 def check(cfg: Any, on_gpu: bool) -> None:
-    """Refuses back ends and options that do not work in several processes.
+    """Refuses back ends and options that do not work with the number of processes.
 
     Raises:
         UserError: names the option and what to give instead.
@@ -104,7 +112,7 @@ def check(cfg: Any, on_gpu: bool) -> None:
     experts = int(getattr(cfg.model, "moe_expert_parallel", 1) or 1)
     if backend == "fully_sharded":
         _check_fully_sharded(on_gpu)
-    if size == 1 or experts == 1:
+    if experts == 1:
         return
     layout.check(experts, size)
     flat = cfg.common.fp16 and not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16)
@@ -121,6 +129,42 @@ def check(cfg: Any, on_gpu: bool) -> None:
                 f"{name} does not work with --moe-expert-parallel {experts}, because processes hold different experts: "
                 + instead
             )
+
+
+def check_files(cfg: Any) -> None:
+    """Refuses to train without a file that was named: it would train from nothing, or end after minutes.
+
+    Raises:
+        UserError: names the option and the file.
+    """
+    options, log = cfg.checkpoint, cfg.common.log_file
+    for option in ("finetune_from_model", "restore_file"):
+        path = getattr(options, option)
+        # A run that goes on does not need what it started from, and may start without its own last checkpoint.
+        last = PathManager.exists(os.path.join(options.save_dir, LAST))
+        if path not in (None, LAST) and not (option == "finetune_from_model" and last):
+            _check_there(f"--{option.replace('_', '-')}", path, options.save_dir)
+    if options.finetune_from_model is not None and options.restore_file != LAST:
+        raise UserError(
+            f"--finetune-from-model {options.finetune_from_model} and --restore-file {options.restore_file} are two "
+            "files to start from: give one of them"
+        )
+    if log is not None and (os.path.isdir(log) or not os.path.isdir(os.path.dirname(log) or ".")):
+        raise UserError(f"--log-file {log} cannot be written: give a file in a folder that is there")
+
+
+def _check_there(option: str, path: str, save_dir: str) -> None:
+    if PathManager.isfile(path) or re.match(r"\w+://", path):
+        return
+    folders = (os.path.dirname(path), save_dir)
+    others = {name: os.path.join(folder, name) for folder in folders for name in _names(folder)}
+    near = difflib.get_close_matches(os.path.basename(path), others, n=1)
+    advice = f"did you mean {others[near[0]]}?" if near else "check the name"
+    raise UserError(f"there is no checkpoint {path}, which {option} names: {advice}")
+
+
+def _names(folder: str) -> list[str]:
+    return os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
 
 
 def _check_fully_sharded(on_gpu: bool) -> None:

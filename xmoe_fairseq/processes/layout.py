@@ -40,6 +40,11 @@ def check(expert_parallel: int, processes: int) -> None:
     Raises:
         UserError: the processes cannot be divided into groups of so many.
     """
+    if expert_parallel > 1 and processes == 1:
+        raise UserError(
+            f"--moe-expert-parallel {expert_parallel} needs {expert_parallel} processes or a multiple, and there is "
+            "one: start fairseq-train with torchrun --nproc_per_node (docs/parallel.md), or leave the option out"
+        )
     if expert_parallel < 1 or processes % expert_parallel:
         divisors = ", ".join(str(number) for number in range(1, processes + 1) if processes % number == 0)
         raise UserError(

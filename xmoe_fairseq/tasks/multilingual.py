@@ -4,14 +4,17 @@
 import dataclasses
 import os
 from argparse import ArgumentParser, Namespace
+from functools import cached_property
 from typing import Any, ClassVar, Optional
 
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 from omegaconf import II, OmegaConf
 
+from .. import identity
 from ..benchmarks import BENCHMARKS, Benchmark, directions
 from ..errors import UserError
+from ..identity import DataIdentity
 from .batching import PooledOrder
 from .data_folder import check_split, read_groups, read_languages
 from .data_manager import VALID, DataManager, split_name
@@ -65,6 +68,36 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         self.data_manager = DataManager(args, self.lang_pairs, langs, dicts, self.sampling_method)
         # Generation translates every line.
         self.data_manager.lines_of = {VALID: args.valid_lines} if training else {}
+        if training:  # what is damaged is said now, and not when the first checkpoint is written
+            _ = self.identity
+
+    @cached_property
+    def identity(self) -> DataIdentity:
+        """What the numbers of its tokens stand for."""
+        return identity.of_folder(self.args.data)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives what a checkpoint keeps of the task."""
+        return {**super().state_dict(), identity.KEY: self.identity.as_plain()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what a checkpoint kept of its task.
+
+        Raises:
+            UserError: it was trained with another dictionary.
+        """
+        self.identity = identity.check_trained_on(state_dict, self.identity)
+
+    def build_bpe(self, args: Any) -> Any:
+        """Builds what splits and joins text.
+
+        Raises:
+            UserError: ``--sentencepiece-model`` is of other data.
+        """
+        model = getattr(args, "sentencepiece_model", None)
+        if model is not None:
+            identity.check_model(model, self.identity)
+        return super().build_bpe(args)
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:

@@ -1,0 +1,171 @@
+"""Which data a model was trained on, known by content: all preparations of the same languages have dictionaries of
+one size, so a wrong one gives garbage and no error."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+from . import schema
+from .errors import UserError
+from .subword import Subword
+
+logger = logging.getLogger(__name__)
+
+# Where a checkpoint keeps it, in what fairseq saves of the task.
+KEY = "xmoe_data"
+# The file that was read last, for messages.
+checkpoint_read: ContextVar[str] = ContextVar("checkpoint_read", default="the checkpoint")
+# Hexadecimal digits of a checksum.
+_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What the numbers of a model's tokens stand for.
+
+    Attributes:
+        folder: where it was, for messages.
+        dictionary: checksum of the pieces of ``dict.txt`` in their order, without the counts.
+        languages: of ``langs.txt``, whose order gives the language tokens their numbers.
+        sentencepiece: checksum of ``spm.model``; None where the folder has none.
+    """
+
+    folder: str
+    dictionary: str
+    languages: tuple[str, ...]
+    sentencepiece: str | None
+
+    def as_plain(self) -> dict[str, Any]:
+        """Gives plain values, for a file."""
+        return {**asdict(self), "languages": list(self.languages)}
+
+
+def of_folder(folder: str) -> DataIdentity:
+    """Reads a folder of binary data, ``bin/``.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    model = os.path.join(folder, "spm.model")
+    return DataIdentity(
+        folder=os.path.abspath(folder),
+        dictionary=checksum(line.rsplit(b" ", 1)[0] for line in _lines(folder, "dict.txt")),
+        languages=tuple(line.decode("utf-8", "replace") for line in _lines(folder, "langs.txt")),
+        sentencepiece=of_model(model) if os.path.isfile(model) else None,
+    )
+
+
+def of_model(path: str) -> str:
+    """Gives the checksum of a SentencePiece model: of its pieces and their scores, for the file also holds paths.
+
+    Raises:
+        UserError: the file is missing or no SentencePiece model.
+    """
+    processor = Subword(path).processor
+    ids = range(processor.get_piece_size())
+    return checksum(f"{processor.id_to_piece(one)}\t{processor.get_score(one)!r}".encode() for one in ids)
+
+
+def checksum(lines: Iterable[bytes]) -> str:
+    """Gives the SHA-256 of lines, 16 digits."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line + b"\n")
+    return digest.hexdigest()[:_DIGITS]
+
+
+def check_trained_on(state: Mapping[str, Any], data: DataIdentity) -> DataIdentity:
+    """Compares what a checkpoint was trained on with the data that it is used with.
+
+    Args:
+        state: of the checkpoint's task; files that older versions wrote say nothing and are taken with a warning.
+        data: that it is used with.
+
+    Returns:
+        What is known of the data, from the checkpoint where the folder has no ``spm.model``.
+
+    Raises:
+        UserError: dictionary, languages or SentencePiece model differ, or the entry is damaged.
+    """
+    checkpoint = checkpoint_read.get()
+    trained = _recorded({"task_state": state}, checkpoint)
+    if trained is None:
+        _warn_once(f"{checkpoint} does not say which dictionary it was trained with: {data.folder} cannot be checked")
+        return data
+    for what, old, new in _differences(trained, data):
+        raise UserError(
+            f"{checkpoint} was trained with the {what} {old} of {trained.folder}, but {data.folder} has {new}: its "
+            "tokens would stand for other text. Give the data that it was trained on, or train from nothing"
+        )
+    return replace(data, sentencepiece=data.sentencepiece or trained.sentencepiece)
+
+
+def check_same(states: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compares what checkpoints, whole states by their files, were trained on.
+
+    Raises:
+        UserError: two of them differ.
+    """
+    known = [(path, found) for path, state in states.items() if (found := _recorded(state, path)) is not None]
+    for (first, one), (second, other) in pairwise(known):
+        for what, old, new in _differences(one, other):
+            raise UserError(
+                f"{first} was trained with the {what} {old} of {one.folder}, but {second} with {new} of "
+                f"{other.folder}: their tokens stand for other text"
+            )
+
+
+def _recorded(state: Mapping[str, Any], path: str) -> DataIdentity | None:
+    kept = state.get("task_state")
+    if not isinstance(kept, dict) or KEY not in kept:
+        return None
+    return schema.build(DataIdentity, kept[KEY], f"{KEY} of checkpoint {path}", "take the file from where it was made")
+
+
+def _differences(one: DataIdentity, other: DataIdentity) -> Iterator[tuple[str, str, str]]:
+    """Gives what differs, and how; what one of them does not know is no difference."""
+    for name, what in (("dictionary", "dictionary"), ("languages", "languages"), ("sentencepiece", "spm.model")):
+        old, new = getattr(one, name), getattr(other, name)
+        if old != new and None not in (old, new):
+            yield what, _shown(old), _shown(new)
+
+
+def check_model(model: str, data: DataIdentity) -> None:
+    """Compares a ``--sentencepiece-model`` with the data that is translated.
+
+    Raises:
+        UserError: they are of different preparations, or the file is refused.
+    """
+    if data.sentencepiece is None:
+        _warn_once(f"{data.folder} has no spm.model: --sentencepiece-model {model} cannot be checked")
+    elif (given := of_model(model)) != data.sentencepiece:
+        raise UserError(
+            f"--sentencepiece-model {model} ({given}) is of another preparation than {data.folder} "
+            f"({data.sentencepiece}): give {os.path.join(data.folder, 'spm.model')}"
+        )
+
+
+def _shown(value: str | tuple[str, ...]) -> str:
+    return value if isinstance(value, str) else ",".join(value)
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logger.warning(line)
+
+
+def _lines(folder: str, name: str) -> list[bytes]:
+    path = os.path.join(folder, name)
+    try:
+        with open(path, "rb") as file:
+            return [line.strip() for line in file.read().split(b"\n") if line.strip()]
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): prepare the data again") from error
