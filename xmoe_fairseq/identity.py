@@ -13,9 +13,10 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import sentencepiece
+
 from . import schema
 from .errors import UserError
-from .subword import Subword
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,10 @@ def of_model(path: str) -> str:
     Raises:
         UserError: the file is missing or no SentencePiece model.
     """
-    processor = Subword(path).processor
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path} is no SentencePiece model, or is damaged: prepare the data again") from error
     ids = range(processor.get_piece_size())
     return checksum(f"{processor.id_to_piece(one)}\t{processor.get_score(one)!r}".encode() for one in ids)
 

@@ -292,9 +292,9 @@ def test_another_dictionary_is_named(demo: Path, trained: Path, tmp_path: Path) 
     other = Path(shutil.copytree(demo, tmp_path / "other", symlinks=True))
     with (other / "bin/dict.txt").open("a") as dictionary:
         dictionary.write("more 1\n")
-    assert "dictionary entries" in one_line(translate(other, trained, check=False))
+    assert "was trained with the dictionary" in one_line(translate(other, trained, check=False))
     shutil.copy(trained, tmp_path / "checkpoint_last.pt")
-    assert "dictionary entries" in one_line(train(other, tmp_path, 100, check=False))
+    assert "was trained with the dictionary" in one_line(train(other, tmp_path, 100, check=False))
 
 
 def test_another_architecture_is_named(demo: Path, trained: Path, tmp_path: Path) -> None:

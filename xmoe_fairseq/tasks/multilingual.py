@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from functools import cached_property
 from typing import Any, ClassVar, Optional
 
+from fairseq import file_utils
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 from omegaconf import II, OmegaConf
@@ -94,10 +95,11 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         Raises:
             UserError: ``--sentencepiece-model`` is of other data.
         """
+        bpe = super().build_bpe(args)
         model = getattr(args, "sentencepiece_model", None)
         if model is not None:
-            identity.check_model(model, self.identity)
-        return super().build_bpe(args)
+            identity.check_model(file_utils.cached_path(model), self.identity)
+        return bpe
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
