@@ -112,14 +112,7 @@ COMMANDS: dict[str, Any] = {
     "generate": lambda data, model, out: program(generate.cli_main, *generate_words(data, model)),
     "interactive": lambda data, model, out: program(interactive.cli_main, *generate_words(data, model)),
     "validate": lambda data, model, out: program(
-        validate.cli_main,
-        *generate_words(data, model)[:7],
-        "--valid-subset",
-        "valid",
-        "--path",
-        model,
-        "--max-tokens",
-        "400",
+        validate.cli_main, *generate_words(data, model)[:8], "--path", model, "--max-tokens", "400"
     ),
     "score": lambda data, model, out: cli.main(
         ["score", str(data), "--checkpoint", str(model), "--out", str(out), "--quiet"]
