@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections import Counter
@@ -23,6 +24,8 @@ from .errors import UserError
 _Made = TypeVar("_Made")
 # Characters of a value that a message shows.
 _SHOWN = 60
+# What JSON does not spell by itself and a terminal obeys; halves of characters, which no file can hold.
+_CONTROL = re.compile(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Digits of a whole number in JSON; one of more is beyond every float.
 _MOST_DIGITS = 308
 
@@ -66,6 +69,24 @@ def parse_json(text: str, where: str, advice: str) -> Any:
     except ValueError as error:  # json.JSONDecodeError and UnicodeEncodeError are such
         raise UserError(f"{where} is not JSON ({error}); {advice}") from error
     return values
+
+
+def json_text(values: Any, where: str, indent: int = 1) -> str:
+    """Gives plain values as JSON that `parse_json` reads and that a terminal shows as it is.
+
+    Args:
+        values: numbers, strings, lists and objects.
+        where: names the file that they are for in messages.
+        indent: of each level, in spaces.
+
+    Raises:
+        UserError: a number is NaN or infinite, as of a model with such parameters.
+    """
+    try:
+        text = json.dumps(values, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"{where}: a number is NaN or infinite; look at the parameters of the checkpoint") from error
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def _no_number(text: str) -> float:

@@ -70,8 +70,8 @@ def test_command_refuses_in_one_line(
         (["--checkpoint", dense], "is dense"),
         (["--pairs", "en-zz"], "no direction en-zz"),
         (["--split", "nope"], "nope"),
-        (["--max-sentences", "-1"], "--max-sentences -1 is out of range"),
-        (["--tokens", "0"], "--tokens 0"),
+        (["--max-sentences", "-1"], "--max-sentences: -1 is out of range"),
+        (["--tokens", "0"], "--tokens: 0 is out of range"),
         (["--out", str(taken)], "cannot write to --out"),
         (["--nonsense"], "xmoe analyze --help"),
     ):

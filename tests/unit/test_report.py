@@ -124,7 +124,7 @@ def test_samples_are_spread_and_repeat(run: Path) -> None:
 def test_page_shows_the_figures_and_no_markup_of_the_text(run: Path) -> None:
     data = make_report(run)
     page = (run / "report.md").read_text(encoding="utf-8")
-    assert page.startswith("# multilingual\\_demo4\n") and "![BLEU and expert usage](report.png)" in page
+    assert page.startswith("# multilingual_demo4\n") and "![BLEU and expert usage](report.png)" in page
     assert f"| **mean** |  | **{data['mean_bleu']:.1f}** | **{data['mean_chrf']:.1f}** |" in page
     assert "**50% of the MoE computation saved**" in page
     assert "| `encoder.1` | 4 | 1.50 | 1.25 | 62.5% | 1.6% | 56.0% |" in page
@@ -188,8 +188,8 @@ def put(path: str, text: str) -> Callable[[Path], object]:
         (put(f"../data/raw/test.en-{YY}.{YY}", "a\n"), "25 hypotheses, .* but the reference has 1 lines"),
         (put(f"../data/raw/test.en-{XX}.en", "a\n"), f"en has 1 lines but .*test.en-{XX}.{XX} has 25"),
         (put("seconds.json", "{"), "seconds.json is not JSON"),
-        (put("seconds.json", '{"train": "long"}'), "seconds.json must map each stage to its seconds"),
-        (put("seconds.json", "[1]"), "seconds.json must map each stage to its seconds"),
+        (put("seconds.json", '{"train": "long"}'), "stages.train is 'long', it must be a number; it must map each"),
+        (put("seconds.json", "[1]"), r"stages is \[1\], it must be an object of names and values; it must map each"),
         (lambda run: (run / f"generate/en-{XX}").rename(run / "gone"), f"lacks en-{XX} of multilingual_demo4"),
         (lambda run: (run / "generate/en-xx").mkdir(), "has en-xx, not a direction of multilingual_demo4"),
         (lambda run: (run / "generate/logs").mkdir(), "generate/logs is not named SRC-TGT"),

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..arguments import CommandParser
-from ..errors import UserError
+from ..arguments import CommandParser, bounded, file_path
+from ..errors import UserError, printable
+from ..evaluation.outputs import check_writable
+from ..schema import json_text
 from .collect import INPUTS, Counts, collect, places, total_sentences
 from .results import Analysis, analysis, write
 from .text import load, read
@@ -37,6 +36,8 @@ examples:
   xmoe analyze --checkpoint runs/demo4/checkpoints/checkpoint_best.pt --data data/demo4 --out runs/demo4/analysis
   xmoe analyze --checkpoint model.pt --data data/local --pairs en-de,de-en --split valid --max-sentences 500 --out de
 """
+# The picture of more is higher than matplotlib draws.
+MOST_TOKENS = 1000
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: an argument or a file is refused, or the model has no experts.
     """
     args = _parser().parse_args(argv)
-    _check(args)
+    check_writable(args.out)
     # Importing fairseq leaves the root logger at the level of debugging.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # fairseq's, not the user's
@@ -69,9 +70,9 @@ def main(argv: Sequence[str]) -> None:
     }
     paths = write(found, args.out, about)
     if args.json:
-        print(json.dumps({**about, **found.as_json()}, indent=1, ensure_ascii=False))
+        print(json_text({**about, **found.as_json()}, "--json"), end="")
     elif not args.quiet:
-        print("\n".join([*_lines(found), f"{len(paths)} files in {args.out}"]))
+        print("\n".join([*_lines(found), printable(f"{len(paths)} files in {args.out}")]))
 
 
 def _parser() -> CommandParser:
@@ -81,40 +82,45 @@ def _parser() -> CommandParser:
         epilog=_EPILOG,
     )
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="of any architecture with experts"
+        "--checkpoint", type=file_path, required=True, metavar="FILE", help="of any architecture with experts"
     )
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DATA", help="folder made by data_prep/prepare.sh, or its bin/"
+        "--data", type=file_path, required=True, metavar="DATA", help="folder made by data_prep/prepare.sh, or its bin/"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for figures and tables")
+    parser.add_argument("--out", type=file_path, required=True, metavar="DIR", help="folder for figures and tables")
     parser.add_argument("--pairs", metavar="A-B,...", help="directions, such as en-de,de-en (default: all)")
     parser.add_argument("--split", default="test", metavar="NAME", help="train, valid or test (default: test)")
     parser.add_argument(
-        "--max-sentences", type=int, default=0, metavar="N", help="of each direction, the first N (default: all)"
+        "--max-sentences",
+        type=bounded(int, 0, 10**9),
+        default=0,
+        metavar="N",
+        help="of each direction, the first N (default: all)",
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=4096, metavar="N", help="the most tokens in a batch (default: 4096)"
+        "--max-tokens",
+        type=bounded(int, 1, 10**9),
+        default=4096,
+        metavar="N",
+        help="the most tokens in a batch (default: 4096)",
     )
     parser.add_argument(
         "--min-count",
-        type=int,
+        type=bounded(int, 1, 10**9),
         default=10,
         metavar="N",
         help="occurrences that a token needs to be compared (default: 10)",
     )
     parser.add_argument(
-        "--tokens", type=int, default=20, metavar="N", help="tokens shown that take most, and least (default: 20)"
+        "--tokens",
+        type=bounded(int, 1, MOST_TOKENS),
+        default=20,
+        metavar="N",
+        help="tokens shown that take most, and least (default: 20)",
     )
     parser.add_argument("--json", action="store_true", help="print what analysis.json holds")
     parser.add_argument("--quiet", action="store_true", help="show no progress and print nothing but --json")
     return parser
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name, least in (("max_sentences", 0), ("max_tokens", 1), ("min_count", 1), ("tokens", 1)):
-        if getattr(args, name) < least:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {getattr(args, name)} is out of range: it must be at least {least}")
 
 
 def _words(model: Any, counts: Counts) -> dict[str, Sequence[str | None]]:

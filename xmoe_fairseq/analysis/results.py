@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..errors import UserError
+from ..evaluation.outputs import check_no_folders, writing
+from ..schema import json_text
 from . import figures, heatmaps, tables, tokens
 from .collect import Counts
 from .languages import LanguageLoad, language_load
@@ -144,15 +144,19 @@ def write(found: Analysis, folder: Path, about: Mapping[str, Any]) -> list[Path]
     Raises:
         UserError: the folder cannot be written to.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".analysis-", dir=folder) as temporary:
-            _write(found, Path(temporary), about)
+        temporary = folder / ".analysis.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+        try:
+            temporary.mkdir()
+            _write(found, temporary, about)
             names = sorted(os.listdir(temporary))
+            check_no_folders(folder / name for name in names)
             for name in names:
-                os.replace(Path(temporary) / name, folder / name)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {folder}: {error.strerror}") from error
+                os.replace(temporary / name, folder / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return [folder / name for name in names]
 
 
@@ -163,5 +167,5 @@ def _write(found: Analysis, folder: Path, about: Mapping[str, Any]) -> None:
     with drawing([*words, *(language for pair in found.counts.directions for language in pair)]):
         for name, figure in draw(found):
             save(figure, folder, name)
-    text = json.dumps({**about, **found.as_json()}, indent=1, ensure_ascii=False)
-    (folder / "analysis.json").write_text(text + "\n", encoding="utf-8")
+    text = json_text({**about, **found.as_json()}, "analysis.json")
+    (folder / "analysis.json").write_text(text, encoding="utf-8")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from ..arguments import CommandParser, bounded, comma_list, file_path, quiet_libraries
 from ..errors import UserError
+from ..schema import json_text
 from .compare import compare, read_systems
 from .compare_page import RENDERERS
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     with tqdm(total=steps, disable=args.quiet) as bar:
         comparison = compare(systems, args.samples, bar)
     if args.json:
-        print(json.dumps(comparison.as_json(), indent=1, ensure_ascii=False))
+        print(json_text(comparison.as_json(), "--json"), end="")
     else:
         print(RENDERERS["latex" if args.latex else "markdown"](comparison), end="")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..errors import printable
 from .compare import Comparison, MetricComparison, Result
 from .score import METRICS
-from .tables import NONE, latex, markdown, number, short
+from .tables import NONE, code, latex, markdown, number, plain, short
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -16,7 +17,7 @@ def render_markdown(comparison: Comparison) -> str:
     blocks = ["# Comparison", markdown(*summary_table(comparison))]
     for name, one in comparison.metrics.items():
         blocks += [f"## {METRICS[name]}", markdown(*metric_table(comparison, one)), *_signature(comparison, name)]
-    return "\n\n".join([*blocks, *notes(comparison)]) + "\n"
+    return "\n\n".join([*blocks, *notes(comparison, plain)]) + "\n"
 
 
 def render_latex(comparison: Comparison) -> str:
@@ -25,7 +26,7 @@ def render_latex(comparison: Comparison) -> str:
     for name, one in comparison.metrics.items():
         blocks += [f"% {METRICS[name]}", latex(*metric_table(comparison, one))]
         blocks += [f"% {line}" for line in _signature(comparison, name)]
-    return "\n".join([*blocks, *(f"% {note}" for note in notes(comparison))]) + "\n"
+    return "\n".join([*blocks, *(f"% {note}" for note in notes(comparison, printable))]) + "\n"
 
 
 def summary_table(comparison: Comparison) -> Table:
@@ -66,16 +67,21 @@ def metric_table(comparison: Comparison, one: MetricComparison) -> Table:
     return header, rows
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """Says how to read the tables, and what is not comparable in them."""
-    first = comparison.systems[0].name
+def notes(comparison: Comparison, write: Callable[[str], str]) -> list[str]:
+    """Says how to read the tables, and what is not comparable in them.
+
+    Args:
+        comparison: of the systems.
+        write: escapes a name.
+    """
+    first = write(comparison.systems[0].name)
     lines = [
         f"Δ: from {first}; p: sacreBLEU's paired bootstrap, {comparison.samples:,} draws; ±: 95% interval of the mean; "
         f"wins: share of the directions better than {first}; words/s: source words."
     ]
-    devices = {system.scores.device for system in comparison.systems}
+    devices = dict.fromkeys(str(system.scores.device) for system in comparison.systems)
     if len(devices) > 1:
-        lines.append(f"The words/s were measured on several devices ({', '.join(map(str, devices))}): not comparable.")
+        lines.append(f"The words/s were measured on several devices ({write(', '.join(devices))}): not comparable.")
     return lines
 
 
@@ -94,7 +100,7 @@ def _difference(result: Result) -> list[str]:
 
 def _signature(comparison: Comparison, name: str) -> list[str]:
     found = {row.signatures[name] for row in comparison.systems[0].scores.rows}
-    return [f"Signature: {' and '.join(f'`{one}`' for one in sorted(found))}"]
+    return [f"Signature: {' and '.join(map(code, sorted(found)))}"]
 
 
 RENDERERS: dict[str, Callable[[Comparison], str]] = {"markdown": render_markdown, "latex": render_latex}

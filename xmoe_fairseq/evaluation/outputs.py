@@ -21,7 +21,7 @@ _HYPOTHESIS = re.compile(r"D-(\d+)\t[^\t]*\t(.*)", re.DOTALL)
 _OTHER_LINE = re.compile(r"[A-Z]-\d+(_\d+)?\t")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _WORD_START = "▁"
-_LANGUAGE = re.compile(r"\w[\w.@+]*")
+_PAIR = re.compile(r"\w[\w.@+]*-\w[\w.@+]*")
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def check_writable(folder: Path, option: str = "--out") -> None:
         there = there.parent
     if not there.is_dir():
         what = "no folder" if there.exists() else "a symlink that leads nowhere"
-        raise UserError(f"{option} {folder} is refused: {there} is {what}, give another")
+        raise UserError(f"cannot write to {option} {folder}: {there} is {what}; give another")
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
@@ -136,10 +136,15 @@ def split_pair(name: str, where: str) -> tuple[str, str]:
     Raises:
         UserError: the name is no such, or would lead to another folder.
     """
+    if not is_pair(name):
+        raise UserError(f"{where} holds {name[:60]!r}, which is no direction SRC-TGT, such as en-ca: make it again")
     source, _, target = name.partition("-")
-    if not _LANGUAGE.fullmatch(source) or not _LANGUAGE.fullmatch(target):
-        raise UserError(f"{where} holds {name[:60]!r}, which is no direction SRC-TGT, such as en-ca: prepare it again")
     return source, target
+
+
+def is_pair(name: str) -> bool:
+    """Tells whether a name is that of a direction."""
+    return _PAIR.fullmatch(name) is not None
 
 
 def find_raw(data: Path, subset: str, source: str, target: str) -> tuple[Path, Path]:

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -168,27 +167,11 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes an object, whole or not at all.
 
     Raises:
-        UserError: as of `json_text`, or the file cannot be written.
+        UserError: as of `schema.json_text`, or the file cannot be written.
     """
-    text = json_text(values, path)
+    text = schema.json_text(values, str(path))
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def json_text(values: Mapping[str, Any], path: Path) -> str:
-    """Gives an object as JSON, which `read_json` reads.
-
-    Args:
-        values: plain ones.
-        path: of the file that they are for.
-
-    Raises:
-        UserError: a number is NaN or infinite, as of a model that has such parameters.
-    """
-    try:
-        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    except ValueError as error:
-        raise UserError(f"cannot write {path}: a number in it is NaN or infinite, look at the checkpoint") from error
 
 
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from ..arguments import CommandParser, bounded, comma_list, file_path, quiet_libraries
 from ..errors import UserError, printable
+from ..schema import json_text
 from .decoding import Decoding
 from .score import METRICS
 from .score_job import ScoreJob, read_benchmark
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     with tqdm(total=len(job.pairs), unit="direction", disable=args.quiet) as bar:
         scores = job.run(args.out or out, bar)
     if args.json:
-        print(json.dumps(scores.as_json(), indent=1, ensure_ascii=False))
+        print(json_text(scores.as_json(), "--json"), end="")
     else:
         print(render_markdown(scores))
         print(printable(f"written: {args.out or out}"))

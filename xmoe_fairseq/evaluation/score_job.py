@@ -31,7 +31,7 @@ from .outputs import (
     replacing_all,
     split_pair,
 )
-from .result_folder import SCORES, ResultFolder, json_text, read_json
+from .result_folder import SCORES, ResultFolder, read_json
 from .score import build_metric
 from .score_page import render_markdown, render_tsv
 from .scores import Row, Scores, average, score_lines, words_per_second
@@ -127,7 +127,7 @@ class ScoreJob:
         with replacing_all(files) as (page, table, data):
             page.write_text(render_markdown(scores), encoding="utf-8")
             table.write_text(render_tsv(scores), encoding="utf-8")
-            data.write_text(json_text(scores.as_json(), files[-1]), encoding="utf-8")
+            data.write_text(schema.json_text(scores.as_json(), str(files[-1])), encoding="utf-8")
         return scores
 
     def _direction(

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 
 from .score import METRICS
 from .scores import Row, Scores
-from .tables import markdown, number, percent, short, tsv
+from .tables import code, markdown, number, percent, plain, short, tsv
 
 
 def render_markdown(scores: Scores) -> str:
     """Writes averages, directions, what the model costs, and the signatures."""
     blocks = [
-        f"# {scores.name}",
+        f"# {plain(scores.name)}",
         markdown(*averages(scores)),
         markdown(*directions(scores)),
         "Signatures of sacreBLEU:",
@@ -66,7 +66,7 @@ def directions(scores: Scores, digits: int = 2, short_names: bool = True) -> tup
 
 def _signatures(scores: Scores) -> list[str]:
     return [
-        f"- {METRICS[name]}{f' ({joined})' if (joined := ', '.join(pairs)) else ''}: `{signature}`"
+        f"- {METRICS[name]}{f' ({joined})' if (joined := ', '.join(pairs)) else ''}: {code(signature)}"
         for name, pairs, signature in scores.signatures()
     ]
 
@@ -83,5 +83,5 @@ def _model(scores: Scores) -> list[str]:
                 "MoE computation saved (measured with the references as decoder inputs)"
             )
     if scores.words_per_second is not None:
-        facts.append(f"{scores.words_per_second:,.0f} source words/s ({scores.device})")
+        facts.append(f"{scores.words_per_second:,.0f} source words/s ({plain(str(scores.device))})")
     return [f"{'; '.join(facts)}."] if facts else []

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UserError
 from .score import METRICS
 from .scores import Scores
-from .tables import NONE, markdown, number, percent, short, tsv
+from .tables import NONE, code, markdown, number, percent, plain, short, tsv
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,15 @@ def render_markdown(sweep: Sweep) -> str:
     return (
         "\n\n".join(
             (
-                f"# {sweep.name} by threshold",
+                f"# {plain(sweep.name)} by threshold",
                 markdown([*header, "Pareto front"], rows),
                 f"Threshold **{chosen.threshold:g}** is the least that loses no more than {sweep.lose:g} BLEU against "
                 f"the best{limit} ({best.scores['bleu']:.2f} at {best.threshold:g}): {chosen.scores['bleu']:.2f} BLEU "
                 f"with {chosen.computation_saved:.0%} of the MoE computation saved.",
                 f"Means of {sweep.directions} directions, {sweep.sentences:,} sentences; FLOPs a token with the "
-                f"experts that tokens took, references as decoder inputs; source words/s on {sweep.device}.",
+                f"experts that tokens took, references as decoder inputs; source words/s on {plain(sweep.device)}.",
                 "\n".join(
-                    f"- {METRICS[name]}: {', '.join(f'`{one}`' for one in signatures)}"
+                    f"- {METRICS[name]}: {', '.join(map(code, signatures))}"
                     for name, signatures in sweep.signatures.items()
                 ),
             )

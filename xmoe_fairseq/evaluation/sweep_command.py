@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from tqdm import tqdm
 
 from ..arguments import CommandParser, bounded, file_path, quiet_libraries
 from ..errors import printable
+from ..schema import json_text
 from .outputs import check_no_folders, check_writable, replacing_all
-from .result_folder import json_text
 from .score import METRICS
 from .score_command import (
     add_output_options,
@@ -69,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     sweep = _sweep(args.checkpoint.stem, found, args.lose, args.max_moe_flops)
     _write(sweep, out)
     if args.json:
-        print(json.dumps(sweep.as_json(), indent=1, ensure_ascii=False))
+        print(json_text(sweep.as_json(), "--json"), end="")
     else:
         print(render_markdown(sweep))
         print(printable(f"written: {out}"))
@@ -147,4 +146,4 @@ def _write(sweep: Sweep, out: Path) -> None:
         page.write_text(render_markdown(sweep), encoding="utf-8")
         table.write_text(render_tsv(sweep), encoding="utf-8")
         save(draw_sweep(sweep), png, svg)
-        data.write_text(json_text(sweep.as_json(), files[-1]), encoding="utf-8")
+        data.write_text(json_text(sweep.as_json(), str(files[-1])), encoding="utf-8")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..arguments import CommandParser, quiet_libraries
-from ..errors import UserError
-from ..evaluation.outputs import replacing
+from ..arguments import CommandParser, bounded, file_path, quiet_libraries
+from ..errors import UserError, printable
+from ..evaluation.outputs import check_no_folders, check_writable, replacing_all
+from ..schema import json_text
 from .gather import Model, build_report, find_checkpoint
 from .html import render_html
 from .markdown import render_page
@@ -47,11 +47,11 @@ def main(argv: Sequence[str], open_model: Callable[[Path, Path, int], Model] = M
     with _silent() if args.quiet else contextlib.nullcontext():
         model = open_model(args.checkpoint or find_checkpoint(args.run), args.data, args.max_tokens)
         report = build_report(args.run, args.task, model, args.log)
-        paths = write_report(report, args.out or args.run / "report.html")
+        paths = write_report(report, _page(args))
     if args.json:
-        print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
+        print(json_text(report.as_json(), "--json", indent=2), end="")
     elif not args.quiet:
-        print("\n".join(map(str, paths)))
+        print("\n".join(printable(str(path)) for path in paths))
 
 
 def _parser() -> CommandParser:
@@ -60,13 +60,15 @@ def _parser() -> CommandParser:
         description="One page on a run: training curves, scores, where the capacity goes, translations token by token.",
         epilog=_EPILOG,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--data", type=Path, required=True, help="folder made by data_prep/prepare.sh")
-    parser.add_argument("--checkpoint", type=Path, metavar="F", help="default: the best of the run, or its last")
-    parser.add_argument("--log", type=Path, nargs="+", metavar="F", help="logs of the training (default: RUN's)")
+    parser.add_argument("run", type=file_path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--data", type=file_path, required=True, help="folder made by data_prep/prepare.sh")
+    parser.add_argument("--checkpoint", type=file_path, metavar="F", help="default: the best of the run, or its last")
+    parser.add_argument("--log", type=file_path, nargs="+", metavar="F", help="logs of the training (default: RUN's)")
     parser.add_argument("--task", help="multilingual_NAME: demand exactly its directions")
-    parser.add_argument("--out", type=Path, metavar="F.html", help="the page; the other files are put beside it")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="tokens in a batch of the expert measurement")
+    parser.add_argument("--out", type=file_path, metavar="F.html", help="the page; the other files are put beside it")
+    parser.add_argument(
+        "--max-tokens", type=bounded(int, 1, 10**9), default=4096, help="tokens in a batch of the expert measurement"
+    )
     parser.add_argument("--json", action="store_true", help="print what report.json holds")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser
@@ -81,6 +83,18 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} must end in .html")
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise UserError(f"there is no folder {args.out.parent} for --out {args.out}: make it first")
+    page = _page(args)
+    check_writable(page.absolute().parent)
+    check_no_folders(_files(page))
+
+
+def _page(args: argparse.Namespace) -> Path:
+    page: Path = args.out or args.run / "report.html"
+    return page
+
+
+def _files(page: Path) -> list[Path]:
+    return [page, *(page.with_suffix(f".{ending}") for ending in ("md", "json", "png"))]
 
 
 @contextlib.contextmanager
@@ -96,11 +110,10 @@ def write_report(report: Report, page: Path) -> list[Path]:
     Returns:
         Their paths.
     """
-    paths = [page, *(page.with_suffix(f".{ending}") for ending in ("md", "json", "png"))]
-    with contextlib.ExitStack() as stack:
-        new_page, new_markdown, new_data, new_picture = (stack.enter_context(replacing(path)) for path in paths)
+    paths = _files(page)
+    with replacing_all(paths) as (new_page, new_markdown, new_data, new_picture):
         draw_report(report, new_picture)
         new_page.write_text(render_html(report), encoding="utf-8")
         new_markdown.write_text(render_page(report, paths[-1].name), encoding="utf-8")
-        new_data.write_text(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        new_data.write_text(json_text(report.as_json(), str(paths[2]), indent=2), encoding="utf-8")
     return paths

@@ -13,6 +13,8 @@ from .logs import Training, Values
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 _MOST_POINTS = 160  # of a line; of more, neighbours are averaged
+# What an axis has a place for beside zero; beyond, differences of values are infinite or zero.
+_LEAST, _GREATEST = 1e-200, 1e200
 _BOTH_STACKS = "enc_{}", "dec_{}"
 
 
@@ -142,7 +144,11 @@ def _courses(kind: Kind, training: Training) -> Iterator[tuple[str, str, dict[in
 def _select(points: Mapping[int, Values], metric: str, positive: bool) -> dict[int, float]:
     """Takes one metric, leaving out what no axis has a place for."""
     found = {update: values[metric] for update, values in points.items() if metric in values}
-    return {update: value for update, value in found.items() if math.isfinite(value) and (value > 0 or not positive)}
+    return {
+        update: value
+        for update, value in found.items()
+        if (value == 0 or _LEAST < abs(value) < _GREATEST) and (value > 0 or not positive)
+    }
 
 
 def _line(label: str, style: str, points: Mapping[int, float], across: _Axis, up: _Axis) -> Line:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import benchmarks
+from .. import benchmarks, schema
 from ..errors import UserError
-from ..evaluation.outputs import GENERATE_FILE, find_raw, read_hypotheses, read_lines, write_lines
+from ..evaluation.outputs import GENERATE_FILE, find_raw, is_pair, read_hypotheses, read_lines, write_lines
 from ..evaluation.result_folder import SCORES, read_scores, read_texts
 from ..evaluation.score_command import default_out
 from ..evaluation.score_job import read_benchmark, read_groups_of
@@ -78,7 +77,7 @@ def find_directions(run: Path, task: str | None) -> list[str]:
     """
     generate = run / "generate"
     found = sorted(path.name for path in generate.iterdir() if path.is_dir()) if generate.is_dir() else []
-    wrong = [name for name in found if not all(name.partition("-")[::2])]
+    wrong = [name for name in found if not is_pair(name)]
     if wrong:
         raise UserError(f"{generate}/{wrong[0]} is not named SRC-TGT")
     expected = _directions_of(task) if task else []
@@ -168,21 +167,27 @@ def _score_direction(generated: Path, data: Path, source: str, target: str, grou
     return Direction(row, reference_file, plain, sources, references, hypotheses)
 
 
-def read_seconds(path: Path) -> dict[str, float]:
+@dataclass(frozen=True)
+class Seconds:
+    """What ``seconds.json`` holds: seconds by stage."""
+
+    stages: Mapping[str, float]
+
+
+def read_seconds(path: Path) -> Mapping[str, float]:
     """Reads the seconds of every stage, ``{"data": 3.1, "train": 80.2}``; none where the file is absent.
 
     Raises:
-        UserError: the file is not a flat JSON object of numbers.
+        UserError: the file is not a flat JSON object of numbers from 0.
     """
     if not path.exists():
         return {}
-    try:
-        seconds = json.loads("\n".join(read_lines(path, "seconds by stage")))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(seconds, dict) or not all(type(value) in (int, float) for value in seconds.values()):
-        raise UserError(f"{path} must map each stage to its seconds, as in {{'train': 80.2}}")
-    return {stage: float(value) for stage, value in seconds.items()}
+    advice = "it must map each stage to its seconds, as in {'train': 80.2}, or be removed"
+    seconds = schema.build(Seconds, {"stages": schema.read_json(path, advice)}, str(path), advice).stages
+    negative = [stage for stage, value in seconds.items() if value < 0]
+    if negative:
+        raise UserError(f"{path} says that {negative[0][:60]!r} took {seconds[negative[0]]:g} seconds; {advice}")
+    return seconds
 
 
 def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path] | None = None) -> Report:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +22,21 @@ Values = Mapping[str, float]
 # fairseq's own names: the means since the last line, and those of an epoch.
 INNER, EPOCH = "train_inner", "train"
 
+_DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| [A-Z]+ \| "
 # A progress bar ends without a line break, so a message may follow in its line.
-_BREAK = re.compile(r"\r|\n|(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| [A-Z]+ \| )")
-_HEAD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| [A-Z]+ \| \S+ \| ")
-_SIMPLE = re.compile(r"epoch \d+:\s+\d+ / \d+ (\S+=\S+(?:, \S+=\S+)*)")
-_BAR = re.compile(r"epoch \d+: .*\[[^\[]*?, (\w+=[^\[\]]*)\]")
-_SUMMARY = re.compile(r"epoch \d+(?: \| valid on '([^']+)' subset)? \| (\S+ \S+(?: \| \S+ \S+)*)")
+_BREAK = re.compile(rf"(?={_DATE})")
+_HEAD = re.compile(rf"{_DATE}\S+ \| ")
+# What stands before the figures; those are split and not matched, so that time grows with the length of a line only.
+_SIMPLE = re.compile(r"epoch \d+:\s+\d+ / \d+ ")
+_BAR = re.compile(r"epoch \d+: ")
+_SUMMARY = re.compile(r"epoch \d+(?: \| valid on '([^']+)' subset)? \| ")
+_NAMED = re.compile(r"\w+=")
+_SPACE = re.compile(r"\s")
 # fairseq writes down all options whenever it starts.
-_START = re.compile(r"\{'_name': None, 'common': ")
+_START = "{'_name': None, 'common': "
 _UPDATES = "num_updates"
+# No training has more; a float counts exactly so far.
+_MOST_UPDATES = 2**53
 
 
 class Record(NamedTuple):
@@ -73,8 +80,16 @@ class Training:
 
     def as_json(self) -> dict[str, Any]:
         """Gives the last figures of each subset, and where training was started again."""
-        last = {name: {"update": max(points), **points[max(points)]} for name, points in self.subsets.items()}
+        last = {
+            name: {"update": (update := max(points)), **{key: _plain(one) for key, one in points[update].items()}}
+            for name, points in self.subsets.items()
+        }
         return {"updates": self.updates, "restarts": list(self.restarts), "last": last}
+
+
+def _plain(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def find_logs(run: Path) -> list[Path]:
@@ -113,7 +128,7 @@ def _read(path: Path) -> list[Record]:
 
 def _records(path: Path) -> Iterator[Record]:
     try:
-        with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        with path.open(encoding="utf-8", errors="replace") as lines:  # a bar's \r ends a line too
             for line in lines:
                 # A line without an end was cut off, perhaps within a number.
                 parts = _BREAK.split(line if line.endswith("\n") else line.rpartition("]")[0] + "]")
@@ -126,36 +141,57 @@ def _record(text: str) -> Record | None:
     """Reads a line, without its date and logger; none where it is no line of figures."""
     if text.startswith('{"epoch"'):
         return _from_json(text)
-    if _START.match(text):
+    if text.startswith(_START):
         return _STARTED
-    if inner := _SIMPLE.fullmatch(text) or _BAR.fullmatch(text):
-        return _make(INNER, (pair.partition("=")[::2] for pair in inner[1].split(", ")))
-    if summary := _SUMMARY.fullmatch(text):
-        return _make(summary[1] or EPOCH, (pair.partition(" ")[::2] for pair in summary[2].split(" | ")))
+    if simple := _SIMPLE.match(text):
+        return _make(INNER, _pairs(text[simple.end() :].split(", "), "="))
+    if _BAR.match(text):
+        return _make(INNER, _pairs(_in_bar(text), "="))
+    if summary := _SUMMARY.match(text):
+        return _make(summary[1] or EPOCH, _pairs(text[summary.end() :].split(" | "), " "))
     return None
+
+
+def _in_bar(text: str) -> list[str]:
+    """Gives the figures of a progress bar, which follow the time in its last brackets; none where it was cut off."""
+    inside = text[text.rfind("[") + 1 :]
+    _, *parts = inside.removesuffix("]").split(", ")
+    first = next((number for number, part in enumerate(parts) if _NAMED.match(part)), len(parts))
+    return parts[first:] if inside.endswith("]") else []
+
+
+def _pairs(parts: Sequence[str], between: str) -> list[tuple[str, str]]:
+    """Splits names from values; none where a part is no such pair."""
+    pairs = []
+    for part in parts:
+        name, _, value = part.partition(between)
+        if not name or not value or _SPACE.search(name) or _SPACE.search(value):
+            return []
+        pairs.append((name, value))
+    return pairs
 
 
 def _from_json(text: str) -> Record | None:
     try:
         entries = json.loads(text)
-    except json.JSONDecodeError:  # cut off
+    except (ValueError, RecursionError):  # cut off, or no line of fairseq's
         return None
     # Means over a while have plain names, the others the subset's name before each.
     ending = f"_{_UPDATES}"
     subset = next((name.removesuffix(ending) for name in entries if name.endswith(ending)), INNER)
     prefix = "" if subset == INNER else f"{subset}_"
-    return _make(subset, ((name.removeprefix(prefix), str(value)) for name, value in entries.items()))
+    return _make(subset, ((name.removeprefix(prefix), value) for name, value in entries.items()))
 
 
-def _make(subset: str, pairs: Iterator[tuple[str, str]]) -> Record | None:
+def _make(subset: str, pairs: Iterable[tuple[str, Any]]) -> Record | None:
     values = {}
-    for name, text in pairs:
+    for name, value in pairs:
         try:
-            values[name] = float(text)
-        except ValueError:
+            values[sys.intern(name)] = float(value)  # a long log has few names
+        except (ValueError, TypeError, OverflowError):
             continue
     update = values.pop(_UPDATES, math.nan)
-    return Record(subset, int(update), values) if math.isfinite(update) and values else None
+    return Record(subset, int(update), values) if 0 <= update < _MOST_UPDATES and values else None
 
 
 class _Course:
@@ -174,7 +210,8 @@ class _Course:
         if record.update < self._latest:
             self._stopped = True
             self._forget(record.update)
-        if self._stopped and any(min(points) < record.update for points in self._subsets.values()):
+        # The points of a subset are in the order of updates.
+        if self._stopped and any(next(iter(points)) < record.update for points in self._subsets.values()):
             self._restarts.append(record.update)
         self._stopped = False
         self._latest = record.update
@@ -182,12 +219,12 @@ class _Course:
 
     def _forget(self, update: int) -> None:
         """Forgets what was logged after an update."""
-        kept = {
-            name: {place: values for place, values in points.items() if place <= update}
-            for name, points in self._subsets.items()
-        }
-        self._subsets = {name: points for name, points in kept.items() if points}
-        self._restarts = [place for place in self._restarts if place < update]
+        for points in self._subsets.values():
+            while points and next(reversed(points)) > update:
+                points.popitem()
+        self._subsets = {name: points for name, points in self._subsets.items() if points}
+        while self._restarts and self._restarts[-1] >= update:
+            self._restarts.pop()
 
     def training(self) -> Training:
         return Training(self._subsets, self._restarts)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from ..evaluation.score import METRICS, sacrebleu_command
+from ..evaluation.tables import block, code, plain
 from .results import Report, Sample, arrow, duration
-
-_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
 
 
 def render_page(report: Report, picture: str) -> str:
     """Renders the page, which shows ``picture`` by its path relative to the page."""
     sections = [
-        [f"# {_plain(report.name)}", _summary(report), f"![BLEU and expert usage]({picture})"],
+        [f"# {plain(report.name)}", _summary(report), f"![BLEU and expert usage]({picture})"],
         _translation(report),
         _experts(report),
         _samples(report.samples()),
@@ -58,7 +56,7 @@ def _translation(report: Report) -> list[str]:
         "sacreBLEU, detokenised hypotheses against the raw references. Signatures:",
         "\n".join(_signatures(report)),
         "The first row again, from the command line:",
-        f"```bash\n{command}\n```",
+        block(command, "bash"),
     ]
 
 
@@ -66,8 +64,8 @@ def _signatures(report: Report) -> list[str]:
     """One line for each signature, with its directions where there are several of one metric."""
     lines = []
     for metric, names, signature in report.scores.signatures() if report.scores else []:
-        where = f" ({_plain(', '.join(names))})" if names else ""
-        lines.append(f"- {METRICS[metric]}{where}: `{signature}`")
+        where = f" ({plain(', '.join(names))})" if names else ""
+        lines.append(f"- {METRICS[metric]}{where}: {code(signature)}")
     return lines
 
 
@@ -109,9 +107,9 @@ def _samples(samples: Sequence[Sample]) -> list[str]:
 def _run(report: Report) -> list[str]:
     blocks = ["## Run"]
     if report.seconds:
-        rows = [(_plain(stage), duration(seconds)) for stage, seconds in report.seconds.items()]
+        rows = [(plain(stage), duration(seconds)) for stage, seconds in report.seconds.items()]
         blocks.append(_table(("stage", "wall-clock time"), rows))
-    blocks.append(", ".join(f"{_plain(name)} {version}" for name, version in report.versions.items()))
+    blocks.append(", ".join(f"{plain(name)} {plain(version)}" for name, version in report.versions.items()))
     return blocks
 
 
@@ -122,14 +120,9 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = T
 
 
 def _arrow(source: str, target: str) -> str:
-    return _plain(arrow(source, target))
+    return plain(arrow(source, target))
 
 
 def _text(sentence: str) -> str:
     """One line of a data file; what Markdown takes for a line break becomes a space."""
-    return _plain(" ".join(sentence.split())) or "*(empty)*"
-
-
-def _plain(text: str) -> str:
-    """Keeps Markdown and HTML from reading markup into a text."""
-    return _MARKUP.sub(r"\\\1", text)
+    return plain(" ".join(sentence.split())) or "*(empty)*"

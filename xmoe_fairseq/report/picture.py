@@ -32,6 +32,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "ytick.major.size": 0,
+    "text.parse_math": False,  # a name may hold dollar signs
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.tables import NONE, markdown, number, short, tsv
+from ..evaluation.tables import NONE, Marked, markdown, number, short, tsv
 from .claims import Tested
 from .results import RowResults, Spread
 
@@ -124,7 +124,7 @@ def _claims(claims: Sequence[Tested]) -> str:
             f"{one.p:.3f}",
             NONE if one.moe_flops is None else f"{one.moe_flops:.2f} of the baseline's",
             f"{one.seeds[0]} and {one.seeds[1]}",
-            f"**{one.verdict}**",
+            Marked(f"**{one.verdict}**"),
         ]
         for one in claims
     ]
