@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import shutil
 import tarfile
+import textwrap
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
@@ -16,7 +16,6 @@ from xmoe_fairseq.errors import UserError
 # The name of a member -> where to put it, or None for one that is not needed.
 Choose = Callable[[str], Path | None]
 CHUNK = 1 << 20
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error)
 
 
 def extract(archive: Path, choose: Choose) -> set[Path]:
@@ -27,23 +26,33 @@ def extract(archive: Path, choose: Choose) -> set[Path]:
         choose: decides by the name of a member, without a ``./`` before it.
 
     Raises:
-        UserError: the archive is damaged, or a member's name leads out of the folder, or a chosen one is a link
-            or there twice.
+        UserError: the archive is damaged or encrypted, a member's name leads out of the folder, or a chosen one is a
+            link, there twice, or larger than the disk.
     """
     written: set[Path] = set()
     try:
         members = _zip_members if zipfile.is_zipfile(archive) else _tar_members
-        for name, stream in members(archive, choose):
+        for name, size, stream in members(archive, choose):
             target = choose(name)
             assert target is not None  # only chosen members come
             if target in written:
                 raise UserError(f"{archive} holds {name} twice: get the archive again, or another one")
             target.parent.mkdir(parents=True, exist_ok=True)
+            if size > (free := shutil.disk_usage(target.parent).free):
+                raise UserError(f"{archive}: {name} would take {size} bytes of {free} that are free: make room for it")
             with open(target, "wb") as file:
                 shutil.copyfileobj(stream, file, CHUNK)
             written.add(target)
-    except DAMAGE as error:
-        raise UserError(f"{archive} is damaged or no archive ({error}): delete it and get it again") from error
+    # What is damaged, or made to do harm, lets these modules raise errors of many kinds, some of them of no documented
+    # one; what went wrong with a file of ours has a number.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = textwrap.shorten(str(error) or type(error).__name__, 200)
+        raise UserError(
+            f"{archive} cannot be unpacked, it is damaged, encrypted or no archive ({reason}): delete it and get it "
+            "again, or another one"
+        ) from error
     return written
 
 
@@ -59,7 +68,7 @@ def extract_all(archive: Path, wanted: Mapping[str, Path], depth: int) -> None:
             raise UserError(f"{archive} has no {member}: get it again, or another archive with --url or --archive")
 
 
-def _tar_members(archive: Path, choose: Choose) -> Iterator[tuple[str, IO[bytes]]]:
+def _tar_members(archive: Path, choose: Choose) -> Iterator[tuple[str, int, IO[bytes]]]:
     # tarfile's own reading of compressed streams neither notices a missing end nor compares checksums.
     with _unpacked(archive) as content:
         # As a stream: to go back in a compressed file means to read it again.
@@ -71,7 +80,7 @@ def _tar_members(archive: Path, choose: Choose) -> Iterator[tuple[str, IO[bytes]
                 stream = tar.extractfile(member) if member.isreg() else None
                 if stream is None:
                     raise UserError(f"{archive}: {name} is a link or device, not a file: get another archive")
-                yield name, stream
+                yield name, member.size, stream
         while content.read(CHUNK):
             pass
 
@@ -82,7 +91,7 @@ def _unpacked(archive: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(archive, "rb")) if compressed else open(archive, "rb")
 
 
-def _zip_members(archive: Path, choose: Choose) -> Iterator[tuple[str, IO[bytes]]]:
+def _zip_members(archive: Path, choose: Choose) -> Iterator[tuple[str, int, IO[bytes]]]:
     with zipfile.ZipFile(archive) as packed:
         for member in packed.infolist():
             name = _checked(archive, member.filename)
@@ -92,7 +101,7 @@ def _zip_members(archive: Path, choose: Choose) -> Iterator[tuple[str, IO[bytes]
             if member.external_attr >> 28 == 0o12:
                 raise UserError(f"{archive}: {name} is a link or device, not a file: get another archive")
             with packed.open(member) as stream:
-                yield name, stream
+                yield name, member.file_size, stream
 
 
 def _checked(archive: Path, name: str) -> str:

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from io_utils import DISK_FULL, fingerprint
+from io_utils import DISK_FULL, check_file, fingerprint
 from tqdm import tqdm
 
 from xmoe_fairseq.errors import UserError
@@ -22,6 +22,8 @@ WAIT = 1.0
 TIMEOUT = 60
 CHUNK = 1 << 20
 PART = ".part"
+# What a server may say of bytes.
+NUMBER = "[0-9]{1,18}"
 ADVICE = "give another address with --url, or a file that you have with --archive"
 # The server may be well again after these.
 PASSING = {408, 425, 429, 500, 502, 503, 504}
@@ -33,6 +35,16 @@ class NotThereError(UserError):
 
 class _BrokenOffError(OSError):
     """The server closed the connection before the end of the file."""
+
+
+class _OnTheWeb(urllib.request.HTTPRedirectHandler):
+    """Goes where a server sends on to, but not to addresses of other kinds, such as FTP."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        """Gives the next request."""
+        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            raise urllib.error.HTTPError(req.full_url, code, f"{msg}: sent on to {newurl}", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> dict[str, Any]:
@@ -56,6 +68,8 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
         return check(path, size, sha256)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)
+    if part.exists():
+        check_file(part)
     failures = 0
     while True:
         before = _size(part)
@@ -67,10 +81,14 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
                 kind = NotThereError if error.code in (404, 410) else UserError
                 raise kind(f"{url}: the server answered {error.code} {error.reason}: {ADVICE}") from error
             reason: object = error
+        except http.client.InvalidURL as error:
+            raise UserError(f"{url}: {error}: {ADVICE}") from error
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             if isinstance(error, OSError) and (error.errno in DISK_FULL or error.filename is not None):
                 raise  # of the disk, not of the network
             reason = getattr(error, "reason", error)
+        except ValueError as error:  # of the address, or of one that the server sends on to
+            raise UserError(f"{url}: {error}: {ADVICE}") from error
         failures = 1 if _size(part) > before else failures + 1
         if failures >= ATTEMPTS:
             raise UserError(
@@ -117,7 +135,7 @@ def _continue(url: str, part: Path, name: str) -> None:
     if there:
         request.add_header("Range", f"bytes={there}-")
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = urllib.request.build_opener(_OnTheWeb).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not there:
             raise
@@ -132,6 +150,8 @@ def _continue(url: str, part: Path, name: str) -> None:
         if start not in (0, there):
             raise _BrokenOffError(f"the server went on at byte {start}, not {there}")
         length = response.headers.get("Content-Length")
+        if length and not re.fullmatch(NUMBER, length):
+            raise UserError(f"{url}: the server sent Content-Length {length[:40]!r}, no number of bytes: {ADVICE}")
         total = start + int(length) if length else None
         with (
             open(part, "ab" if start else "wb") as file,
@@ -148,7 +168,7 @@ def _start(response: http.client.HTTPResponse) -> int:
     """Gives the position in the file of the first byte that the server sends."""
     if response.status != 206:
         return 0
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    found = re.match(rf"bytes ({NUMBER})-", response.headers.get("Content-Range", ""))
     return int(found[1]) if found else -1
 
 

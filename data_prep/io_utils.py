@@ -8,7 +8,9 @@ import gzip
 import hashlib
 import os
 import shutil
+import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
@@ -19,6 +21,14 @@ from xmoe_fairseq.errors import UserError
 SPLITS = ("train", "valid", "test")
 TEMPORARY = ".tmp"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Bytes of a line: a longer one is no sentence, and one without an end would take all memory.
+LONGEST_LINE = 1 << 20
+# Bytes that stand in text now and then, and what it means where a line holds many or a file as many as lines.
+MOST_STRAY = 10
+STRAY = {
+    b"\r": "carriage returns inside, as where lines end with CR alone: convert line ends to LF (tr '\\r' '\\n')",
+    b"\0": "NUL bytes, as in UTF-16 or a file that was not written to its end: convert it to UTF-8 or get it again",
+}
 
 
 def pair_name(split: str, english: str, language: str) -> str:
@@ -31,6 +41,33 @@ def is_gzip(path: Path) -> bool:
     return path.suffix == ".gz"
 
 
+def check_file(path: Path) -> None:
+    """Refuses what would be waited for, or read, without an end.
+
+    Raises:
+        UserError: there is something else than a file, such as a folder, a named pipe or a device.
+        OSError: nothing is there.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+        raise UserError(f"{path} is a {kinds.get(stat.S_IFMT(mode), 'device')}, it must be a file")
+
+
+def short_lines(stream: gzip.GzipFile | BufferedReader, path: Path) -> Iterator[bytes]:
+    """Yields the lines of a file with their line feeds.
+
+    Raises:
+        UserError: a line has no end within a megabyte.
+    """
+    number = 0
+    while line := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{path}, line {number}: more than {LONGEST_LINE} bytes: it is no sentence, remove it")
+        yield line
+
+
 class SourceText:
     """The lines of one text file of the user, plain or gzip, read as often as it is iterated over.
 
@@ -40,24 +77,32 @@ class SourceText:
     Attributes:
         lines: lines read so far.
         crlf_lines: how many of them ended in a carriage return, which is taken off.
+        stray: how many carriage returns, and NUL bytes, stood inside lines.
 
     Raises:
-        UserError: while reading, where the text is not UTF-8 or the compressed file is damaged.
+        UserError: while reading, where there is no file, its text is not UTF-8, a line is too long, lines end with
+            carriage returns alone, or the compressed file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines = 0
         self.crlf_lines = 0
+        self.stray: Counter[bytes] = Counter()
 
     def __iter__(self) -> Iterator[str]:
         self.lines = self.crlf_lines = 0
+        self.stray.clear()
+        check_file(self.path)
         try:
             with self._open() as stream:
-                for line in stream:
+                for line in short_lines(stream, self.path):
                     yield self._text(line.removesuffix(b"\n"))
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{self.path}: damaged after line {self.lines} ({error}): get the file again") from error
+        for byte, meaning in STRAY.items():
+            if self.stray[byte] >= max(self.lines, 1):
+                raise UserError(f"{self.path}: {self.lines} lines with {self.stray[byte]} {meaning}")
 
     def _open(self) -> gzip.GzipFile | BufferedReader:
         return gzip.open(self.path, "rb") if is_gzip(self.path) else open(self.path, "rb")
@@ -66,7 +111,12 @@ class SourceText:
         self.lines += 1
         if line.endswith(b"\r"):
             self.crlf_lines += 1
-            line = line[:-1]
+            line = line.rstrip(b"\r")
+        for byte, meaning in STRAY.items():
+            if count := line.count(byte):
+                self.stray[byte] += count
+                if count > MOST_STRAY:
+                    raise UserError(f"{self.path}, line {self.lines}: {count} {meaning}")
         try:
             # A mark at the very start says "this is UTF-8" and is no text.
             return line.decode("utf-8-sig" if self.lines == 1 else "utf-8")
@@ -110,7 +160,8 @@ def write_pairs(prefix: Path, sides: Sequence[str], pairs: Iterable[tuple[str, s
 
 
 def fingerprint(path: Path) -> dict[str, int | str]:
-    """Gives a file's size and sha256."""
+    """Gives a file's size and sha256; refuses what is no file, as `check_file`."""
+    check_file(path)
     with open(path, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
@@ -121,9 +172,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Gives an empty temporary folder that becomes ``folder`` when the block ends well and vanishes when it does not.
 
     What a killed run left under the temporary name is removed first.
+
+    Raises:
+        UserError: something else than a folder has the temporary name.
     """
     temporary = folder.with_name(folder.name + TEMPORARY)
-    if temporary.exists():
+    if os.path.lexists(temporary):
+        if temporary.is_symlink() or not temporary.is_dir():
+            raise UserError(f"{temporary} is no folder that this program left: remove it")
         shutil.rmtree(temporary)
     try:
         temporary.mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,10 @@ def train(text: Iterator[str], lines: int, vocab_size: int) -> bytes:
         UserError: where the text does not support that many pieces, or needs more.
     """
     model = io.BytesIO()
+    stopped: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(tqdm(text, desc="spm: reading", total=lines, unit="line", disable=None)),
+            sentence_iterator=_noting(tqdm(text, desc="spm: reading", total=lines, unit="line", disable=None), stopped),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -122,6 +123,8 @@ def train(text: Iterator[str], lines: int, vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if stopped:
+            raise stopped[0] from None
         most = re.search(r"set it to a value <= (\d+)", str(error))
         least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
         if most:
@@ -132,5 +135,14 @@ def train(text: Iterator[str], lines: int, vocab_size: int) -> bytes:
             raise UserError(
                 f"--vocab-size {vocab_size} is too small for the characters of this text: give {least[1]} or more"
             ) from error
-        raise
+        raise UserError(f"--vocab-size {vocab_size}: SentencePiece cannot learn from this text: {error}") from error
     return model.getvalue()
+
+
+def _noting(text: Iterable[str], stopped: list[BaseException]) -> Iterator[str]:
+    """Yields lines and keeps what stops their reading, such as Ctrl-C: SentencePiece turns all into its own error."""
+    try:
+        yield from text
+    except BaseException as error:
+        stopped.append(error)
+        raise

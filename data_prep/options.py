@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +23,13 @@ DESCRIPTION = "Prepare a benchmark: text, subword vocabulary, binary files, mani
 COMPLETE = ("pairs", "whole", "drive")
 LOCAL = "local"
 REPLACEMENTS = ("url", "archive", "sha256")
+SCHEMES = ("https", "http", "ftp", "file")
+# More than any text supports, and still a number for SentencePiece.
+MOST_PIECES = 10_000_000
+# Of the demos: generating more would take hours.
+MOST_DEMO_LINES = 1_000_000
+# Of other numbers: more than any text has lines.
+MOST = 10**12
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -29,17 +37,15 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse found wrong as a `UserError`."""
-        raise UserError(f"{message}; see --help")
+        raise UserError(f"{message if len(message) < 500 else message[:500] + ' ...'}; see --help")
 
 
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="prepare.sh", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--benchmark", required=True, choices=BENCHMARKS, help="which set of languages to prepare")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to, made if missing")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
     parser.add_argument("--source", metavar="NAME", help=f"m4, m15, opus100: where the text is from: {_source_names()}")
-    parser.add_argument(
-        "--input", type=Path, metavar="DIR", help=f"local: the folder that holds {raw_local.expected()}"
-    )
+    parser.add_argument("--input", metavar="DIR", help=f"local: the folder that holds {raw_local.expected()}")
     for option, kind, text in (
         ("url", "URL", "an address that replaces a source's; {pair} and {corpus} as in the published one"),
         ("archive", "PATH", "a file, or a folder of files under their published names, instead of a download"),
@@ -89,6 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = _parser()
     given = parser.parse_args(arguments)
+    _check_texts(parser, given)
     benchmark = BENCHMARKS[given.benchmark]
     given.sizes = {split: getattr(given, split) for split in SPLITS if getattr(given, split) is not None}
     if given.vocab_size is None:
@@ -103,17 +110,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
+def _check_texts(parser: OneLineParser, given: argparse.Namespace) -> None:
+    """Refuses empty values, as an unset variable gives them, and a folder that later programs cannot be told."""
+    for name, value in vars(given).items():
+        if "" in (value if isinstance(value, list) else [value]):
+            parser.error(f"--{name.replace('_', '-')} is empty: is the variable set that it is from?")
+    given.out, given.input = Path(given.out), None if given.input is None else Path(given.input)
+    try:
+        str(given.out).encode()
+    except UnicodeEncodeError:
+        parser.error(f"--out {str(given.out).encode(errors='backslashreplace').decode()}: not UTF-8: choose another")
+
+
 def _check_numbers(parser: OneLineParser, given: argparse.Namespace) -> None:
-    for split, size in given.sizes.items():
-        if size < 1:
-            parser.error(f"--{split} {size}: give at least 1")
-    for name in ("max_chars", "max_pieces"):
-        if getattr(given, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(given, name)}: give at least 1, or 0 for no limit")
-    if given.max_ratio and not given.max_ratio >= 1:
-        parser.error(f"--max-ratio {given.max_ratio}: give at least 1, or 0 for no limit")
-    if given.vocab_size < learn_spm.LEAST_PIECES:
-        parser.error(f"--vocab-size {given.vocab_size}: give at least {learn_spm.LEAST_PIECES}")
+    ranges = {
+        **{split: (1, MOST_DEMO_LINES, "") for split in given.sizes},
+        **{name: (1, MOST, ", or 0 for no limit") for name in ("max_chars", "max_pieces") if getattr(given, name)},
+        "vocab_size": (learn_spm.LEAST_PIECES, MOST_PIECES, ""),
+        "seed": (-MOST, MOST, ""),
+    }
+    if given.max_ratio:
+        ranges["max_ratio"] = (1, MOST, ", or 0 for no limit")
+    for name, (least, most, other) in ranges.items():
+        value = getattr(given, name)
+        if not least <= value <= most:
+            option = name.replace("_", "-")
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            parser.error(f"--{option} {value}: give {bound}{other}")
 
 
 def _check_meaning(parser: OneLineParser, given: argparse.Namespace, benchmark: Benchmark) -> None:
@@ -177,5 +200,24 @@ def _read_replacements(parser: OneLineParser, given: argparse.Namespace, benchma
                 name, value = used[0] if used else "", text
             if name not in used:
                 parser.error(f"--{option} {text}: no source {name!r} is used: choose from {', '.join(used) or 'none'}")
-            values[name] = value
+            if problem := _problem(option, value):
+                parser.error(f"--{option} {text}: {problem}")
+            values[name] = value.lower() if option == "sha256" else value
         setattr(given, option, values)
+
+
+def _problem(option: str, value: str) -> str | None:
+    """Says what is wrong with a value of ``--url``, ``--archive`` or ``--sha256``."""
+    if not value:
+        return "nothing follows the equals sign"
+    if option == "sha256" and not re.fullmatch("[0-9a-fA-F]{64}", value):
+        return "a checksum has 64 digits, 0 to 9 and a to f"
+    if option == "url":
+        try:
+            parts = urllib.parse.urlsplit(value)
+            complete = parts.scheme in SCHEMES and (parts.hostname or parts.scheme == "file") and parts.port != 0
+        except ValueError:
+            complete = False
+        if not complete or re.search(r"[\s\0-\x1f\x7f]", value):
+            return f"no address: it begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)} and names a host"
+    return None

@@ -16,7 +16,7 @@ import raw_nllb
 import raw_opus100
 import raw_text
 from io_utils import DISK_FULL, SPLITS, fingerprint, lock, pair_name, write_lines
-from manifest import finished_stage, run_stage, tool_versions, write_manifest
+from manifest import check_contents, finished_stage, run_stage, tool_versions, write_manifest
 from options import parse
 from sources import Corpus, Store, merge
 from tqdm import tqdm
@@ -95,11 +95,39 @@ def run_stages(
         "bin": ({**every, "max_pieces": given.max_pieces}, write_bin),
     }
     # All are checked before the first is made, so that a refused run changes nothing.
-    finished = {name: finished_stage(out, name, decisive) for name, (decisive, _) in stages.items()}
+    files = stage_files(langs)
+    finished = {name: finished_stage(out, name, decisive, files[name]) for name, (decisive, _) in stages.items()}
+    # What is made now is made of what was finished then.
+    made = [name for name, record in finished.items() if record is None]
+    for name, record in finished.items():
+        if record and made and name != "bin":
+            check_contents(out / name, record)
     records: dict[str, dict[str, Any]] = {}
     for name, (decisive, write) in stages.items():
         records[name] = finished[name] or run_stage(out, name, decisive, write)
     return records
+
+
+def stage_files(langs: Sequence[str]) -> dict[str, list[str]]:
+    """Names the files that each stage makes.
+
+    Args:
+        langs: English and then the other languages.
+    """
+    english, *languages = langs
+    texts = [
+        f"{pair_name(split, english, language)}.{side}"
+        for language in languages
+        for split in SPLITS
+        for side in (english, language)
+    ]
+    binary = [f"{text}.{kind}" for text in texts for kind in ("bin", "idx")]
+    dictionaries = [f"dict.{language}.txt" for language in langs]
+    return {
+        "raw": texts,
+        "spm": [*binarize.VOCABULARY, "spm.vocab"],
+        "bin": [*binarize.VOCABULARY, *dictionaries, *binary],
+    }
 
 
 def write_text(given: argparse.Namespace, langs: Sequence[str], local: Corpus, folder: Path) -> dict[str, Any]:
@@ -164,7 +192,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         advice = "; free some space and run the same command again" if error.errno in DISK_FULL else ""
         raise UserError(f"{error.filename or given.out}: {error.strerror or error}{advice}") from error
-
-
-if __name__ == "__main__":
-    main()

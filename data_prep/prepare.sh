@@ -12,4 +12,4 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # The package is found next to this folder, whether it was installed or not.
 export PYTHONPATH="${root}${PYTHONPATH:+:${PYTHONPATH}}"
-exec "${PYTHON:-python}" "${root}/data_prep/prepare.py" "$@"
+exec "${PYTHON:-python}" "${root}/data_prep" "$@"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from io_utils import SPLITS
+from io_utils import SPLITS, check_file
 from sources import Corpus
 
 from xmoe_fairseq.errors import UserError
@@ -30,7 +30,7 @@ def find(folder: Path, english: str = "en", splits: Sequence[str] = SPLITS) -> C
         splits: those that are needed; files of others are left alone too.
 
     Raises:
-        UserError: where the folder holds none, or a file of a split is missing, there twice, or wrongly named.
+        UserError: where the folder holds none, or a file of a split is missing, there twice, wrongly named or no file.
     """
     if not folder.is_dir():
         raise UserError(f"--input {folder}: no such folder; give the folder that holds {expected(english, splits)}")
@@ -40,6 +40,7 @@ def find(folder: Path, english: str = "en", splits: Sequence[str] = SPLITS) -> C
         if not path.name.startswith(tuple(f"{split}." for split in splits)):
             continue
         split, pair, language, side = _parse(path, english)
+        check_file(path)
         other = found.setdefault((split, language, side), path)
         if other != path:
             raise UserError(

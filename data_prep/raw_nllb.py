@@ -9,7 +9,7 @@ from pathlib import Path
 
 from archives import extract_all
 from download import NotThereError
-from io_utils import SPLITS, pair_name
+from io_utils import SPLITS, pair_name, short_lines
 from sources import Corpus, Store, merge
 from tqdm import tqdm
 
@@ -154,8 +154,8 @@ def mined(source: Source, store: Store, langs: Sequence[str], folder: Path) -> C
 def _split_table(table: Path, sides: Sequence[Path]) -> None:
     line_number = 0
     try:
-        with gzip.open(table, "rb") as lines, open(sides[0], "wb") as first, open(sides[1], "wb") as second:
-            for line in tqdm(lines, desc=table.name, unit="line", disable=None):
+        with gzip.open(table, "rb") as packed, open(sides[0], "wb") as first, open(sides[1], "wb") as second:
+            for line in tqdm(short_lines(packed, table), desc=table.name, unit="line", disable=None):
                 line_number += 1
                 fields = line.rstrip(b"\n").split(b"\t")
                 if len(fields) < 2:

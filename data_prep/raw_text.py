@@ -28,6 +28,7 @@ class _Copy:
         dropped: lines left out, by reason.
         blank: lines blank on a side that stayed.
         crlf: lines that ended in CR LF, by file.
+        stray: bytes inside lines that are seldom text.
     """
 
     languages: tuple[str, str]
@@ -36,6 +37,7 @@ class _Copy:
     dropped: Counter[str] = field(default_factory=Counter)
     blank: int = 0
     crlf: Counter[str] = field(default_factory=Counter)
+    stray: Counter[bytes] = field(default_factory=Counter)
 
     def read(self, files: list[tuple[Path, Path]]) -> Iterator[tuple[str, str]]:
         """Yields the pairs of lines that stay.
@@ -54,6 +56,7 @@ class _Copy:
             for text in (english, foreign):
                 if text.crlf_lines:
                     self.crlf[text.path.name] += text.crlf_lines
+                self.stray += text.stray
 
     def _aligned(self, english: SourceText, foreign: SourceText) -> Iterator[tuple[str, str]]:
         """Yields what stays of two files; where their lengths differ both are read on."""
@@ -97,6 +100,7 @@ def write(corpus: Corpus, english: str, limits: Limits, keep_blank: bool, folder
     record: dict[str, Any] = {"lines": {}, "dropped_lines": {}, "blank_lines": {}, "crlf_lines": {}}
     filter = Filter(limits, held_out(corpus, english) if limits.dedup else {})
     total: Counter[str] = Counter()
+    stray: Counter[bytes] = Counter()
     for (split, language), files in tqdm(corpus.items(), desc="raw", unit="file", disable=None):
         name = pair_name(split, english, language)
         filter.seen.clear()
@@ -112,8 +116,12 @@ def write(corpus: Corpus, english: str, limits: Limits, keep_blank: bool, folder
                 record[key][name] = value
         record["crlf_lines"] |= copy.crlf
         total += copy.dropped
+        stray += copy.stray
     if total:
         print(f"raw: dropped of train: {_counts(total)}", flush=True)
+    if stray:
+        returns, nuls = stray[b"\r"], stray[b"\0"]
+        print(f"raw: kept as text, inside lines: {returns} carriage returns, {nuls} NUL bytes", flush=True)
     return record
 
 
