@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
+from io_utils import DISK_FULL
+
 from xmoe_fairseq.errors import UserError
 
 # The name of a member -> where to put it, or None for one that is not needed.
@@ -44,9 +46,9 @@ def extract(archive: Path, choose: Choose) -> set[Path]:
                 shutil.copyfileobj(stream, file, CHUNK)
             written.add(target)
     # What is damaged, or made to do harm, lets these modules raise errors of many kinds, some of them of no documented
-    # one; what went wrong with a file of ours has a number.
+    # one; what went wrong with a file of ours has its name, or is of a full disk.
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and (error.errno in DISK_FULL or error.filename is not None):
             raise
         reason = textwrap.shorten(str(error) or type(error).__name__, 200)
         raise UserError(
@@ -77,9 +79,9 @@ def _tar_members(archive: Path, choose: Choose) -> Iterator[tuple[str, int, IO[b
                 name = _checked(archive, member.name)
                 if member.isdir() or choose(name) is None:
                     continue
-                stream = tar.extractfile(member) if member.isreg() else None
+                stream = tar.extractfile(member) if member.isreg() and not member.issparse() else None
                 if stream is None:
-                    raise UserError(f"{archive}: {name} is a link or device, not a file: get another archive")
+                    raise UserError(f"{archive}: {name} is a link or device, not a plain file: get another archive")
                 yield name, member.size, stream
         while content.read(CHUNK):
             pass
@@ -99,7 +101,7 @@ def _zip_members(archive: Path, choose: Choose) -> Iterator[tuple[str, int, IO[b
                 continue
             # The upper half holds the Unix mode; 0o12 in its first four bits is a symbolic link.
             if member.external_attr >> 28 == 0o12:
-                raise UserError(f"{archive}: {name} is a link or device, not a file: get another archive")
+                raise UserError(f"{archive}: {name} is a link or device, not a plain file: get another archive")
             with packed.open(member) as stream:
                 yield name, member.file_size, stream
 
