@@ -57,4 +57,8 @@ def _program(words: list[str], folder: str) -> None:
     os.chdir(ROOT)
     say_to(Path(folder) / "out", Path(folder) / "err")
     sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except Exception:  # as Python does at the end of a program; multiprocessing has a way of its own
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        raise SystemExit(1) from None

@@ -2,6 +2,10 @@
 
 import importlib.util
 
+from . import guard
+
+guard.install()  # first: what follows takes seconds, in which a user may press Ctrl-C
+
 # Without fairseq installed, `xmoe_fairseq.moe` still works from a plain PyTorch script.
 if importlib.util.find_spec("fairseq") is not None:
     from . import compat
@@ -11,6 +15,6 @@ if importlib.util.find_spec("fairseq") is not None:
 
     from . import criterions, models, subword, tasks
 
-    __all__ = ["compat", "criterions", "models", "subword", "tasks"]
+    __all__ = ["compat", "criterions", "guard", "models", "subword", "tasks"]
 
 __version__ = "0.1.0"

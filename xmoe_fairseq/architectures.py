@@ -6,7 +6,7 @@ import difflib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from fairseq import models, options
@@ -15,11 +15,23 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer import TransformerModel
 from torch import nn
 
+from .config import check_sizes
 from .errors import UserError
 from .models.presets import PRESETS
 
 # fairseq's own symbols (start, padding, end, unknown) and one piece.
-MIN_VOCAB = 5
+MIN_VOCAB, MAX_VOCAB = 5, 2**31 - 1
+
+
+class _Symbols(Dictionary):
+    """A dictionary of so many entries, which have no names: only their number matters for a model's shapes."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return self.entries
 
 
 def architectures() -> dict[str, str]:
@@ -79,16 +91,18 @@ def build_on_meta(arch: str, vocab: int, model_options: Sequence[str] = ()) -> n
     check_arch(arch)
     if vocab < MIN_VOCAB:
         raise UserError(f"--vocab {vocab} is too small: a dictionary has 4 special symbols and at least one piece")
+    if vocab > MAX_VOCAB:
+        raise UserError(f"--vocab {vocab} is out of range: it must be at most {MAX_VOCAB}")
     cfg = _parse(arch, model_options)
-    dictionary = Dictionary()
-    for number in range(vocab - len(dictionary)):
-        dictionary.add_symbol(f"piece{number}")
+    dictionary = _Symbols(vocab)
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     try:
+        check_sizes(vars(cfg) if isinstance(cfg, Namespace) else cfg)
         with torch.device("meta"):
             return models.build_model(cfg, task)
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"--arch {arch} cannot be built: {error}") from error
+    except (ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"--arch {arch} cannot be built with these options: {reason}") from error
 
 
 def check_arch(arch: str) -> None:
@@ -107,10 +121,6 @@ def check_arch(arch: str) -> None:
 def _parse(arch: str, model_options: Sequence[str]) -> Any:
     """Parses options as ``fairseq-train`` does, and gives the model's part."""
     parser = options.get_training_parser()
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"--arch {arch}: {message}")
-
-    parser.error = refuse  # one line instead of fairseq's hundreds of options
+    parser.prog = f"xmoe info --arch {arch}"
     words = ["no-data", "--arch", arch, *model_options]
     return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words)).model

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from . import guard
 from .errors import UserError
 
 # By command: the module under this package, imported when the command runs, and a line for the help.
@@ -29,9 +30,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the words after ``xmoe``; by default the program's own.
 
     Raises:
-        UserError: the command is unknown, or refuses its arguments.
+        UserError: the command is unknown, refuses its arguments, or cannot go on.
     """
-    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    with guard.one_line():
+        _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+
+
+def _run(words: list[str]) -> None:
+    command, *rest = words
     if command in ("-h", "--help"):
         print(_help())
     elif command in COMMANDS:

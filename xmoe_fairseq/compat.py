@@ -8,6 +8,8 @@ Some things of stock fairseq do not work today; `install` mends them, for this p
 * a run that is killed while it writes a checkpoint, or whose disk is full, may leave none that is whole;
 * a run that is resumed may differ from one that was not: it makes an update too many, samples other data, or starts
   from rounded parameters;
+* options written as Python, also those in a checkpoint or YAML file, are run as code;
+* most bad inputs end in a traceback;
 * ``--bf16`` is taken for a TPU, so it needs torch_xla even on a GPU or CPU;
 * ``--optimizer adam`` goes seven times over every parameter, and four more times to scale and clip gradients.
 """
@@ -18,15 +20,16 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import inspect
 import logging
 import os
+import shlex
 import sys
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
+from . import command_line
 from .checkpoints import reading, saving, shards
 from .errors import UserError
 
@@ -66,17 +69,20 @@ def check_versions() -> None:
 def install() -> None:
     """Mends what the module's description lists; calling it again changes nothing."""
     from fairseq import checkpoint_utils, options
-    from fairseq.data import SampledMultiEpochDataset
+    from fairseq.data import FastaDataset, SampledMultiEpochDataset
     from fairseq.data.iterators import EpochBatchIterator
     from fairseq.distributed import utils as distributed_utils
     from fairseq.file_io import PathManager
-    from fairseq.models import distributed_fairseq_model
+    from fairseq.models import BaseFairseqModel, distributed_fairseq_model
+    from fairseq.nan_detector import NanDetector
     from fairseq.optim import FairseqOptimizer
     from fairseq.optim.adam import Adam
     from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
     from fairseq.trainer import Trainer
+    from fairseq_cli import train
 
-    from . import adam
+    from . import adam, literals
+    from .checkpoints import loading
     from .processes import batches, gradients, launch, state
 
     # A Namespace only holds values: restoring one calls nothing.
@@ -85,7 +91,7 @@ def install() -> None:
         (checkpoint_utils, "verify_checkpoint_directory", _leaves_files_alone),
         (checkpoint_utils, "load_checkpoint", _ends_when_trained),
         (checkpoint_utils, "load_checkpoint_to_cpu", _whole_checkpoints),
-        (checkpoint_utils, "load_model_ensemble_and_task", _missing_files),
+        (checkpoint_utils, "load_model_ensemble_and_task", loading.sound_models),
         (checkpoint_utils, "torch_persistent_save", _durable_saves),
         (PathManager, "copy", _durable_copies),
         (Trainer, "load_checkpoint", _newest_intact),
@@ -107,10 +113,16 @@ def install() -> None:
         (FairseqOptimizer, "zero_grad", adam.dropped_with_gradients),
         (SampledMultiEpochDataset, "_next_virtual_epoch", _same_sample_when_resumed),
         (options, "parse_args_and_arch", _bf16_is_not_tpu),
+        (train, "add_defaults", command_line.checked_yaml),
+        (BaseFairseqModel, "load_state_dict", loading.fitting),
+        (Trainer, "train_step", _ends_at_nan),
+        (NanDetector, "add_hooks", _looks_at_tensors),
+        (FastaDataset, "_build_index", _plain_names),
     ):
         stock = getattr(module, name)
-        if not hasattr(stock, "__wrapped__"):
+        if not stock.__globals__["__name__"].startswith(__package__):
             setattr(module, name, wrapper(stock))
+    literals.install()
     distributed_fairseq_model.DistributedDataParallel = gradients.ExpertsApart
 
 
@@ -118,10 +130,13 @@ def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
     @functools.wraps(load_checkpoint_to_cpu)
     def load(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
         from . import identity
+        from .checkpoints import options
         from .processes.state import own_experts
 
-        local = _local_path(path)
-        reading.check(local)
+        local = reading.local_path(path)
+        found = reading.check(local)
+        reading.check_whole(found, path)
+        options.check(found, path)
         state = load_checkpoint_to_cpu(path, arg_overrides, load_on_all_ranks)
         shards.join(state, local)
         identity.checkpoint_read.set(local)
@@ -140,6 +155,9 @@ def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
 def _newest_intact(load_checkpoint: Any) -> Any:
     """Goes on from the most trained intact file where ``checkpoint_last.pt`` is damaged; a file that was named is not
     replaced by another one."""
+    from .checkpoints import loading
+
+    load_checkpoint = loading.resumable(load_checkpoint)
 
     @functools.wraps(load_checkpoint)
     def load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
@@ -244,35 +262,6 @@ def _same_sample_when_resumed(next_virtual_epoch: Any) -> Any:
     return advance
 
 
-def _missing_files(load_model_ensemble_and_task: Any) -> Any:
-    signature = inspect.signature(load_model_ensemble_and_task)
-
-    @functools.wraps(load_model_ensemble_and_task)
-    def load(filenames: list[str], *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(filenames, *args, **kwargs)
-        given.apply_defaults()
-        if given.arguments["num_shards"] == 1 and not given.arguments["suffix"]:  # shards have other names
-            for filename in filenames:
-                _local_path(filename)
-        return load_model_ensemble_and_task(filenames, *args, **kwargs)
-
-    return load
-
-
-def _local_path(path: str) -> str:
-    """Finds a checkpoint on this machine.
-
-    Raises:
-        UserError: there is none.
-    """
-    from fairseq.file_io import PathManager
-
-    local = PathManager.get_local_path(path)
-    if not os.path.isfile(local):
-        raise UserError(f"there is no checkpoint {path}: check --path or --restore-file")
-    return local
-
-
 def _with_masters(state_dict: Any) -> Any:
     """With ``--fp16`` and ``--bf16``, stock fairseq saves the parameters rounded to 16 bits only; this adds those in
     32 bits, which are what is trained, to the optimizer's state of each."""
@@ -304,7 +293,49 @@ def _masters(optimizer: Any) -> list[torch.Tensor]:
     return [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
 
 
+def _ends_at_nan(train_step: Any) -> Any:
+    """Stock fairseq, where a loss is NaN, ends with a traceback that does not say of which update."""
+
+    @functools.wraps(train_step)
+    def step(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return train_step(trainer, *args, **kwargs)
+        except FloatingPointError as error:
+            raise UserError(
+                f"training diverged in update {trainer.get_num_updates() + 1} ({str(error).splitlines()[0]}): the loss "
+                "is NaN or infinite. Try a smaller --lr, a --clip-norm such as 1.0, more --warmup-updates; the "
+                "checkpoints written before are as they were"
+            ) from error
+
+    return step
+
+
+def _looks_at_tensors(add_hooks: Any) -> Any:
+    """Stock fairseq's search for what made a NaN fails on modules that give more than tensors, as ours do."""
+
+    @functools.wraps(add_hooks)
+    def add(detector: Any, module: Any) -> None:
+        if not type(module).__module__.startswith("xmoe_fairseq.moe"):
+            add_hooks(detector, module)
+
+    return add
+
+
+def _plain_names(build_index: Any) -> Any:
+    """Stock fairseq puts the name of a FASTA file into a command of the shell."""
+
+    @functools.wraps(build_index)
+    def build(dataset: Any, path: str) -> Any:
+        if shlex.quote(path) != path:
+            raise UserError(f"{path!r} is refused: the name of a FASTA file may have letters, digits and ./_-=@ only")
+        return build_index(dataset, path)
+
+    return build
+
+
 def _bf16_is_not_tpu(parse_args_and_arch: Any) -> Any:
+    parse_args_and_arch = command_line.checked(parse_args_and_arch)
+
     @functools.wraps(parse_args_and_arch)
     def parse(*args: Any, **kwargs: Any) -> Any:
         result = parse_args_and_arch(*args, **kwargs)

@@ -8,7 +8,7 @@ command line, to YAML and to ``--model-overrides``.
 # No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
 import dataclasses
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -27,6 +27,22 @@ _FOLLOW_ENCODER = {
     "decoder_attention_heads": "encoder_attention_heads",
     "decoder_input_dim": "decoder_embed_dim",
     "decoder_output_dim": "decoder_embed_dim",
+}
+# What sizes may be. Above the bounds a model could not even be described: a loop or a table would take all memory.
+_SIZES = {
+    f"{stack}_{size}": bounds
+    for stack in ("encoder", "decoder")
+    for size, bounds in (
+        ("layers", (0, 1000)),
+        ("attention_heads", (1, 2**16)),
+        ("embed_dim", (1, 2**20)),
+        ("ffn_embed_dim", (1, 2**24)),
+    )
+} | {
+    "max_source_positions": (1, 2**31),
+    "max_target_positions": (1, 2**31),
+    "moe_num_experts": (1, 2**24),
+    "moe_stack": (1, 1000),
 }
 
 
@@ -176,6 +192,21 @@ def resolve(cfg: Any) -> Namespace:
     return Namespace(**values)
 
 
+def check_sizes(options: Mapping[Any, Any]) -> None:
+    """Refuses sizes that no model has, before anything is made of that size.
+
+    Args:
+        options: of any model, by name; those that are no whole numbers are not looked at.
+
+    Raises:
+        ValueError: names the option, its value and the values that work.
+    """
+    for name, (low, high) in _SIZES.items():
+        value = options.get(name)
+        if isinstance(value, int) and not low <= value <= high:
+            raise ValueError(f"{_flag(name)} {value} is out of range: it must be in [{low}, {high}]")
+
+
 def check(cfg: Namespace) -> None:
     """Refuses options out of range or in contradiction.
 
@@ -191,6 +222,11 @@ def check(cfg: Namespace) -> None:
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             allowed = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
             raise ValueError(f"{_flag(field.name)} {value} is out of range: it must be {allowed}")
+    check_sizes(vars(cfg))
+    for stack in ("encoder", "decoder"):
+        dim, heads = getattr(cfg, f"{stack}_embed_dim"), getattr(cfg, f"{stack}_attention_heads")
+        if dim % heads:
+            raise ValueError(f"--{stack}-attention-heads {heads} does not divide --{stack}-embed-dim {dim}")
     for stack in placed(cfg):
         layers, size = getattr(cfg, f"{stack}_layers"), getattr(cfg, f"{stack}_ffn_embed_dim")
         if cfg.moe_interval > layers:

@@ -25,11 +25,26 @@ class DamagedCheckpoint(UserError):
     """A checkpoint is not whole; another one of the same folder may be."""
 
 
-def check(path: str) -> None:
-    """Reads a checkpoint once, without keeping it, only to name what is wrong with it.
+def check(path: str) -> dict[str, Any]:
+    """Reads a checkpoint and names what is wrong with it.
+
+    Returns:
+        What the file holds; tensors stay in the file until they are used.
 
     Raises:
         DamagedCheckpoint: the file is truncated or its contents differ from their checksums.
+        UserError: it is no checkpoint, or would run code when read.
+    """
+    state = peek(path)
+    check_sums(path)
+    return state
+
+
+def peek(path: str) -> dict[str, Any]:
+    """Does the same without comparing the contents with their checksums.
+
+    Raises:
+        DamagedCheckpoint: the file is truncated.
         UserError: it is no checkpoint, or would run code when read.
     """
     state = _read(path)
@@ -39,7 +54,72 @@ def check(path: str) -> None:
         raise UserError(f"{path} holds some experts of a checkpoint only: give {name} beside it")
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path} is no fairseq checkpoint: it holds no 'model'. Check the file name")
-    check_sums(path)
+    wrong = _wrong_form(state)
+    if wrong:
+        raise _not_whole(path, wrong)
+    return state
+
+
+def check_whole(state: dict[str, Any], path: str) -> None:
+    """Refuses parameters alone, from which fairseq goes on in a traceback.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    # fairseq of 2018 had other names.
+    for name, instead in (
+        ("optimizer_history", {"best_loss", "optimizer"}),
+        ("extra_state", {"epoch", "batch_offset", "val_loss"}),
+    ):
+        if not state.get(name) and not (name not in state and instead <= state.keys()):
+            raise _not_whole(path, f"it holds parameters without {name!r}, which says how far they were trained")
+
+
+def _not_whole(path: str, wrong: str) -> UserError:
+    return UserError(
+        f"{path} is no whole fairseq checkpoint: {wrong}. Use a file that fairseq-train or xmoe checkpoint wrote"
+    )
+
+
+def _wrong_form(state: dict[str, Any]) -> str:
+    """Says what of a checkpoint's parts has not the type that it has in fairseq's; nothing if all have."""
+    model = state["model"]
+    if not isinstance(model, dict) or not model:
+        return f"its 'model' is {_kind(model)}, it must be parameters by name"
+    for name, tensor in model.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return f"its parameter {str(name)[:60]!r} is {_kind(tensor)}, it must be a tensor"
+    history = state.get("optimizer_history")
+    if history is not None and not (isinstance(history, list) and all(isinstance(one, dict) for one in history)):
+        return f"its 'optimizer_history' is {_kind(history)}, it must be a list of names with values"
+    made = history[-1].get("num_updates", 0) if history else 0
+    if not isinstance(made, int) or not 0 <= made < 2**63:
+        return f"its number of updates is {_kind(made)}, it must be a whole number"
+    extra = state.get("extra_state")
+    if not isinstance(extra, (dict, type(None))):
+        return f"its 'extra_state' is {_kind(extra)}, it must be names with values"
+    place = (extra or {}).get("train_iterator")
+    if not isinstance(place, (dict, type(None))) or not isinstance((place or {}).get("epoch", 1), int):
+        return f"its 'train_iterator' is {_kind(place)}, it must say the epoch"
+    return _wrong_optimizer(state.get("last_optimizer_state"))
+
+
+def _wrong_optimizer(optimizer: Any) -> str:
+    if optimizer is not None and not isinstance(optimizer, dict):
+        return f"its 'last_optimizer_state' is {_kind(optimizer)}, it must be names with values"
+    if optimizer and not isinstance(optimizer.get("state", {}), dict):
+        return f"the state in its 'last_optimizer_state' is {_kind(optimizer['state'])}, it must be by parameter"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    """Describes a value of the wrong type in a few words."""
+    if value is None:
+        return "missing"
+    if isinstance(value, (bool, int, float, str)):
+        shown = str(value) if isinstance(value, (bool, float, str)) or abs(value) < 10**30 else "too large"
+        return f"{type(value).__name__} {shown[:40]!r}" if isinstance(value, str) else f"{shown}"
+    return "empty" if isinstance(value, (dict, list)) and not value else f"a {type(value).__name__}"
 
 
 def check_sums(path: str) -> None:
@@ -59,6 +139,20 @@ def check_sums(path: str) -> None:
         raise DamagedCheckpoint(_damaged(path, f"the checksum of {wrong} is wrong"))
 
 
+def local_path(path: str) -> str:
+    """Finds a checkpoint on this machine.
+
+    Raises:
+        UserError: there is none.
+    """
+    from fairseq.file_io import PathManager
+
+    local: str = PathManager.get_local_path(path)
+    if not os.path.isfile(local):
+        raise UserError(f"there is no checkpoint {path}: check --path or --restore-file")
+    return local
+
+
 def read(path: str) -> dict[str, Any]:
     """Reads a checkpoint for `xmoe checkpoint`: tensors stay in the file until they are used.
 
@@ -67,9 +161,7 @@ def read(path: str) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}: check the name")
-    check(path)
-    state: dict[str, Any] = _read(path)
-    return state
+    return check(path)
 
 
 def read_shard(path: str) -> dict[str, Any] | None:
@@ -94,11 +186,10 @@ def others_by_updates(path: str) -> list[str]:
     found = []
     for other in sorted(Path(path).parent.glob("checkpoint*.pt")):
         try:
-            state = _read(str(other)) if other.name != os.path.basename(path) else None
+            if other.name != os.path.basename(path):
+                found.append((updates(peek(str(other))), str(other)))
         except UserError:
             continue
-        if isinstance(state, dict) and "model" in state:
-            found.append((updates(state), str(other)))
     return [name for _, name in sorted(found, reverse=True)]
 
 

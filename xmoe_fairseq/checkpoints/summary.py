@@ -73,7 +73,7 @@ def summarize(path: str) -> Summary:
     return Summary(
         arch=_arch(state),
         updates=reading.updates(state),
-        epoch=int((state.get("extra_state", {}).get("train_iterator") or {}).get("epoch", 1)),
+        epoch=int(((state.get("extra_state") or {}).get("train_iterator") or {}).get("epoch", 1)),
         parameters=_count(parameters),
         expert_parameters=_count(experts),
         experts={name.rpartition(".")[0]: len(tensor) for name, tensor in experts.items()},
@@ -95,6 +95,7 @@ def _count(parameters: Mapping[str, Tensor]) -> int:
 
 def _arch(state: dict[str, Any]) -> str:
     """Finds the architecture in what fairseq saved of the options, whether from the command line or from YAML."""
-    options = state.get("args") or (state.get("cfg") or {}).get("model")
-    values = options if isinstance(options, dict) else vars(options) if options is not None else {}
+    cfg = state.get("cfg")
+    options = state.get("args") or (cfg.get("model") if isinstance(cfg, dict) else None)
+    values = options if isinstance(options, dict) else getattr(options, "__dict__", {})
     return str(values.get("arch") or values.get("_name") or "unknown")

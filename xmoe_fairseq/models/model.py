@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import check, resolve, transformer_config
 from ..errors import UserError
 from ..processes import layout
+from .size import check_memory
 from .stacks import MoETransformerDecoder, MoETransformerEncoder
 
 
@@ -50,6 +51,7 @@ class MoETransformerModel(TransformerModelBase):
         try:
             check(resolved)
             layout.set_up(resolved)
+            check_memory(resolved, len(task.source_dictionary))
             return super().build_model(transformer_config(resolved), task)
         except ValueError as error:
             raise UserError(str(error)) from error

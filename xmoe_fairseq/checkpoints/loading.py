@@ -1,0 +1,102 @@
+"""What goes wrong between a checkpoint that was read and a model, said in a line."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from . import options, reading
+
+# How torch says which parameters do not fit.
+_MISSING = re.compile(r'Missing key\(s\) in state_dict: "([^"]*)"')
+_UNEXPECTED = re.compile(r'Unexpected key\(s\) in state_dict: "([^"]*)"')
+_SHAPES = re.compile(r"size mismatch for (\S+): copying a param with shape (.*?) from .*model is (.*?)\.?$", re.M)
+_FORMS = ((_MISSING, "{} is missing"), (_UNEXPECTED, "{} is one too many"), (_SHAPES, "{} has the shape {}, not {}"))
+
+
+def sound_models(load_model_ensemble_and_task: Any) -> Any:
+    """Refuses a checkpoint that does not say what it is of, and parameters that are no numbers."""
+    signature = inspect.signature(load_model_ensemble_and_task)
+
+    @functools.wraps(load_model_ensemble_and_task)
+    def load(filenames: list[str], *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(filenames, *args, **kwargs)
+        given.apply_defaults()
+        whole = given.arguments["num_shards"] == 1 and not given.arguments["suffix"]  # shards have other names
+        for filename in filenames if whole else ():
+            path = reading.local_path(filename)
+            state = reading.peek(path)
+            reading.check_whole(state, path)
+            options.check(state, path)
+            options.check_complete(state, path)
+        models, cfg, task = load_model_ensemble_and_task(filenames, *args, **kwargs)
+        for filename, model in zip(filenames, models, strict=True):
+            check_finite(model, filename)
+        return models, cfg, task
+
+    return load
+
+
+def check_finite(model: nn.Module, path: str) -> None:
+    """Refuses a model that would compute NaN from everything.
+
+    Raises:
+        UserError: names the first parameter that holds NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(
+                f"checkpoint {path} is of no use: its parameter {name} holds NaN or infinity; its training diverged "
+                "before it was written, so use an earlier checkpoint"
+            )
+
+
+def fitting(load_state_dict: Any) -> Any:
+    """torch lists all parameters that do not fit, a line each; this names the first one."""
+
+    @functools.wraps(load_state_dict)
+    def load(model: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load_state_dict(model, *args, **kwargs)
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"the checkpoint's parameters are not those of this model: {_misfit(error)}; give the --arch and the "
+                "options that the checkpoint was trained with"
+            ) from error
+
+    return load
+
+
+def resumable(load_checkpoint: Any) -> Any:
+    """Stock fairseq ends in one of many tracebacks where training goes on with other options than the file's."""
+
+    @functools.wraps(load_checkpoint)
+    def load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load_checkpoint(trainer, filename, *args, **kwargs)
+        except Exception as error:
+            if isinstance(error, (OSError, MemoryError)):
+                raise
+            cause = error if error.__context__ is None else error.__context__
+            reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+            raise UserError(
+                f"training cannot go on from {filename} with these options ({reason}): give the --arch, --optimizer, "
+                "--criterion and precision that it was trained with, or --reset-optimizer to keep the parameters only"
+            ) from error
+
+    return load
+
+
+def _misfit(error: Exception) -> str:
+    text = str(error)
+    for pattern, form in _FORMS:
+        found = pattern.search(text)
+        if found:
+            return form.format(*found.groups())
+    return " ".join(text.split())[:200] or type(error).__name__

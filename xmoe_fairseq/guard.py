@@ -1,0 +1,159 @@
+"""What a user sees when a command ends early: one line, whatever happened, and an exit code that is not 0."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from .errors import UserError
+
+# What a shell gives a program that Ctrl-C, or a reader that has gone, ended.
+INTERRUPTED, BROKEN_PIPE = 130, 141
+_SHOWN = 300
+_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory")
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Ends what is run in it as a command ends: with one line where something goes wrong.
+
+    Raises:
+        SystemExit: see `ending`; one that was raised inside stays as it is.
+    """
+    try:
+        try:
+            yield
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        raise ending(error) from error
+
+
+def install() -> None:
+    """Makes fairseq's commands end so, too, for the plugin is imported after they started, and ours while they import.
+
+    Other programs that import the plugin, such as a notebook or pytest, keep their own ways.
+    """
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _hook
+        atexit.register(_flush_at_end)
+
+
+def ending(error: BaseException) -> SystemExit:
+    """Gives what ends the program instead of an exception.
+
+    Args:
+        error: any but ``SystemExit``.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        print("xmoe_fairseq: interrupted", file=sys.stderr)
+        return SystemExit(INTERRUPTED)
+    broken = _broken_stdout() if isinstance(error, OSError) else None
+    if broken is None:
+        return UserError(_line(error))
+    if broken.errno == errno.EPIPE:
+        return SystemExit(BROKEN_PIPE)
+    return UserError(f"standard output cannot be written: {broken.strerror}")
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not _is_command():
+        sys.__excepthook__(kind, error, trace)
+        return
+    raise ending(error)
+
+
+def _is_command() -> bool:
+    program = Path(sys.argv[0] if sys.argv else "")
+    return (
+        program.name.startswith(("fairseq-", "xmoe"))
+        or program.parent.name == "fairseq_cli"
+        or Path(__file__).parent in program.absolute().parents
+    )
+
+
+def _flush_at_end() -> None:
+    """Python would end with a message of its own, and code 120, where the last output cannot be written."""
+    if not _is_command():
+        return
+    broken = _broken_stdout()
+    if broken is not None:
+        if broken.errno != errno.EPIPE:
+            print(UserError(f"standard output cannot be written: {broken.strerror}"), file=sys.stderr, flush=True)
+        logging.shutdown()
+        os._exit(BROKEN_PIPE if broken.errno == errno.EPIPE else 1)
+
+
+def _broken_stdout() -> OSError | None:
+    """Gives the error of standard output, if it has one; what could not be written is dropped then."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        return error
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return None
+    return None
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if _is_no_memory(error):
+        return (
+            f"there is not enough memory ({text or 'MemoryError'}): use a smaller --max-tokens, a smaller model, fewer "
+            "lines, or a machine with more memory"
+        )
+    module = _origin(error)
+    if isinstance(error, ValueError) and module.startswith("xmoe_fairseq.moe"):
+        return text
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    log = _write_log(error)
+    if module.partition(".")[0] in ("fairseq", "fairseq_cli"):
+        return f"fairseq cannot go on ({what}): check the options and the data; {log} has the details"
+    return f"this is a fault of xmoe_fairseq ({what}): please report it with {log}, which has the traceback"
+
+
+def _is_no_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def _origin(error: BaseException) -> str:
+    """Names the module in which an exception was raised."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+
+
+def _write_log(error: BaseException) -> str:
+    """Writes the traceback to a file of its own, and gives the file's name."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="xmoe_fairseq-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(f"{sys.argv}\n{text}")
+    except OSError:
+        return "the command"
+    return file.name

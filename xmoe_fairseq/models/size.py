@@ -1,0 +1,57 @@
+"""The memory that a model takes at the least, compared with what the machine has before any is taken."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+
+import torch
+from fairseq.distributed.fully_sharded_data_parallel import has_FSDP
+
+from ..config import moe_layers, placed
+from ..processes import layout
+
+_BYTES = 4  # of a parameter, which is built in 32 bits
+
+
+def check_memory(cfg: Namespace, entries: int) -> None:
+    """Refuses a model whose parameters alone are more than the machine's memory.
+
+    Args:
+        cfg: a checked configuration.
+        entries: rows of the embeddings.
+
+    Raises:
+        ValueError: says how much would be needed and how much there is.
+    """
+    if torch.empty(0).device.type == "meta" or has_FSDP:  # shapes only; or each layer is split when it is built
+        return
+    needed, there = _BYTES * least_parameters(cfg, entries), _memory()
+    if needed > there:
+        raise ValueError(
+            f"the model needs {needed / 2**30:,.1f} GiB for its parameters alone, this machine has "
+            f"{there / 2**30:,.1f} GiB: choose smaller sizes, such as of --moe-num-experts {cfg.moe_num_experts}, "
+            f"--encoder-embed-dim {cfg.encoder_embed_dim} or --encoder-layers {cfg.encoder_layers}"
+        )
+
+
+def least_parameters(cfg: Namespace, entries: int) -> int:
+    """Counts the matrices of a process: embeddings once, positions, attention, feed-forward networks and experts."""
+    held = layout.current()
+    experts = -(-cfg.moe_num_experts // (held.experts.size if held and held.experts else 1))
+    total = entries * cfg.encoder_embed_dim
+    for stack, side in (("encoder", "source"), ("decoder", "target")):
+        dim, hidden = getattr(cfg, f"{stack}_embed_dim"), getattr(cfg, f"{stack}_ffn_embed_dim")
+        layers = getattr(cfg, f"{stack}_layers")
+        moe = len(moe_layers(layers, cfg.moe_interval)) if stack in placed(cfg) else 0
+        total += getattr(cfg, f"max_{side}_positions") * dim + layers * 4 * dim**2 + (layers - moe) * 2 * dim * hidden
+        total += moe * cfg.moe_stack * experts * 2 * dim * (hidden // cfg.moe_split_ratio)
+    return total
+
+
+def _memory() -> int:
+    """Bytes of main memory, where the system says it."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 2**63
