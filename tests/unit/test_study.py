@@ -27,7 +27,7 @@ from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.study.claims import NOT_SEEN, SEEN, UNDECIDED, resample, test_claims
 from xmoe_fairseq.study.command import write_page
 from xmoe_fairseq.study.jobs import run_all
-from xmoe_fairseq.study.measure import plateau
+from xmoe_fairseq.study.measure import plateau, train_seconds
 from xmoe_fairseq.study.plan import read_plan
 from xmoe_fairseq.study.results import read_results
 from xmoe_fairseq.study.runs import Run, runs_of
@@ -122,6 +122,10 @@ def test_rows_are_added_up_over_seeds(tmp_path: Path) -> None:
 def test_plateau_is_the_fall_over_the_last_fifth() -> None:
     points = {update: {"loss": loss} for update, loss in ((20, 8.0), (40, 6.0), (60, 5.0), (80, 4.0), (100, 3.9))}
     assert plateau(points) == pytest.approx(0.1 / 4)
+
+
+def test_seconds_are_those_of_all_lines() -> None:
+    assert train_seconds({10: {"train_wall": 20.0}, 20: {"train_wall": 25.0}}) == 45
 
 
 @given(st.integers(2, 4).flatmap(lambda n: arrays(np.float64, (n, 40), elements=st.floats(0, 50))))

@@ -52,7 +52,7 @@ def measure(run: Run) -> None:
         "settings": run.settings,
         "machine": _machine(),
         "versions": read_versions(),
-        "seconds": _last(training.train, "train_wall"),
+        "seconds": train_seconds(training.train),
         "valid": _courses(training.valid["valid"], _VALID),
         "plateau": plateau(training.valid["valid"]),
         "train": _courses(training.train, _TRAIN),
@@ -69,14 +69,15 @@ def plateau(points: Mapping[int, Values]) -> float:
     return 1 - points[end]["loss"] / points[start]["loss"]
 
 
+def train_seconds(points: Mapping[int, Values]) -> float:
+    """Adds up the time spent in training steps, which each line of the log counts from the one before."""
+    return sum(values["train_wall"] for values in points.values())
+
+
 def _courses(points: Mapping[int, Values], names: Iterable[str]) -> dict[str, list[Any]]:
     """Lists updates, and beside them the values of each metric that was logged."""
     shown = [name for name in names if all(name in values for values in points.values())]
     return {"updates": list(points), **{name: [points[update][name] for update in points] for name in shown}}
-
-
-def _last(points: Mapping[int, Values], name: str) -> float:
-    return points[max(points)][name]
 
 
 def _machine() -> str:
