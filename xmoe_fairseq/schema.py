@@ -26,6 +26,8 @@ _Made = TypeVar("_Made")
 _SHOWN = 60
 # What JSON does not spell by itself and a terminal obeys; halves of characters, which no file can hold.
 _CONTROL = re.compile(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Lists and objects within each other; Python can take no more than about 1,000.
+_MOST_LEVELS = 100
 # Digits of a whole number in JSON; one of more is beyond every float.
 _MOST_DIGITS = 308
 
@@ -62,10 +64,11 @@ def parse_json(text: str, where: str, advice: str) -> Any:
         values = json.loads(
             text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole, object_pairs_hook=_names_once
         )
+        _check_depth(values)
         if "\\u" in text:
             json.dumps(values, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
-        raise UserError(f"{where} is nested too deeply; {advice}") from error
+        raise UserError(f"{where} is not JSON of ours (it is nested too deeply); {advice}") from error
     except ValueError as error:  # json.JSONDecodeError and UnicodeEncodeError are such
         raise UserError(f"{where} is not JSON ({error}); {advice}") from error
     return values
@@ -87,6 +90,17 @@ def json_text(values: Any, where: str, indent: int = 1) -> str:
     except ValueError as error:
         raise UserError(f"{where}: a number is NaN or infinite; look at the parameters of the checkpoint") from error
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+
+
+def _check_depth(values: Any) -> None:
+    level = [values]
+    for _ in range(_MOST_LEVELS):
+        if not level:
+            return
+        parts = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [value for part in parts for value in part]
+    if level:
+        raise RecursionError
 
 
 def _no_number(text: str) -> float:
@@ -224,9 +238,13 @@ def _join(place: str, name: str) -> str:
 
 
 def _wrong(place: str, value: Any, expected: str) -> _WrongForm:
+    return _WrongForm(f"{place or 'the whole'} is {shown(value)}, it must be {expected}")
+
+
+def shown(value: Any) -> str:
+    """Writes a value as messages show it: on one line, a long one cut off."""
     try:
-        shown = repr(value)
+        text = repr(value)
     except ValueError:  # Python refuses to write a whole number of thousands of digits
-        shown = "a number of too many digits"
-    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-    return _WrongForm(f"{place or 'the whole'} is {shown}, it must be {expected}")
+        text = "a number of too many digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

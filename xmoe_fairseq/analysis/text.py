@@ -11,6 +11,7 @@ import torch
 from fairseq import checkpoint_utils, utils
 
 from ..errors import UserError
+from ..evaluation.usage import enough_tokens
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int)
         max_tokens: the most tokens of a batch, padding included.
 
     Raises:
-        UserError: the split is missing, or a direction has no usable sentence.
+        UserError: the split is missing, or a direction has no usable sentence, or one of more than ``max_tokens``.
     """
     try:
         if split not in task.datasets:  # stock fairseq cannot load one twice
@@ -94,7 +95,8 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int)
             raise UserError(
                 f"no sentence of {source}-{target} in the split {split} is within the model's {longest} tokens"
             )
-        batches = dataset.batch_by_size(indices, max_tokens=max_tokens)
+        with enough_tokens(max_tokens):
+            batches = dataset.batch_by_size(indices, max_tokens=max_tokens)
         texts.append(Text(source, target, dataset, [list(map(int, batch)) for batch in batches]))
     return texts
 

@@ -42,7 +42,7 @@ class ResultFolder:
     """Keeps finished directions of one system.
 
     Args:
-        path: made where it is not there.
+        path: made with the first direction that is kept.
         settings: what translations depend on, plain values by name.
 
     Raises:
@@ -50,7 +50,7 @@ class ResultFolder:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = path
+        self.path, self.settings = path, settings
         file = path / SETTINGS
         if file.exists():
             advice = f"give another --out, or remove {path}"
@@ -58,9 +58,6 @@ class ResultFolder:
             return
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} is there already and holds no results: give another --out")
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
 
     def finished(self, name: str) -> bool:
         """Tells whether a direction is finished: a folder under its name is complete."""
@@ -72,6 +69,9 @@ class ResultFolder:
         temporary = self.path / f".{name}.tmp"
         about = About(found.seconds, found.too_long, found.usage)
         with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / SETTINGS).exists():
+                write_json(self.path / SETTINGS, self.settings)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             write_lines(temporary / f"src.{source}", list(sources))
@@ -110,6 +110,8 @@ def read_texts(folder: Path, name: str) -> tuple[list[str], list[str], list[str]
             f"{folder / name} has {len(sources)} sources, {len(references)} references and {len(hypotheses)} "
             "translations: remove it and score again"
         )
+    if not references:
+        raise UserError(f"{folder / name} has no sentence: remove it and score again")
     return sources, references, hypotheses
 
 
@@ -140,11 +142,13 @@ def _check_scores(scores: Scores, file: Path, advice: str) -> None:
         raise UserError(f"{file} names a direction twice; {advice}")
     unknown = [name for name in scores.metrics if name not in METRICS]
     if unknown or not scores.metrics:
-        raise UserError(f"{file} has the metrics {unknown}, known are {', '.join(METRICS)}; {advice}")
+        raise UserError(f"{file} has the metrics {schema.shown(unknown)}, known are {', '.join(METRICS)}; {advice}")
     if any(list(one.scores) != scores.metrics for one in scores.averages):
         raise UserError(f"{file} has other metrics of its means than of its directions; {advice}")
     if scores.tokenize is not None and scores.tokenize not in BLEU.TOKENIZERS:
-        raise UserError(f"{file} has the tokenizer {scores.tokenize!r}, which sacreBLEU does not know; {advice}")
+        raise UserError(
+            f"{file} has the tokenizer {schema.shown(scores.tokenize)}, which sacreBLEU does not know; {advice}"
+        )
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:

@@ -225,7 +225,9 @@ def read_benchmark(data: Path) -> Benchmark:
     advice = "restore the file, or prepare the data again with data_prep/prepare.sh"
     name = schema.build(Manifest, read_json(manifest, advice), str(manifest), advice).benchmark
     if name not in BENCHMARKS:
-        raise UserError(f"{manifest} names the benchmark {name!r}: this version knows {', '.join(BENCHMARKS)}")
+        raise UserError(
+            f"{manifest} names the benchmark {schema.shown(name)}: this version knows {', '.join(BENCHMARKS)}"
+        )
     return BENCHMARKS[name]
 
 

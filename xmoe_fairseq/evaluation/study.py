@@ -8,17 +8,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from .. import schema
 from ..benchmarks import BENCHMARKS
 from ..errors import UserError
 from .outputs import replacing
+from .tables import plain
 
 ENGLISH = {benchmark.english for benchmark in BENCHMARKS.values()}
 
@@ -46,6 +47,38 @@ class Row:
     experts: float
 
 
+@dataclass(frozen=True)
+class _Direction:
+    """What is taken of a direction of ``report.json``."""
+
+    OTHERS: ClassVar[bool] = True
+
+    source: str
+    target: str
+    bleu: float
+    chrf: float
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What is taken of an MoE layer of ``report.json``."""
+
+    OTHERS: ClassVar[bool] = True
+
+    tokens: int
+    received: int
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What is taken of ``report.json``."""
+
+    OTHERS: ClassVar[bool] = True
+
+    directions: Sequence[_Direction]
+    layers: Sequence[_Layer]
+
+
 def read_row(study: Path, name: str) -> Row:
     """Reads one model's report and checkpoint.
 
@@ -53,22 +86,23 @@ def read_row(study: Path, name: str) -> Row:
         UserError: the report or the checkpoint is missing or unreadable.
     """
     path = study / name / "report.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no report {path}: run xmoe report for it first") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): make the report again") from error
-    directions, layers = report["directions"], report["layers"]
-    tokens = sum(layer["tokens"] for layer in layers)
+    if not path.exists():
+        raise UserError(f"no report {path}: run xmoe report for it first")
+    advice = "run xmoe report again"
+    report = schema.build(_Report, schema.read_json(path, advice), str(path), advice)
+    directions, layers = report.directions, report.layers
+    ways = [{row.source in ENGLISH for row in directions}, {row.target in ENGLISH for row in directions}]
+    if not all(True in way for way in ways):
+        raise UserError(f"{path} lacks directions out of or into English: translate both, and {advice}")
+    tokens = sum(layer.tokens for layer in layers)
     return Row(
         name=name,
         parameters=count_parameters(study / name / "checkpoints" / "checkpoint_last.pt"),
-        out_of_english=_mean(row["bleu"] for row in directions if row["source"] in ENGLISH),
-        into_english=_mean(row["bleu"] for row in directions if row["target"] in ENGLISH),
-        bleu=_mean(row["bleu"] for row in directions),
-        chrf=_mean(row["chrf"] for row in directions),
-        experts=sum(layer["received"] for layer in layers) / tokens if tokens else 0.0,
+        out_of_english=_mean(row.bleu for row in directions if row.source in ENGLISH),
+        into_english=_mean(row.bleu for row in directions if row.target in ENGLISH),
+        bleu=_mean(row.bleu for row in directions),
+        chrf=_mean(row.chrf for row in directions),
+        experts=sum(layer.received for layer in layers) / tokens if tokens else 0.0,
     )
 
 
@@ -96,7 +130,7 @@ def render(rows: Sequence[Row]) -> str:
     lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for row in rows:
         lines.append(
-            f"| {row.name} | {row.parameters / 1e6:.2f}M | {row.out_of_english:.2f} | {row.into_english:.2f} "
+            f"| {plain(row.name)} | {row.parameters / 1e6:.2f}M | {row.out_of_english:.2f} | {row.into_english:.2f} "
             f"| {row.bleu:.2f} | {row.chrf:.2f} | {f'{row.experts:.2f}' if row.experts else 'dense'} |"
         )
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,13 +161,35 @@ def measure(checkpoint: Path, bin_dir: Path, max_tokens: int = 4096) -> list[Lay
 
 def make_batches(task: Any, model: Any, split: str, max_tokens: int) -> Any:
     """Cuts a loaded split into batches of ``max_tokens`` tokens at most, without the sentences too long for the model,
-    whose number fairseq logs."""
-    return task.get_batch_iterator(
-        dataset=task.dataset(split),
-        max_tokens=max_tokens,
-        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
-        ignore_invalid_inputs=True,
-    ).next_epoch_itr(shuffle=False)
+    whose number fairseq logs.
+
+    Raises:
+        UserError: a sentence has more tokens.
+    """
+    with enough_tokens(max_tokens):
+        return task.get_batch_iterator(
+            dataset=task.dataset(split),
+            max_tokens=max_tokens,
+            max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+            ignore_invalid_inputs=True,
+        ).next_epoch_itr(shuffle=False)
+
+
+@contextmanager
+def enough_tokens(max_tokens: int) -> Iterator[None]:
+    """Says in one line that fairseq cannot cut batches of so few tokens.
+
+    Raises:
+        UserError: a sentence has more.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        if "max_tokens" not in str(error):
+            raise
+        raise UserError(
+            f"--max-tokens {max_tokens} is refused: a sentence has more tokens, give a larger one"
+        ) from error
 
 
 def routings(model: torch.nn.Module, batches: Iterable[dict]) -> Iterator[Routing]:

@@ -175,7 +175,8 @@ class _Axis:
         # Within one order of magnitude, a linear axis has more ticks.
         self.log = log and high >= 10 * low
         if low == high:
-            low, high = (low / 2, high * 1.5) if low > 0 else (low - 1, high + 1)
+            margin = abs(low) / 2 if low > 0 else max(abs(low) / 2, 1)
+            low, high = low - margin, high + margin
         self.low, self.high, self.start, self.end = low, high, start, end
 
     def place(self, value: float) -> float:

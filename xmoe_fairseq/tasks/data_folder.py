@@ -68,15 +68,21 @@ def read_groups(data: str, benchmark: Benchmark) -> dict[str, list[str]]:
     return groups
 
 
-def check_split(data: str, split: str, lang_pairs: Iterable[str], english: str) -> None:
-    """Checks that both sides of every direction are there and have the same, positive number of lines.
+def check_split(data: str, split: str, lang_pairs: Iterable[str], english: str, symbols: int) -> None:
+    """Checks that both sides of every direction are there, have as many lines, some, and no token that is unknown.
+
+    Args:
+        data: the folder.
+        split: ``train``, ``valid`` or ``test``.
+        lang_pairs: the directions; the files of a pair serve both.
+        english: its code.
+        symbols: of the dictionary.
 
     Raises:
         UserError: names the file and what is wrong with it.
     """
-    for pair in lang_pairs:
-        source, target = pair.split("-")
-        other = source if target == english else target
+    others = dict.fromkeys(language for pair in lang_pairs for language in pair.split("-") if language != english)
+    for other in others:
         name = os.path.join(data, f"{split}.{english}-{other}")
         sizes = {lang: _length(f"{name}.{lang}") for lang in (english, other)}
         if sizes[english] != sizes[other]:
@@ -86,6 +92,20 @@ def check_split(data: str, split: str, lang_pairs: Iterable[str], english: str) 
             )
         if not sizes[english]:
             raise UserError(f"{name} is empty: prepare the data again")
+        for lang in (english, other):
+            _check_tokens(f"{name}.{lang}", symbols)
+
+
+def _check_tokens(prefix: str, symbols: int) -> None:
+    """Looks at all tokens of a binarised file, which must be of the dictionary."""
+    with open(index_file_path(prefix), "rb") as file:
+        dtype = _code_to_dtype[_HEADER.unpack(file.read(_HEADER.size))[2]]
+    tokens = np.memmap(data_file_path(prefix), dtype=dtype, mode="r")
+    if tokens.min() < 0 or tokens.max() >= symbols:
+        raise UserError(
+            f"{data_file_path(prefix)} has the tokens {tokens.min()} to {tokens.max()}, but dict.txt beside it has "
+            f"{symbols}: they are not of one preparation, prepare the data again"
+        )
 
 
 def _length(prefix: str) -> int:
