@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable
 
 import numpy as np
+from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset, _code_to_dtype, data_file_path, index_file_path
 
 from ..benchmarks import Benchmark
@@ -68,7 +69,7 @@ def read_groups(data: str, benchmark: Benchmark) -> dict[str, list[str]]:
     return groups
 
 
-def check_split(data: str, split: str, lang_pairs: Iterable[str], english: str, symbols: int) -> None:
+def check_split(data: str, split: str, lang_pairs: Iterable[str], english: str) -> None:
     """Checks that both sides of every direction are there, have as many lines, some, and no token that is unknown.
 
     Args:
@@ -76,11 +77,12 @@ def check_split(data: str, split: str, lang_pairs: Iterable[str], english: str, 
         split: ``train``, ``valid`` or ``test``.
         lang_pairs: the directions; the files of a pair serve both.
         english: its code.
-        symbols: of the dictionary.
 
     Raises:
         UserError: names the file and what is wrong with it.
     """
+    with open(os.path.join(data, "dict.txt"), "rb") as lines:
+        symbols = Dictionary().nspecial + sum(1 for line in lines if line.strip())
     others = dict.fromkeys(language for pair in lang_pairs for language in pair.split("-") if language != english)
     for other in others:
         name = os.path.join(data, f"{split}.{english}-{other}")
@@ -103,7 +105,7 @@ def _check_tokens(prefix: str, symbols: int) -> None:
     tokens = np.memmap(data_file_path(prefix), dtype=dtype, mode="r")
     if tokens.min() < 0 or tokens.max() >= symbols:
         raise UserError(
-            f"{data_file_path(prefix)} has the tokens {tokens.min()} to {tokens.max()}, but dict.txt beside it has "
+            f"{data_file_path(prefix)} has the tokens {tokens.min()} to {tokens.max()}, but dict.txt beside it is of "
             f"{symbols}: they are not of one preparation, prepare the data again"
         )
 

@@ -153,8 +153,7 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         name, group = split_name(split)
         wanted = self._directions_of(split, group) if group is not None else list(self.lang_pairs)
         self.data_manager.directions_of[split] = wanted
-        symbols = len(next(iter(self.dicts.values())))
-        check_split(self.args.data, name, wanted, self.benchmark.english, symbols)
+        check_split(self.args.data, name, wanted, self.benchmark.english)
         super().load_dataset(split, *args, **kwargs)
 
     def _directions_of(self, split: str, group: str) -> list[str]:
