@@ -81,7 +81,7 @@ def install() -> None:
     from fairseq.trainer import Trainer
     from fairseq_cli import train
 
-    from . import adam, literals
+    from . import adam, interactive, literals
     from .checkpoints import loading
     from .processes import batches, gradients, launch, state
 
@@ -118,6 +118,7 @@ def install() -> None:
         (Trainer, "train_step", _ends_at_nan),
         (NanDetector, "add_hooks", _looks_at_tensors),
         (FastaDataset, "_build_index", _plain_names),
+        (options, "add_interactive_args", interactive.whole_lines),
     ):
         stock = getattr(module, name)
         if not stock.__globals__["__name__"].startswith(__package__):

@@ -2,11 +2,13 @@
 
 # No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
 import dataclasses
+import math
 import os
 from argparse import ArgumentParser, Namespace
 from functools import cached_property
 from typing import Any, ClassVar, Optional
 
+import numpy as np
 from fairseq import file_utils
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
@@ -17,8 +19,9 @@ from ..benchmarks import BENCHMARKS, Benchmark, directions
 from ..errors import UserError
 from ..identity import DataIdentity
 from .batching import PooledOrder
-from .data_folder import check_split, read_groups, read_languages
+from .data_folder import check_split, count_symbols, read_groups, read_languages
 from .data_manager import VALID, DataManager, split_name
+from .lengths import Fitting, Whole, check_batch_sizes, nothing
 from .stock_options import stock_dataclass, stock_namespace
 
 # These follow from the data folder, which is made for one benchmark.
@@ -67,6 +70,8 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         super().__init__(args, langs, dicts, training)
         # Stock setup_data_manager names its class; what it made so far is only options.
         self.data_manager = DataManager(args, self.lang_pairs, langs, dicts, self.sampling_method)
+        self.measures_loss = self.translates_all = False
+        self.longest_source = math.inf
         # Generation translates every line.
         self.data_manager.lines_of = {VALID: args.valid_lines} if training else {}
         if training:  # what is damaged is said now, and not when the first checkpoint is written
@@ -143,7 +148,17 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         if len(set(wanted)) < len(wanted):
             raise UserError(f"--lang-pairs {args.lang_pairs} names a direction twice: name each once")
 
-    def load_dataset(self, split: str, *args: Any, **kwargs: Any) -> None:
+    @classmethod
+    def load_dictionary(cls, filename: str) -> Any:
+        """Loads the dictionary.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        count_symbols(filename)
+        return super().load_dictionary(filename)
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Loads a split of all the task's directions; ``valid@high`` takes those of one group of languages.
 
         Raises:
@@ -153,8 +168,8 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         name, group = split_name(split)
         wanted = self._directions_of(split, group) if group is not None else list(self.lang_pairs)
         self.data_manager.directions_of[split] = wanted
-        check_split(self.args.data, name, wanted, self.benchmark.english)
-        super().load_dataset(split, *args, **kwargs)
+        check_split(self.args.data, name, wanted, self.benchmark.english, combine)
+        super().load_dataset(split, epoch, combine, **kwargs)
 
     def _directions_of(self, split: str, group: str) -> list[str]:
         groups = read_groups(self.args.data, self.benchmark)
@@ -165,27 +180,84 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
             raise UserError(f"the subset {split} is empty: none of {', '.join(self.lang_pairs[:8])} is of that group")
         return found
 
-    def create_batch_sampler_func(self, *args: Any, seed: int = 1, **kwargs: Any) -> Any:
-        """Lets training batches be cut from pools of random sentences; see ``--batch-pool-size``."""
-        stock = super().create_batch_sampler_func(*args, seed=seed, **kwargs)
-        pool_size = self.args.batch_pool_size
+    def _is_trained_on(self, dataset: Any) -> bool:
+        return self.training and dataset is self.datasets.get(self.args.train_subset)
+
+    def create_batch_sampler_func(
+        self, max_positions: Any, ignore_invalid_inputs: bool, max_tokens: Any, *args: Any, seed: int = 1, **kwargs: Any
+    ) -> Any:
+        """Lets training batches be cut from pools of random sentences, see ``--batch-pool-size``, and decides what
+        happens to sentences that are too long: a translation is empty, training and validation leave them out."""
+        stock = super().create_batch_sampler_func(
+            max_positions, ignore_invalid_inputs, max_tokens, *args, seed=seed, **kwargs
+        )
+        translates_all = self.translates_all
 
         def make_batches(dataset: Any, epoch: int) -> Any:
-            if pool_size and dataset is self.datasets.get(self.args.train_subset):
-                dataset = PooledOrder(dataset, pool_size, seed, epoch)
-            return stock(dataset, epoch)
+            name = next((split for split, known in self.datasets.items() if known is dataset), None)
+            if self._is_trained_on(dataset):
+                if self.args.batch_pool_size:
+                    dataset = PooledOrder(dataset, self.args.batch_pool_size, seed, epoch)
+                return stock(Fitting(dataset, str(name)), epoch)
+            wanted = self.data_manager.directions_of.get(name, []) if name else []
+            directions = [pair for pair in self.lang_pairs if pair in wanted]
+            if not translates_all:
+                return stock(Fitting(dataset, str(name), directions), epoch)
+            longest = max_positions[0] if max_positions else math.inf
+            # Who types a line waits for an answer to it.
+            whole = Whole(dataset, name or "the input", directions, longest, None if name else max_tokens)
+            self.longest_source = whole.longest
+            return stock(whole, epoch)
 
         return make_batches
 
-    def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Makes batches; outside of training no sentence is left out.
+    def get_batch_iterator(
+        self, dataset: Any, max_tokens: Optional[int] = None, max_sentences: Optional[int] = None, **kwargs: Any
+    ) -> Any:
+        """Makes batches; outside of training no sentence is left out but those that are too long for the model.
 
         Where ``--required-batch-size-multiple`` (8 by default) does not divide the last batch, fairseq leaves
         that batch out: up to 7 sentences of a test set would not be translated.
+
+        Raises:
+            UserError: a sentence is longer than a batch may be, or no sentence is left.
         """
-        if dataset is not self.datasets.get(self.args.train_subset):
-            kwargs["required_batch_size_multiple"] = 1
-        return super().get_batch_iterator(dataset, *args, **kwargs)
+        check_batch_sizes(max_tokens, max_sentences, kwargs.get("required_batch_size_multiple", 1))
+        if not self._is_trained_on(dataset):
+            # Who asks for it may leave sentences out of a translation, too.
+            self.translates_all = not (self.training or self.measures_loss or kwargs.get("ignore_invalid_inputs"))
+            kwargs |= {"required_batch_size_multiple": 1, "ignore_invalid_inputs": True}
+        return super().get_batch_iterator(dataset, max_tokens, max_sentences, **kwargs)
+
+    def build_criterion(self, *args: Any, **kwargs: Any) -> Any:
+        """Builds the criterion, which measures nothing of sentences that are too long."""
+        self.measures_loss = True
+        return super().build_criterion(*args, **kwargs)
+
+    def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, constraints: Any = None) -> Any:
+        """Makes a dataset of sentences that are typed in."""
+        dataset = super().build_dataset_for_inference(src_tokens, src_lengths, constraints)
+        if not self.args.lang_tok_replacing_bos_eos:
+            # With the language token, which stock fairseq forgets to count.
+            dataset.src_sizes = dataset.sizes = np.array(dataset.src.sizes)
+        return dataset
+
+    def build_generator(self, models: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
+        """Builds the search.
+
+        Raises:
+            UserError: it cannot keep to constraints.
+        """
+        if getattr(args, "constraints", None):
+            raise UserError("--constraints does not work with the tasks multilingual_*: leave it out")
+        return super().build_generator(models, args, *more, **kwargs)
+
+    def inference_step(self, generator: Any, models: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        """Translates a batch; one of sentences that are too long to nothing."""
+        sources = sample["net_input"]["src_tokens"]
+        if sources.size(1) > self.longest_source:
+            return nothing(sources, self.target_dictionary.eos())
+        return super().inference_step(generator, models, sample, *args, **kwargs)
 
 
 def _register(benchmark: Benchmark) -> type[MultilingualTask]:
