@@ -51,7 +51,7 @@ def buffered_read(path: str, size: int) -> Iterator[list[str]]:
         try:
             stream = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
         except OSError as error:
-            raise UserError(f"--input {path} cannot be read: {error.strerror}") from error
+            raise UserError(f"--input {path!r} cannot be read: {error.strerror}") from error
         for line in _lines(stream):
             group.append(line)
             if len(group) >= size:

@@ -56,17 +56,24 @@ class Fitting:
             UserError: a sentence is longer than a batch may be, or there is none.
         """
         if not len(indices):
+            lengths = self._lengths(slice(None))
             raise UserError(
-                f"no line of {self.name} is left: all are longer than the model's positions or than {_MAX_TOKENS}"
+                f"no line of {self.name} is left: they have {lengths.min()} to {lengths.max()} pieces, more than the "
+                f"model's positions, or than {_MAX_TOKENS}, which is {max_tokens}: give more, or shorter lines"
             )
         if self.directions and max_tokens is not None:
-            lengths = np.asarray(self.dataset.sizes)[indices].max(axis=1)
+            lengths = self._lengths(indices)
             if lengths.max() > max_tokens:
                 raise UserError(
                     f"{_MAX_TOKENS} is {max_tokens}, but {self.place(indices[lengths.argmax()])} has {lengths.max()} "
                     f"pieces: give at least {lengths.max()}"
                 )
         return self.dataset.batch_by_size(indices, max_tokens=max_tokens, **limits)
+
+    def _lengths(self, indices: Any) -> np.ndarray:
+        """Gives the pieces of the longer side of each sentence."""
+        sizes = np.asarray(self.dataset.sizes)[indices]
+        return sizes.max(axis=1) if sizes.ndim > 1 else sizes
 
     def place(self, index: int) -> str:
         """Says which line of which file a sentence is."""
