@@ -56,7 +56,7 @@ def test_tokens_beyond_the_dictionary(folder: Path, tmp_path: Path, token: int, 
     tokens[place] = token
     tokens.tofile(file)
     message = (
-        rf"test.en-xx.xx.bin has the tokens \d+ to {token}, but dict.txt beside it is of 44: .* prepare the data again"
+        rf"test.en-xx.xx.bin, line \d+: the token {token} is beyond dict.txt, which has 44 symbols: .* prepare the data"
     )
     refused(message, *words(copy, tmp_path / "out"))
     with pytest.raises(UserError, match=message):
@@ -68,7 +68,9 @@ def test_too_few_tokens_for_a_sentence(folder: Path, tmp_path: Path) -> None:
     refused(
         "--max-tokens 3 is refused: a sentence has more tokens", *words(folder, tmp_path / "out", "--max-tokens", "3")
     )
-    with pytest.raises(UserError, match="--max-tokens 3 is refused: a sentence has more tokens"):
+    with pytest.raises(
+        UserError, match=r"--max-tokens .* is 3, but line \d+ of test, .*, has \d+ pieces: give at least"
+    ):
         measure(folder / "c.pt", folder / "data", 3)
     assert not (tmp_path / "out").exists()
 
