@@ -26,7 +26,6 @@ from .outputs import (
     check_no_folders,
     check_writable,
     find_raw,
-    read_hypotheses,
     read_lines,
     replacing_all,
     split_pair,
@@ -35,6 +34,7 @@ from .result_folder import SCORES, ResultFolder, read_json
 from .score import build_metric
 from .score_page import render_markdown, render_tsv
 from .scores import Row, Scores, average, score_lines, words_per_second
+from .test_sets import check_binarised, read_generated, texts_checksum
 from .usage import LayerUsage, add_up
 from .versions import read_versions
 
@@ -86,6 +86,7 @@ class ScoreJob:
             raise UserError(f"there is no checkpoint {checkpoint}: check --checkpoint")
         self.settings = {"checkpoint": fingerprint(str(checkpoint)) if checkpoint else None, **asdict(decoding)}
         self._translator: Translator | None = None
+        self._same: set[frozenset[Path]] = set()
 
     @property
     def translator(self) -> Translator:
@@ -116,14 +117,15 @@ class ScoreJob:
         if detector is None and not bar.disable:
             _say_once(MISSING)
         groups = read_groups_of(self.data, self.benchmark)
-        rows, usages = [], []
+        rows, usages, texts = [], [], {}
         for pair in self.pairs:
             bar.set_description(pair)
-            row, usage = self._direction(folder, pair, groups, detector)
+            texts[pair] = self._texts(*pair.split("-"))
+            row, usage = self._direction(folder, pair, texts[pair], groups, detector)
             rows.append(row)
             usages.append(usage)
             bar.update()
-        scores = self._scores(out, rows, add_up(usages), detector)
+        scores = self._scores(out, rows, add_up(usages), detector, texts_checksum(texts))
         with replacing_all(files) as (page, table, data):
             page.write_text(render_markdown(scores), encoding="utf-8")
             table.write_text(render_tsv(scores), encoding="utf-8")
@@ -131,16 +133,21 @@ class ScoreJob:
         return scores
 
     def _direction(
-        self, folder: ResultFolder, pair: str, groups: dict[str, str], detector: LanguageDetector | None
+        self,
+        folder: ResultFolder,
+        pair: str,
+        texts: tuple[list[str], list[str]],
+        groups: dict[str, str],
+        detector: LanguageDetector | None,
     ) -> tuple[Row, list[LayerUsage]]:
         source, _, target = pair.partition("-")
-        sources, references = self._texts(source, target)
+        sources, references = texts
         if not folder.finished(pair):
-            folder.keep(pair, sources, references, self._translated(pair, len(references)))
+            folder.keep(pair, sources, references, self._translated(pair, sources))
         kept_sources, kept_references, found = folder.read(pair)
         if (kept_sources, kept_references) != (sources, references):
             raise UserError(f"{folder.path / pair} is of another test set than {self.data}: give another --out")
-        if self.generated is not None and list(found.hypotheses) != self._generated(pair, len(references)):
+        if self.generated is not None and list(found.hypotheses) != self._generated(pair, sources):
             raise UserError(f"{folder.path / pair} holds other translations than {self.generated / pair}: remove it")
         row = Row(
             source=source,
@@ -161,27 +168,38 @@ class ScoreJob:
         if not references:
             raise UserError(f"{files[1]} has no line: there is nothing to score, prepare the data again")
         lines = self.decoding.lines or len(references)
-        return sources[:lines], references[:lines]
+        sources, references = sources[:lines], references[:lines]
+        if frozenset(files) not in self._same:  # both directions are of the same files
+            pair = f"{source}-{target}"
+            texts = dict(zip(files, (sources, references), strict=True))
+            check_binarised(self.data, self.decoding.subset, pair, self.benchmark.english, texts)
+            self._same.add(frozenset(files))
+        return sources, references
 
-    def _translated(self, pair: str, count: int) -> Translated:
+    def _translated(self, pair: str, sources: Sequence[str]) -> Translated:
         source, _, target = pair.partition("-")
         if self.generated is not None:
             usage = self.translator.usage(source, target) if self.checkpoint is not None else []
-            return Translated(self._generated(pair, count), None, None, usage)
+            return Translated(self._generated(pair, sources), None, None, usage)
         found = self.translator.translate(source, target)
-        if len(found.hypotheses) != count:
+        if len(found.hypotheses) != len(sources):
             raise UserError(
-                f"{self.data}/bin has {len(found.hypotheses)} sentences of {pair} but raw/ has {count}: prepare the "
-                "data again"
+                f"{self.data}/bin has {len(found.hypotheses)} sentences of {pair} but raw/ has {len(sources)}: prepare "
+                "the data again"
             )
         return found
 
-    def _generated(self, pair: str, count: int) -> list[str]:
+    def _generated(self, pair: str, sources: Sequence[str]) -> list[str]:
         assert self.generated is not None
-        return read_hypotheses(self.generated / pair / GENERATE_FILE, count)
+        return read_generated(self.generated / pair, self.data, sources)
 
     def _scores(
-        self, out: Path, rows: Sequence[Row], usage: Sequence[LayerUsage], detector: LanguageDetector | None
+        self,
+        out: Path,
+        rows: Sequence[Row],
+        usage: Sequence[LayerUsage],
+        detector: LanguageDetector | None,
+        test_set: str,
     ) -> Scores:
         model = self.translator if self.checkpoint is not None else None
         about = summarize(str(self.checkpoint)) if self.checkpoint is not None else None
@@ -190,6 +208,7 @@ class ScoreJob:
             "arch": about.arch if about else None,
             "updates": about.updates if about else None,
             "benchmark": self.benchmark.name,
+            "test_set": test_set,
             **self.settings,
         }
         return Scores(

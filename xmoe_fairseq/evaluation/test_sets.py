@@ -1,0 +1,132 @@
+"""Whether texts belong together: raw and binarised ones, and those that translations were made of."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+from fairseq.data.indexed_dataset import MMapIndexedDataset
+
+from ..errors import UserError
+from ..identity import checksum
+from ..subword import ID_SHIFT, Subword
+from ..tasks.data_folder import check_split
+from .outputs import GENERATE_FILE, read_hypotheses, read_lines
+
+logger = logging.getLogger(__name__)
+
+# Lines that are decoded at a time.
+_BATCH = 2000
+# Characters of a line that a message shows.
+_SHOWN = 60
+_SOURCE = re.compile(r"S-(\d+)\t(.*)")
+# A byte piece that --post-process joined with others, or an unknown piece: the text cannot be had from it.
+_LOST = re.compile(r"[^ ]<0x[0-9A-F]{2}>|<0x[0-9A-F]{2}>[^ ]|<unk>")
+
+
+def texts_checksum(texts: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> str:
+    """Gives the checksum of a test set: of the sources and references of its directions, by their names."""
+    return checksum(
+        line.encode() for pair, (sources, references) in sorted(texts.items()) for line in (pair, *sources, *references)
+    )
+
+
+def check_binarised(data: Path, subset: str, pair: str, english: str, texts: Mapping[Path, Sequence[str]]) -> None:
+    """Compares raw lines with the binarised ones that are translated.
+
+    Args:
+        data: folder made by data_prep/prepare.sh.
+        subset: ``test`` or ``valid``.
+        pair: a direction.
+        english: the code of English in the data.
+        texts: both sides, all lines or the first ones, by the raw files, whose names the binarised ones have too.
+
+    Raises:
+        UserError: names the first line that differs, or a binarised file that is damaged.
+    """
+    model = data / "bin" / "spm.model"
+    if not model.is_file():
+        _warn_once(f"{model} is missing: whether raw/ and bin/ are of one text cannot be checked")
+        return
+    check_split(str(data / "bin"), subset, [pair], english)
+    subword = Subword(model)
+    for raw, lines in texts.items():
+        _check_text(subword, raw, data / "bin" / raw.name, lines)
+
+
+def _check_text(subword: Subword, raw: Path, prefix: Path, lines: Sequence[str]) -> None:
+    held = MMapIndexedDataset(str(prefix))
+    if len(held) < len(lines):
+        raise UserError(f"{raw} has {len(lines)} lines, {prefix} has {len(held)}: prepare the data again")
+    subword = Subword(model)
+    ids = (held[number].tolist() for number in range(len(lines)))
+    number = 0
+    while batch := list(islice(ids, _BATCH)):
+        for text in _decoded(subword, batch, prefix):
+            if text != lines[number]:
+                raise UserError(
+                    f"{raw}, line {number + 1} is {_brief(lines[number])}, but {prefix} has {_brief(text)}: one of them "
+                    "was changed after the data was prepared; prepare it again"
+                )
+            number += 1
+
+
+def _decoded(subword: Subword, batch: Sequence[Sequence[int]], prefix: Path) -> list[str]:
+    try:
+        texts: list[str] = subword.processor.decode([[one - ID_SHIFT for one in line[:-1]] for line in batch])
+        return texts
+    except (IndexError, ValueError, OverflowError) as error:
+        raise UserError(f"{prefix} holds pieces that spm.model does not have: prepare the data again") from error
+
+
+def check_generated(output: Path, data: Path, sources: Sequence[str]) -> None:
+    """Compares the sources that an output of ``fairseq-generate`` names (``S-`` lines) with raw ones.
+
+    Args:
+        output: the file.
+        data: folder made by data_prep/prepare.sh.
+        sources: of the test set.
+
+    Raises:
+        UserError: names the first sentence that differs.
+    """
+    model = data / "bin" / "spm.model"
+    found = [match for line in read_lines(output, "output of fairseq-generate") if (match := _SOURCE.fullmatch(line))]
+    if not model.is_file() or not found:
+        missing = f"{output} has no S- lines" if model.is_file() else f"{model} is missing"
+        _warn_once(f"{missing}: whether {output.parent.name} was translated from {data}/raw cannot be checked")
+        return
+    subword = Subword(model)
+    for number, pieces in ((int(match[1]), match[2]) for match in found):
+        if number >= len(sources) or _LOST.search(pieces):
+            continue
+        text = subword.decode_pieces(piece for piece in pieces.split(" ") if piece)
+        if "".join(text.split()) != "".join(sources[number].split()):
+            raise UserError(
+                f"{output} translates {_brief(text)} as sentence {number}, but {data}/raw has {_brief(sources[number])}: "
+                "it is of another test set; translate again, or give the data that was translated"
+            )
+
+
+def read_generated(folder: Path, data: Path, sources: Sequence[str]) -> list[str]:
+    """Reads the translations that ``fairseq-generate`` wrote for a direction, in the order of the test set.
+
+    Raises:
+        UserError: they are incomplete, or of another test set.
+    """
+    output = folder / GENERATE_FILE
+    check_generated(output, data, sources)
+    return read_hypotheses(output, len(sources))
+
+
+def _brief(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logger.warning(line)
