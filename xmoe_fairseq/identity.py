@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import sentencepiece
@@ -83,6 +84,15 @@ def checksum(lines: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line + b"\n")
+    return digest.hexdigest()[:_DIGITS]
+
+
+def of_split(folder: Path, split: str) -> str:
+    """Gives the checksum of the binary text of a split, all directions."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(f"{split}.*.bin")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:_DIGITS]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import time
 import warnings
@@ -10,13 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .. import locks
 from ..arguments import CommandParser, bounded, file_path
 from ..errors import UserError, printable
 from ..evaluation.outputs import check_writable
 from ..schema import json_text
 from .collect import INPUTS, Counts, collect, places, total_sentences
 from .results import Analysis, analysis, write
-from .text import load, read
+from .text import load, origin, read
 from .tokens import text_tokens
 
 _EPILOG = """\
@@ -51,6 +53,11 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     check_writable(args.out)
+    with locks.held(args.out):
+        _analyze(args)
+
+
+def _analyze(args: argparse.Namespace) -> None:
     # Importing fairseq leaves the root logger at the level of debugging.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # fairseq's, not the user's
@@ -67,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
         "data": str(args.data),
         "split": args.split,
         "seconds": round(time.monotonic() - start, 1),
+        "of": origin(args.checkpoint, args.data, args.split),
     }
     paths = write(found, args.out, about)
     if args.json:

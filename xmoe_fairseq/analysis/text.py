@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils, utils
 
+from .. import identity
+from ..checkpoints.shards import fingerprint
 from ..errors import UserError
 from ..evaluation.usage import enough_tokens
 
@@ -58,13 +60,28 @@ def load(checkpoint: Path, data: Path, pairs: str | None = None) -> tuple[Any, A
         raise UserError(f"there is no checkpoint {checkpoint}: check the name")
     if not data.is_dir():
         raise UserError(f"there is no data folder {data}: give the folder made by data_prep/prepare.sh")
-    binarised = data / "bin" if (data / "bin").is_dir() else data
+    binarised = _binarised(data)
     # Only options that the checkpoint's task has are replaced.
     overrides: dict[str, Any] = {"data": str(binarised), "valid_lines": 0}
     if pairs is not None:
         overrides["lang_pairs"] = pairs
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
     return models[0].to("cuda" if torch.cuda.is_available() else "cpu").eval(), task
+
+
+def origin(checkpoint: Path, data: Path, split: str) -> dict[str, str]:
+    """Identifies an analysis by its contents, for `xmoe report`: the model, and the text that it read.
+
+    Args:
+        checkpoint, data: as `load` takes them.
+        split: that was read.
+    """
+    text = identity.of_split(_binarised(data), split)
+    return {"checkpoint": fingerprint(str(checkpoint)), "split": split, "text": text}
+
+
+def _binarised(data: Path) -> Path:
+    return data / "bin" if (data / "bin").is_dir() else data
 
 
 def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int) -> list[Text]:

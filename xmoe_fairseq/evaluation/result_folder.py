@@ -20,6 +20,7 @@ from sacrebleu.metrics import BLEU
 
 from .. import schema
 from ..errors import UserError
+from ..locks import LOCK
 from .decoding import Translated
 from .outputs import read_lines, replacing, split_pair, write_lines, writing
 from .score import METRICS
@@ -56,7 +57,7 @@ class ResultFolder:
             advice = f"give another --out, or remove {path}"
             _check_same(path, read_json(file, advice), settings)
             return
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(one.name != LOCK for one in path.iterdir())):
             raise UserError(f"{path} is there already and holds no results: give another --out")
 
     def finished(self, name: str) -> bool:

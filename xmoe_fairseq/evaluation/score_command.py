@@ -10,6 +10,7 @@ from typing import Any
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
+from .. import locks
 from ..arguments import CommandParser, bounded, comma_list, file_path, quiet_libraries
 from ..errors import UserError, printable
 from ..schema import json_text
@@ -49,13 +50,14 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     quiet_libraries()
     job, out = _job(args)
-    with tqdm(total=len(job.pairs), unit="direction", disable=args.quiet) as bar:
-        scores = job.run(args.out or out, bar)
+    out = args.out or out
+    with locks.held(out), tqdm(total=len(job.pairs), unit="direction", disable=args.quiet) as bar:
+        scores = job.run(out, bar)
     if args.json:
         print(json_text(scores.as_json(), "--json"), end="")
     else:
         print(render_markdown(scores))
-        print(printable(f"written: {args.out or out}"))
+        print(printable(f"written: {out}"))
 
 
 def _parser() -> CommandParser:

@@ -109,6 +109,7 @@ class ScoreJob:
         files = [out / name for name in ("scores.md", "scores.tsv", SCORES)]
         check_writable(out)
         check_no_folders(files)
+        test_set = texts_checksum((pair, *self._texts(*pair.split("-"))) for pair in self.pairs)
         if self.checkpoint is not None:
             _ = self.translator  # what cannot be loaded is said before a folder is made
         folder = ResultFolder(out, self.settings)
@@ -117,15 +118,14 @@ class ScoreJob:
         if detector is None and not bar.disable:
             _say_once(MISSING)
         groups = read_groups_of(self.data, self.benchmark)
-        rows, usages, texts = [], [], {}
+        rows, usages = [], []
         for pair in self.pairs:
             bar.set_description(pair)
-            texts[pair] = self._texts(*pair.split("-"))
-            row, usage = self._direction(folder, pair, texts[pair], groups, detector)
+            row, usage = self._direction(folder, pair, groups, detector)
             rows.append(row)
             usages.append(usage)
             bar.update()
-        scores = self._scores(out, rows, add_up(usages), detector, texts_checksum(texts))
+        scores = self._scores(out, rows, add_up(usages), detector, test_set)
         with replacing_all(files) as (page, table, data):
             page.write_text(render_markdown(scores), encoding="utf-8")
             table.write_text(render_tsv(scores), encoding="utf-8")
@@ -133,15 +133,10 @@ class ScoreJob:
         return scores
 
     def _direction(
-        self,
-        folder: ResultFolder,
-        pair: str,
-        texts: tuple[list[str], list[str]],
-        groups: dict[str, str],
-        detector: LanguageDetector | None,
+        self, folder: ResultFolder, pair: str, groups: dict[str, str], detector: LanguageDetector | None
     ) -> tuple[Row, list[LayerUsage]]:
         source, _, target = pair.partition("-")
-        sources, references = texts
+        sources, references = self._texts(source, target)
         if not folder.finished(pair):
             folder.keep(pair, sources, references, self._translated(pair, sources))
         kept_sources, kept_references, found = folder.read(pair)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .. import locks
 from ..arguments import CommandParser, bounded, file_path, quiet_libraries
 from ..errors import printable
 from ..schema import json_text
@@ -64,9 +65,10 @@ def main(argv: Sequence[str]) -> None:
     out = args.out or default_out(args.checkpoint, "sweep")
     check_writable(out)
     check_no_folders(_files(out))
-    found = _score(jobs, out, args.quiet)
-    sweep = _sweep(args.checkpoint.stem, found, args.lose, args.max_moe_flops)
-    _write(sweep, out)
+    with locks.held(out):
+        found = _score(jobs, out, args.quiet)
+        sweep = _sweep(args.checkpoint.stem, found, args.lose, args.max_moe_flops)
+        _write(sweep, out)
     if args.json:
         print(json_text(sweep.as_json(), "--json"), end="")
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -28,11 +28,10 @@ _SOURCE = re.compile(r"S-(\d+)\t(.*)")
 _LOST = re.compile(r"[^ ]<0x[0-9A-F]{2}>|<0x[0-9A-F]{2}>[^ ]|<unk>")
 
 
-def texts_checksum(texts: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> str:
-    """Gives the checksum of a test set: of the sources and references of its directions, by their names."""
-    return checksum(
-        line.encode() for pair, (sources, references) in sorted(texts.items()) for line in (pair, *sources, *references)
-    )
+def texts_checksum(texts: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> str:
+    """Gives the checksum of a test set, from each direction's name, sources and references."""
+    sums = [(pair, *(checksum(map(str.encode, lines)) for lines in sides)) for pair, *sides in texts]
+    return checksum(" ".join(one).encode() for one in sorted(sums))
 
 
 def check_binarised(data: Path, subset: str, pair: str, english: str, texts: Mapping[Path, Sequence[str]]) -> None:
@@ -62,15 +61,14 @@ def _check_text(subword: Subword, raw: Path, prefix: Path, lines: Sequence[str])
     held = MMapIndexedDataset(str(prefix))
     if len(held) < len(lines):
         raise UserError(f"{raw} has {len(lines)} lines, {prefix} has {len(held)}: prepare the data again")
-    subword = Subword(model)
     ids = (held[number].tolist() for number in range(len(lines)))
     number = 0
     while batch := list(islice(ids, _BATCH)):
         for text in _decoded(subword, batch, prefix):
             if text != lines[number]:
                 raise UserError(
-                    f"{raw}, line {number + 1} is {_brief(lines[number])}, but {prefix} has {_brief(text)}: one of them "
-                    "was changed after the data was prepared; prepare it again"
+                    f"{raw}, line {number + 1} is {_brief(lines[number])}, but {prefix} has {_brief(text)}: one of "
+                    "them was changed after the data was prepared; prepare it again"
                 )
             number += 1
 
@@ -107,8 +105,8 @@ def check_generated(output: Path, data: Path, sources: Sequence[str]) -> None:
         text = subword.decode_pieces(piece for piece in pieces.split(" ") if piece)
         if "".join(text.split()) != "".join(sources[number].split()):
             raise UserError(
-                f"{output} translates {_brief(text)} as sentence {number}, but {data}/raw has {_brief(sources[number])}: "
-                "it is of another test set; translate again, or give the data that was translated"
+                f"{output} translates {_brief(text)} as sentence {number}, but {data}/raw has "
+                f"{_brief(sources[number])}: it is of another test set; translate again, or give the data that it is of"
             )
 
 

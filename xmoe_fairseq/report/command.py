@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from .. import locks
 from ..arguments import CommandParser, bounded, file_path, quiet_libraries
 from ..errors import UserError, printable
 from ..evaluation.outputs import check_no_folders, check_writable, replacing_all
@@ -31,6 +33,10 @@ examples:
 """
 
 
+# By these names in its JSON file, an earlier report is known.
+_OWN = {"name", "moe_computation_saved", "directions", "layers"}
+
+
 def main(argv: Sequence[str], open_model: Callable[[Path, Path, int], Model] = Model) -> None:
     """One page on a run: training curves, scores, where the capacity goes, translations token by token.
 
@@ -44,7 +50,7 @@ def main(argv: Sequence[str], open_model: Callable[[Path, Path, int], Model] = M
     args = _parser().parse_args(argv)
     _check(args)
     quiet_libraries()
-    with _silent() if args.quiet else contextlib.nullcontext():
+    with locks.held(_page(args), file=True), _silent() if args.quiet else contextlib.nullcontext():
         model = open_model(args.checkpoint or find_checkpoint(args.run), args.data, args.max_tokens)
         report = build_report(args.run, args.task, model, args.log)
         paths = write_report(report, _page(args))
@@ -69,6 +75,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--max-tokens", type=bounded(int, 1, 10**9), default=4096, help="tokens in a batch of the expert measurement"
     )
+    parser.add_argument("--force", action="store_true", help="replace files that are no earlier report")
     parser.add_argument("--json", action="store_true", help="print what report.json holds")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser
@@ -86,6 +93,8 @@ def _check(args: argparse.Namespace) -> None:
     page = _page(args)
     check_writable(page.absolute().parent)
     check_no_folders(_files(page))
+    if not args.force:
+        _check_own(_files(page))
 
 
 def _page(args: argparse.Namespace) -> Path:
@@ -95,6 +104,24 @@ def _page(args: argparse.Namespace) -> Path:
 
 def _files(page: Path) -> list[Path]:
     return [page, *(page.with_suffix(f".{ending}") for ending in ("md", "json", "png"))]
+
+
+def _check_own(files: Sequence[Path]) -> None:
+    """Makes sure that files to be replaced are of an earlier report, whose JSON tells.
+
+    Raises:
+        UserError: one of them is not, such as a ``README.md`` beside ``--out README.html``.
+    """
+    there = [path for path in files if os.path.lexists(path)]
+    try:
+        known = json.loads(files[2].read_bytes()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        known = set()
+    if there and not known >= _OWN:
+        raise UserError(
+            f"{there[0]} is there already, and not of an earlier report: give another --out, or --force to replace "
+            f"{', '.join(path.name for path in there)}"
+        )
 
 
 @contextlib.contextmanager

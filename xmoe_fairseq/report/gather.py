@@ -10,17 +10,19 @@ from tqdm import tqdm
 
 from .. import benchmarks, schema
 from ..errors import UserError
-from ..evaluation.outputs import GENERATE_FILE, find_raw, is_pair, read_hypotheses, read_lines, write_lines
-from ..evaluation.result_folder import SCORES, read_scores, read_texts
+from ..evaluation.outputs import find_raw, is_pair, read_lines, write_lines
+from ..evaluation.result_folder import read_scores, read_texts
 from ..evaluation.score_command import default_out
 from ..evaluation.score_job import read_benchmark, read_groups_of
 from ..evaluation.scores import Row, Scores, average, score_lines
+from ..evaluation.test_sets import read_generated
 from ..evaluation.usage import LayerUsage, measure
 from ..evaluation.versions import read_versions
 from .drawings import read_drawings
 from .logs import find_logs, read_training
 from .results import Direction, Report, Sample, TracedSample, pick_samples
 from .settings import Settings, read_settings
+from .together import belongs, check_scored, choose_scores
 from .traces import trace
 
 TASK_PREFIX = "multilingual_"
@@ -101,17 +103,14 @@ def _directions_of(task: str) -> list[str]:
 
 def find_scores(run: Path, checkpoint: Path) -> Path | None:
     """Finds the folder where ``xmoe score`` keeps a run's results on the test set unless told otherwise."""
-    for folder in (run / "scores", default_out(checkpoint, "scores")):
-        if (folder / SCORES).is_file() and read_scores(folder).settings.get("subset") == "test":
-            return folder
-    return None
+    return choose_scores((run / "scores", default_out(checkpoint, "scores")), checkpoint)
 
 
-def read_scored(folder: Path) -> tuple[Scores, list[Direction]]:
+def read_scored(folder: Path, data: Path) -> tuple[Scores, list[Direction]]:
     """Reads what ``xmoe score`` found and kept.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or of another test set than that of the data.
     """
     scores = read_scores(folder)
     directions = []
@@ -119,6 +118,7 @@ def read_scored(folder: Path) -> tuple[Scores, list[Direction]]:
         texts = read_texts(folder, row.name)
         files = (folder / row.name / f"ref.{row.target}", folder / row.name / f"hyp.{row.target}")
         directions.append(Direction(row, *files, *texts))
+    check_scored(folder, directions, data)
     return scores, directions
 
 
@@ -156,10 +156,10 @@ def score_generated(run: Path, data: Path, names: Sequence[str]) -> tuple[Scores
 def _score_direction(generated: Path, data: Path, source: str, target: str, group: str) -> Direction:
     source_file, reference_file = find_raw(data, "test", source, target)
     references = read_lines(reference_file, "reference")
-    hypotheses = read_hypotheses(generated / GENERATE_FILE, len(references))
     sources = read_lines(source_file, "raw source")
     if len(sources) != len(references):
         raise UserError(f"{source_file} has {len(sources)} lines but {reference_file} has {len(references)}")
+    hypotheses = read_generated(generated, data, sources)
     plain = generated / f"hyp.{target}"
     write_lines(plain, hypotheses)
     measured = score_lines(sources, references, hypotheses, target, METRICS, None, None)
@@ -213,12 +213,13 @@ def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path]
     traced = model.trace(pick_samples(directions, of_each * len(directions)))
     name = task or run.resolve().name
     drawn = (run / "analysis", run / "sweep", default_out(model.checkpoint, "sweep"))
+    shown = [folder for folder in drawn if layers and belongs(folder, model.checkpoint, model.data)]
     return Report(
         name=name,
         scores=scores,
         directions=directions,
         layers=layers,
-        drawings=[one for folder in drawn if layers for one in read_drawings(folder)],
+        drawings=[one for folder in shown for one in read_drawings(folder)],
         traced=traced,
         training=training,
         settings=settings,
@@ -231,6 +232,6 @@ def _scored(run: Path, task: str | None, model: Model) -> tuple[Scores | None, l
     """Gives what ``xmoe score`` found, or else the scores of what ``fairseq-generate`` wrote, or else nothing."""
     folder = find_scores(run, model.checkpoint)
     if folder is not None:
-        return read_scored(folder)
+        return read_scored(folder, model.data)
     names = find_directions(run, task)
     return score_generated(run, model.data, names) if names else (None, [])

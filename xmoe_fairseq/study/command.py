@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from .. import locks
 from ..arguments import CommandParser, comma_list, quiet_libraries
 from ..errors import UserError
 from ..evaluation.outputs import replacing
@@ -48,10 +49,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--jobs {args.jobs} is out of range: it must be at least 1")
     study = read_study(args)
     runs = runs_of(study, args.models, _seeds(args.seeds))
-    study.results.mkdir(parents=True, exist_ok=True)
-
-    failures = run_all(runs, args.jobs, lambda _: write_page(study))
-    write_page(study)
+    with locks.held(study.results):
+        failures = run_all(runs, args.jobs, lambda _: write_page(study))
+        write_page(study)
     if failures:
         raise UserError(f"{len(failures)} of {len(runs)} runs failed, the others are done: {failures[0]}")
     print(f"written: {study.results / 'results.md'}")
