@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 
-def generated(hypotheses: list[str], order: list[int] | None = None) -> str:
-    """What fairseq-generate writes, in the order of its batches."""
+def generated(hypotheses: list[str], order: list[int] | None = None, sources: list[str] | None = None) -> str:
+    """What fairseq-generate writes, in the order of its batches; without sources if none are given."""
     lines = ["2026-01-01 00:00:00 | INFO | fairseq_cli.generate | loading model(s)"]
     for index in order or reversed(range(len(hypotheses))):
         text = hypotheses[index]
-        lines += [f"S-{index}\tsource", f"T-{index}\t<unk> target", f"H-{index}\t-0.53\t▁pieces {index}"]
+        lines += [f"S-{index}\t__xx__ {sources[index]}"] if sources else []
+        lines += [f"T-{index}\t<unk> target", f"H-{index}\t-0.53\t▁pieces {index}"]
         lines += [f"D-{index}\t{-0.53 if text else '-inf'}\t{text}", f"P-{index}\t-0.5 -0.6"]
     return "\n".join([*lines, "Generate test with beam=5: BLEU4 = 12.34, 50/20/9/4 (BP=1.000)", ""])
 

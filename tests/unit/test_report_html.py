@@ -103,7 +103,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             other.unlink()
     for pair in ("en-xx", "yy-en"):
         hypotheses = [EVIL, ARABIC, "", *(f"hello world {number}" for number in range(SENTENCES - 3))]
-        write_output(root / "run/generate" / pair, generated(hypotheses))
+        raw = root / f"data/raw/test.en-{pair.replace('en', '').strip('-')}.{pair[:2]}"
+        write_output(root / "run/generate" / pair, generated(hypotheses, sources=read_lines(raw, "sources")))
     return root
 
 

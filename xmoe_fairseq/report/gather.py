@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from .. import benchmarks, schema
 from ..errors import UserError
-from ..evaluation.outputs import find_raw, is_pair, read_lines, write_lines
+from ..evaluation.outputs import GENERATE_FILE, find_raw, is_pair, read_hypotheses, read_lines, write_lines
 from ..evaluation.result_folder import read_scores, read_texts
 from ..evaluation.score_command import default_out
 from ..evaluation.score_job import read_benchmark, read_groups_of
 from ..evaluation.scores import Row, Scores, average, score_lines
-from ..evaluation.test_sets import read_generated
+from ..evaluation.test_sets import check_generated
 from ..evaluation.usage import LayerUsage, measure
 from ..evaluation.versions import read_versions
 from .drawings import read_drawings
@@ -156,10 +156,11 @@ def score_generated(run: Path, data: Path, names: Sequence[str]) -> tuple[Scores
 def _score_direction(generated: Path, data: Path, source: str, target: str, group: str) -> Direction:
     source_file, reference_file = find_raw(data, "test", source, target)
     references = read_lines(reference_file, "reference")
+    hypotheses = read_hypotheses(generated / GENERATE_FILE, len(references))
     sources = read_lines(source_file, "raw source")
     if len(sources) != len(references):
         raise UserError(f"{source_file} has {len(sources)} lines but {reference_file} has {len(references)}")
-    hypotheses = read_generated(generated, data, sources)
+    check_generated(generated / GENERATE_FILE, data, sources)
     plain = generated / f"hyp.{target}"
     write_lines(plain, hypotheses)
     measured = score_lines(sources, references, hypotheses, target, METRICS, None, None)
