@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import logging
-import random
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-import prepare
 import pytest
 import torch
 from fairseq_cli import generate, interactive, validate
+from helpers_identity import PAIRS, prepared
 from helpers_training import MODEL, train
 
 from xmoe_fairseq import cli, identity
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.usage import measure
-
-PAIRS = ("de", "zu")
-
-
-def write_text(folder: Path, letters: str) -> Path:
-    """Writes a small corpus of made-up words in some letters."""
-    folder.mkdir(parents=True)
-    for language in PAIRS:
-        for split, lines in (("train", 120), ("valid", 6), ("test", 10)):
-            for side in ("en", language):
-                draw = random.Random(f"{language}{split}{side}")
-                text = [" ".join("".join(draw.choices(letters, k=3)) for _ in range(5)) for _ in range(lines)]
-                (folder / f"{split}.en-{language}.{side}").write_text("".join(f"{line}\n" for line in text))
-    return folder
-
-
-def prepared(folder: Path, alphabet: str) -> Path:
-    text = write_text(folder / "text", alphabet)
-    prepare.main(["--benchmark", "local", "--input", str(text), "--out", str(folder / "data"), "--vocab-size", "310"])
-    return folder / "data"
 
 
 @pytest.fixture(scope="module")

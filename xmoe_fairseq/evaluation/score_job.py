@@ -167,7 +167,7 @@ class ScoreJob:
         if frozenset(files) not in self._same:  # both directions are of the same files
             pair = f"{source}-{target}"
             texts = dict(zip(files, (sources, references), strict=True))
-            check_binarised(self.data, self.decoding.subset, pair, self.benchmark.english, texts)
+            check_binarised(self.data, self.decoding.subset, pair, self.benchmark.english, texts, self.decoding.lines)
             self._same.add(frozenset(files))
         return sources, references
 

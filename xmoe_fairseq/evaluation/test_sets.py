@@ -34,7 +34,9 @@ def texts_checksum(texts: Iterable[tuple[str, Sequence[str], Sequence[str]]]) ->
     return checksum(" ".join(one).encode() for one in sorted(sums))
 
 
-def check_binarised(data: Path, subset: str, pair: str, english: str, texts: Mapping[Path, Sequence[str]]) -> None:
+def check_binarised(
+    data: Path, subset: str, pair: str, english: str, texts: Mapping[Path, Sequence[str]], first: int = 0
+) -> None:
     """Compares raw lines with the binarised ones that are translated.
 
     Args:
@@ -42,7 +44,8 @@ def check_binarised(data: Path, subset: str, pair: str, english: str, texts: Map
         subset: ``test`` or ``valid``.
         pair: a direction.
         english: the code of English in the data.
-        texts: both sides, all lines or the first ones, by the raw files, whose names the binarised ones have too.
+        texts: lines of both sides, by the raw files, whose names the binarised ones have too.
+        first: how many the lines are at most; 0 if they are all.
 
     Raises:
         UserError: names the first line that differs, or a binarised file that is damaged.
@@ -54,12 +57,12 @@ def check_binarised(data: Path, subset: str, pair: str, english: str, texts: Map
     check_split(str(data / "bin"), subset, [pair], english)
     subword = Subword(model)
     for raw, lines in texts.items():
-        _check_text(subword, raw, data / "bin" / raw.name, lines)
+        _check_text(subword, raw, data / "bin" / raw.name, lines, first)
 
 
-def _check_text(subword: Subword, raw: Path, prefix: Path, lines: Sequence[str]) -> None:
+def _check_text(subword: Subword, raw: Path, prefix: Path, lines: Sequence[str], first: int) -> None:
     held = MMapIndexedDataset(str(prefix))
-    if len(held) < len(lines):
+    if len(lines) != (min(first, len(held)) or len(held)):
         raise UserError(f"{raw} has {len(lines)} lines, {prefix} has {len(held)}: prepare the data again")
     ids = (held[number].tolist() for number in range(len(lines)))
     number = 0
