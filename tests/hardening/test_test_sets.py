@@ -91,11 +91,14 @@ def test_a_reversed_test_set_is_refused(more: tuple[str, ...], changed: Path, ru
 
 
 def test_lines_that_are_missing_or_too_many_are_refused(changed: Path, run: Path, tmp_path: Path) -> None:
-    for edit in (lambda lines: lines[:-1], lambda lines: [*lines, "more"]):
-        for side in ("en", "de"):
-            file = changed / f"raw/test.en-de.{side}"
-            write_lines(file, edit(read_lines(file, "text")))
-        with pytest.raises(UserError, match=r"has \d+ lines, \S+ has \d+"):
+    lines = {side: read_lines(changed / f"raw/test.en-de.{side}", "text") for side in ("en", "de")}
+    for edited in (
+        {side: text[:-1] for side, text in lines.items()},
+        {s: [*text, "more"] for s, text in lines.items()},
+    ):
+        for side, text in edited.items():
+            write_lines(changed / f"raw/test.en-de.{side}", text)
+        with pytest.raises(UserError, match=r"test.en-de.en has \d+ lines, \S+ has 10: prepare the data again"):
             score(changed, run / "checkpoint_last.pt", "--out", tmp_path / "out")
 
 
@@ -187,14 +190,14 @@ def test_scores_and_figures_of_another_checkpoint(
 ) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     train(data / "bin", copy, 3, *MODEL)  # goes on
+    for name in ("analysis", "sweep"):
+        assert not belongs(copy / name, copy / "checkpoint_last.pt", data)
+        assert f"the figures of {copy / name} are left out: they are of another checkpoint" in caplog.text
     last = ("--checkpoint", str(copy / "checkpoint_last.pt"))
     with pytest.raises(
         UserError, match=r"has the scores of another checkpoint \(\S+checkpoint_last.pt, or what it was"
     ):
         report(copy, data, *last)
-    for name in ("analysis", "sweep"):
-        assert not belongs(copy / name, copy / "checkpoint_last.pt", data)
-        assert f"the figures of {copy / name} are left out: they are of another checkpoint" in caplog.text
 
 
 def test_figures_of_another_text_are_left_out(changed: Path, run: Path, caplog: pytest.LogCaptureFixture) -> None:
