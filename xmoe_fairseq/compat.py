@@ -71,6 +71,7 @@ def install() -> None:
     from fairseq import checkpoint_utils, options
     from fairseq.data import FastaDataset, SampledMultiEpochDataset
     from fairseq.data.iterators import EpochBatchIterator
+    from fairseq.dataclass import initialize
     from fairseq.distributed import utils as distributed_utils
     from fairseq.file_io import PathManager
     from fairseq.models import BaseFairseqModel, distributed_fairseq_model
@@ -114,9 +115,10 @@ def install() -> None:
         (SampledMultiEpochDataset, "_next_virtual_epoch", _same_sample_when_resumed),
         (options, "parse_args_and_arch", _bf16_is_not_tpu),
         (train, "add_defaults", command_line.checked_yaml),
+        (initialize, "add_defaults", command_line.checked_yaml),
         (BaseFairseqModel, "load_state_dict", loading.fitting),
         (Trainer, "train_step", _ends_at_nan),
-        (NanDetector, "add_hooks", _looks_at_tensors),
+        (NanDetector, "add_hooks", _looks_forward),
         (FastaDataset, "_build_index", _plain_names),
         (options, "add_interactive_args", interactive.whole_lines),
     ):
@@ -311,13 +313,14 @@ def _ends_at_nan(train_step: Any) -> Any:
     return step
 
 
-def _looks_at_tensors(add_hooks: Any) -> Any:
-    """Stock fairseq's search for what made a NaN fails on modules that give more than tensors, as ours do."""
+def _looks_forward(add_hooks: Any) -> Any:
+    """Stock fairseq's search for what made a NaN fails in the backward pass of modules that give dictionaries, as its
+    own encoders do, or plans, as ours do; where the first NaN was made, the forward pass says."""
 
     @functools.wraps(add_hooks)
     def add(detector: Any, module: Any) -> None:
-        if not type(module).__module__.startswith("xmoe_fairseq.moe"):
-            add_hooks(detector, module)
+        detector.backward = False
+        add_hooks(detector, module)
 
     return add
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import sys
 import tempfile
 import traceback
@@ -19,6 +20,7 @@ from .errors import UserError
 # What a shell gives a program that Ctrl-C, or a reader that has gone, ended.
 INTERRUPTED, BROKEN_PIPE = 130, 141
 _SHOWN = 300
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory")
 
 
@@ -30,18 +32,20 @@ def one_line() -> Iterator[None]:
         SystemExit: see `ending`; one that was raised inside stays as it is.
     """
     try:
-        try:
-            yield
-        except SystemExit as end:
-            if end.code not in (None, 0):
-                raise
-            sys.stdout.flush()
-            raise
-        sys.stdout.flush()
-    except SystemExit:
+        yield
+    except SystemExit as end:
+        if end.code in (None, 0):
+            _check_written()
         raise
     except BaseException as error:
         raise ending(error) from error
+    _check_written()
+
+
+def _check_written() -> None:
+    end = _flush()
+    if end is not None:
+        raise end
 
 
 def install() -> None:
@@ -63,12 +67,12 @@ def ending(error: BaseException) -> SystemExit:
     if isinstance(error, KeyboardInterrupt):
         print("xmoe_fairseq: interrupted", file=sys.stderr)
         return SystemExit(INTERRUPTED)
-    broken = _broken_stdout() if isinstance(error, OSError) else None
-    if broken is None:
-        return UserError(_line(error))
-    if broken.errno == errno.EPIPE:
-        return SystemExit(BROKEN_PIPE)
-    return UserError(f"standard output cannot be written: {broken.strerror}")
+    if isinstance(error, OSError):
+        silent = isinstance(error, BrokenPipeError) and _has_no_reader()
+        _flush()
+        if silent:
+            return SystemExit(BROKEN_PIPE)
+    return UserError(_line(error))
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -91,16 +95,16 @@ def _flush_at_end() -> None:
     """Python would end with a message of its own, and code 120, where the last output cannot be written."""
     if not _is_command():
         return
-    broken = _broken_stdout()
-    if broken is not None:
-        if broken.errno != errno.EPIPE:
-            print(UserError(f"standard output cannot be written: {broken.strerror}"), file=sys.stderr, flush=True)
+    end = _flush()
+    if end is not None:
+        if isinstance(end, UserError):
+            print(end, file=sys.stderr, flush=True)
         logging.shutdown()
-        os._exit(BROKEN_PIPE if broken.errno == errno.EPIPE else 1)
+        os._exit(1 if isinstance(end, UserError) else BROKEN_PIPE)
 
 
-def _broken_stdout() -> OSError | None:
-    """Gives the error of standard output, if it has one; what could not be written is dropped then."""
+def _flush() -> SystemExit | None:
+    """Writes what is left to standard output; if that fails, gives what ends the program, and drops what comes."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -108,17 +112,31 @@ def _broken_stdout() -> OSError | None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
-        return error
+        if isinstance(error, BrokenPipeError):
+            return SystemExit(BROKEN_PIPE)
+        return UserError(f"standard output cannot be written: {error.strerror}")
     except (AttributeError, ValueError):  # there is none, or it is closed
-        return None
+        pass
     return None
+
+
+def _has_no_reader() -> bool:
+    """Says whether standard output is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no such call, or no such file
+        return False
 
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return f"{error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"standard output, or a file, cannot be written: {error.strerror}"
     if _is_no_memory(error):
         return (
             f"there is not enough memory ({text or 'MemoryError'}): use a smaller --max-tokens, a smaller model, fewer "

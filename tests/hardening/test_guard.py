@@ -1,0 +1,94 @@
+"""Every end of a command is one line and an exit code that is not 0."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from xmoe_fairseq import guard
+from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.moe import kernels
+
+
+def ended_by(error: BaseException) -> SystemExit:
+    with pytest.raises(SystemExit) as end, guard.one_line():
+        raise error
+    return end.value
+
+
+ENDS = {
+    "a file": (
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "x.txt"),
+        "x.txt: No such file or directory",
+    ),
+    "memory": (MemoryError(), "there is not enough memory"),
+    "an allocator": (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1000 bytes."),
+        "there is not enough memory .*1000 bytes.*--max-tokens",
+    ),
+    "a GPU": (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "there is not enough memory"),
+    "a fault": (KeyError("best_loss"), r"this is a fault of xmoe_fairseq \(KeyError: 'best_loss'\): please report"),
+    "lines": (RuntimeError("one\ntwo\n" + "x" * 5000), r"\(RuntimeError: one two x+\.\.\.\)"),
+    "nothing": (AssertionError(), r"\(AssertionError\)"),
+}
+
+
+@pytest.mark.parametrize(("error", "message"), ENDS.values(), ids=ENDS)
+def test_an_exception_is_a_line(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    end = ended_by(error)
+    assert isinstance(end, UserError) and re.search(message, end.message), end.message
+    assert "\n" not in end.message and len(end.message) < 600
+    logs = list(tmp_path.iterdir())
+    assert len(logs) == ("report" in end.message)
+    for log in logs:
+        assert str(log) in end.message and "Traceback" in log.read_text() and "test_guard.py" in log.read_text()
+
+
+def test_a_refusal_of_the_layers_is_a_line_as_it_is() -> None:
+    with pytest.raises(UserError) as end, guard.one_line():
+        kernels.choose("best", torch.zeros(1, 1), cast(Any, None), 1)
+    assert end.value.message.startswith("there is no kernel 'best': choose one of ")
+
+
+def test_what_ends_a_program_already_stays() -> None:
+    for error in (UserError("as it is"), SystemExit(3), SystemExit("text")):
+        assert ended_by(error) is error
+
+
+def test_an_interrupt_has_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended_by(KeyboardInterrupt()).code == 130
+    assert capsys.readouterr().err == "xmoe_fairseq: interrupted\n"
+
+
+def test_nowhere_to_write_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
+    assert "report it" in ended_by(KeyError(1)).code
+
+
+def test_other_programs_keep_their_own_ways(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = ValueError("mine")
+    for program in ("/usr/bin/pytest", "notebook.py", ""):
+        monkeypatch.setattr(sys, "argv", [program])
+        guard._hook(ValueError, error, None)
+        assert capsys.readouterr().err == "ValueError: mine\n"
+    for program in ("/env/bin/fairseq-train", "/site-packages/fairseq_cli/train.py", "xmoe", guard.__file__):
+        monkeypatch.setattr(sys, "argv", [program])
+        with pytest.raises(UserError, match="ValueError: mine"):
+            guard._hook(ValueError, error, None)
+
+
+def test_a_broken_pipe_of_something_else_is_not_silent() -> None:
+    end = ended_by(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
+    assert isinstance(end, UserError) and "BrokenPipeError" in end.message
