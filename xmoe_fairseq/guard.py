@@ -37,7 +37,7 @@ def one_line() -> Iterator[None]:
         if end.code in (None, 0):
             _check_written()
         raise
-    except BaseException as error:
+    except Exception as error:  # an interrupt is left to what called this, and at the end to `_hook`
         raise ending(error) from error
     _check_written()
 

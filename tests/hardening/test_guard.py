@@ -65,8 +65,13 @@ def test_what_ends_a_program_already_stays() -> None:
         assert ended_by(error) is error
 
 
-def test_an_interrupt_has_its_code(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ended_by(KeyboardInterrupt()).code == 130
+def test_an_interrupt_has_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), guard.one_line():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sys, "argv", ["xmoe"])
+    with pytest.raises(SystemExit) as end:
+        guard._hook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert end.value.code == 130
     assert capsys.readouterr().err == "xmoe_fairseq: interrupted\n"
 
 
