@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -20,7 +18,9 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
 from sacrebleu.utils import SACREBLEU_DIR
 
-from ..errors import UserError
+from ..arguments import CommandParser, file_path
+from ..errors import UserError, printable
+from ..schema import json_text
 from .bootstrap import corpus_score, sentence_statistics
 from .outputs import GENERATE_FILE, read_hypotheses, read_lines, write_lines
 
@@ -152,9 +152,11 @@ def sacrebleu_command(reference: Path, plain: Path, tokenizer: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints one direction's figures with their signatures."""
-    parser = argparse.ArgumentParser(prog="python -m xmoe_fairseq.evaluation.score", description=main.__doc__)
-    parser.add_argument("--generate", type=Path, required=True, help="--results-path of fairseq-generate, or the file")
-    parser.add_argument("--reference", type=Path, required=True, help="raw reference, one sentence a line")
+    parser = CommandParser(prog="python -m xmoe_fairseq.evaluation.score", description=main.__doc__)
+    parser.add_argument(
+        "--generate", type=file_path, required=True, help="--results-path of fairseq-generate, or the file"
+    )
+    parser.add_argument("--reference", type=file_path, required=True, help="raw reference, one sentence a line")
     parser.add_argument("--target", required=True, help="language translated into; selects BLEU's tokenizer")
     parser.add_argument("--tokenize", choices=BLEU.TOKENIZERS, help="another tokenizer for BLEU")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -162,12 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     figures, plain = score_output(args.generate, args.reference, args.target, args.tokenize)
     if args.json:
-        print(json.dumps({**asdict(figures), "target": args.target, "hypotheses": str(plain)}, indent=2))
+        print(json_text({**asdict(figures), "target": args.target, "hypotheses": str(plain)}, "--json", 2), end="")
         return
     print(f"BLEU   {figures.bleu:6.2f}  {figures.bleu_signature}")
     print(f"chrF++ {figures.chrf:6.2f}  {figures.chrf_signature}")
     print(f"{figures.sentences} sentences; the same figures from")
-    print(f"  {sacrebleu_command(args.reference, plain, figures.tokenizer)}")
+    print(printable(f"  {sacrebleu_command(args.reference, plain, figures.tokenizer)}"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import schema
+from ..arguments import CommandParser, file_path
 from ..benchmarks import BENCHMARKS
 from ..errors import UserError
 from .outputs import replacing
@@ -138,8 +138,8 @@ def render(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes results.md of a study."""
-    parser = argparse.ArgumentParser(prog="python -m xmoe_fairseq.evaluation.study", description=main.__doc__)
-    parser.add_argument("--study", type=Path, required=True, help="folder with one folder a model")
+    parser = CommandParser(prog="python -m xmoe_fairseq.evaluation.study", description=main.__doc__)
+    parser.add_argument("--study", type=file_path, required=True, help="folder with one folder a model")
     parser.add_argument("models", nargs="+", help="the models' folders, in the order of the table")
     args = parser.parse_args(argv)
     table = render([read_row(args.study, name) for name in args.models])

@@ -1,0 +1,22 @@
+"""Memory of `xmoe score` and `xmoe compare`: 200,000 lines a direction take less than 2 GiB."""
+
+from __future__ import annotations
+
+import pytest
+from helpers_commands import CONTEXT
+from helpers_load import measure
+
+# What 200,000 lines may take beyond Python and the libraries, which take less than 600 MiB.
+MIB_OF_ONE_LINE = (2048 - 600) / 200_000
+
+
+@pytest.mark.parametrize("command", ["score", "compare"])
+@pytest.mark.parametrize(
+    ("count", "directions"), [(10_000, 1), pytest.param(60_000, 2, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_memory_is_that_of_the_text(command: str, count: int, directions: int) -> None:
+    """sacreBLEU alone takes 10 GiB and 18 GiB for 200,000 lines, hence 0.5 and 0.9 GiB for 10,000."""
+    with CONTEXT.Pool(1) as pool:
+        figures = pool.apply(measure, (command, count, directions, 200))
+    # sacreBLEU keeps the tokens of the last 65,536 lines, whatever the length of the text.
+    assert figures["peak"] - figures["before"] < MIB_OF_ONE_LINE * count + 64

@@ -1,0 +1,118 @@
+"""Peak memory and processor time of ``xmoe score`` and ``xmoe compare`` on long test sets, without a model.
+
+.. code-block:: bash
+
+    python tests/helpers_load.py score 200000
+    python tests/helpers_load.py compare 200000 --samples 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+WORDS = [f"{first}{second}" for first in "ka lo mi pe tu sar ven dor".split() for second in "ta ri no lem gus".split()]
+LANGUAGES = ("ca", "sw")
+
+
+def lines(count: int, seed: int) -> list[str]:
+    """Gives lines of 10 to 30 words."""
+    chosen = random.Random(seed)
+    return [" ".join(chosen.choices(WORDS, k=chosen.randint(10, 30))) + "." for _ in range(count)]
+
+
+def write_run(folder: Path, count: int, languages: Sequence[str]) -> tuple[Path, Path]:
+    """Writes a data folder of directions out of English, and a run that translated them."""
+    data, run = folder / "data", folder / "run"
+    (data / "raw").mkdir(parents=True)
+    (data / "bin").mkdir()
+    (data / "MANIFEST.json").write_text('{"benchmark": "local"}')
+    (data / "bin/lang_pairs.txt").write_text("".join(f"en-{language}\n" for language in languages))
+    (data / "groups.tsv").write_text("".join(f"{language}\thigh\t9\n" for language in languages))
+    for language in languages:
+        for side in ("en", language):
+            (data / f"raw/test.en-{language}.{side}").write_text("\n".join(lines(count, len(side + language))) + "\n")
+        (run / f"generate/en-{language}").mkdir(parents=True)
+        with (run / f"generate/en-{language}/generate-test.txt").open("w") as file:
+            file.writelines(f"D-{number}\t-0.5\t{line}\n" for number, line in enumerate(lines(count, 4)))
+    return data, run
+
+
+def write_systems(folder: Path, count: int, languages: Sequence[str]) -> list[Path]:
+    """Writes what ``xmoe score`` would write of two systems, without scoring them."""
+    from xmoe_fairseq.evaluation.scores import score_lines
+
+    systems = []
+    for number in (1, 2):
+        rows: list[dict[str, Any]] = []
+        for language in languages:
+            texts = {"src.en": lines(count, 1), f"ref.{language}": lines(count, 2)}
+            texts[f"hyp.{language}"] = lines(count, 2 + number)
+            place = folder / f"system{number}/en-{language}"
+            place.mkdir(parents=True)
+            for name, text in texts.items():
+                (place / name).write_text("\n".join(text) + "\n")
+            few = [text[:50] for text in texts.values()]
+            found = score_lines(few[0], few[1], few[2], language, ("bleu", "chrf"), None, None)
+            unknown = {"too_long": None, "seconds": None, "experts_per_token": None}
+            rows.append({"source": "en", "target": language, "group": "high", **found, **unknown})
+        mean = {"name": "all", "directions": len(rows), "scores": rows[0]["scores"], "length_ratio": 1.0}
+        none = dict.fromkeys(("tokenize", "model", "words_per_second", "device", "detector"))
+        scores = {"name": "x", "settings": {}, "english": "en", "rows": rows, "averages": [mean], "versions": {}} | none
+        systems.append(folder / f"system{number}")
+        (systems[-1] / "scores.json").write_text(json.dumps(scores))
+    return systems
+
+
+def measure(command: str, count: int, directions: int, samples: int) -> dict[str, float]:
+    """Runs a command and gives its memory in MiB, at its peak and before it starts, and its processor time."""
+    from xmoe_fairseq import cli
+
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+        folder = Path(name)
+        if command == "score":
+            data, run = write_run(folder, count, LANGUAGES[:directions])
+            words = ["score", str(run), "--data", str(data)]
+        else:
+            words = [
+                "compare",
+                *map(str, write_systems(folder, count, LANGUAGES[:directions])),
+                "--samples",
+                str(samples),
+            ]
+        # What the preparation took is given back before the peak is looked at; the least peak is that of the imports.
+        before, start = _resident(), time.process_time()
+        cli.main([*words, "--quiet"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"before": before, "peak": peak, "seconds": time.process_time() - start}
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description="memory and time of xmoe score and compare")
+    parser.add_argument("command", choices=("score", "compare"))
+    parser.add_argument("lines", type=int)
+    parser.add_argument("--directions", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--samples", type=int, default=1000)
+    args = parser.parse_args()
+    found = measure(args.command, args.lines, args.directions, args.samples)
+    figures = ", ".join(f"{name} {value:,.0f}" for name, value in found.items())
+    print(f"{args.command}, {args.lines:,} lines in each of {args.directions}: {figures}")
+
+
+if __name__ == "__main__":
+    main()
