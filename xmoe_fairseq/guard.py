@@ -137,7 +137,7 @@ def _line(error: BaseException) -> str:
         return f"{error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"standard output, or a file, cannot be written: {error.strerror}"
-    if _is_no_memory(error):
+    if is_no_memory(error):
         return (
             f"there is not enough memory ({text or 'MemoryError'}): use a smaller --max-tokens, a smaller model, fewer "
             "lines, or a machine with more memory"
@@ -152,7 +152,8 @@ def _line(error: BaseException) -> str:
     return f"this is a fault of xmoe_fairseq ({what}): please report it with {log}, which has the traceback"
 
 
-def _is_no_memory(error: BaseException) -> bool:
+def is_no_memory(error: BaseException) -> bool:
+    """Says whether there was no memory, of the machine or a GPU."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)

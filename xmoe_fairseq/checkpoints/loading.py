@@ -8,8 +8,10 @@ import re
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from .. import guard
 from ..errors import UserError
 from . import options, reading
 
@@ -81,7 +83,8 @@ def resumable(load_checkpoint: Any) -> Any:
         try:
             return load_checkpoint(trainer, filename, *args, **kwargs)
         except Exception as error:
-            if isinstance(error, (OSError, MemoryError)):
+            other_cause = isinstance(error, (OSError, dist.DistError)) or "gloo" in str(error)
+            if other_cause or guard.is_no_memory(error):
                 raise
             cause = error if error.__context__ is None else error.__context__
             reason = " ".join(str(cause).split())[:300] or type(cause).__name__
