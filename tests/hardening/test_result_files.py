@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import study
 from xmoe_fairseq.report.gather import read_seconds
 from xmoe_fairseq.schema import json_text, parse_json, read_json
 
@@ -227,21 +226,6 @@ def test_seconds(text: str, tmp_path: Path) -> None:
     refused(lambda: read_seconds(tmp_path / "seconds.json"), "it must map each stage to its seconds")
     (tmp_path / "seconds.json").write_text('{"train": 80, "data": 3.1}')
     assert read_seconds(tmp_path / "seconds.json") == {"train": 80.0, "data": 3.1}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{}", "directions is missing; run xmoe report again"),
-        ('{"directions": [], "layers": []}', "lacks directions out of or into English"),
-        ('{"directions": [{"source": "en"}], "layers": []}', r"directions\[0\].target is missing"),
-        ('{"directions": 5, "layers": []}', "directions is 5, it must be a list"),
-    ],
-)
-def test_reports_of_a_study(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "xmoe").mkdir()
-    (tmp_path / "xmoe/report.json").write_text(text)
-    refused(lambda: study.main(["--study", str(tmp_path), "xmoe"]), message)
 
 
 @pytest.mark.parametrize("line", ["abc", "../../victim-x", "en-", "en-ca\tx", "-", "en-ca-x", ""])

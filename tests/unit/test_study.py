@@ -115,7 +115,7 @@ def test_rows_are_added_up_over_seeds(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no JSON object"):
         read_results(study)
     Run(study, other, 1).result.write_text(json.dumps({"settings": Run(study, other, 1).settings}))
-    with pytest.raises(UserError, match="is no result of a run, row is missing"):
+    with pytest.raises(UserError, match="row is missing; delete it to measure the run again"):
         read_results(study)
 
 
@@ -164,9 +164,7 @@ def test_claims_by_a_naive_bootstrap(tmp_path: Path) -> None:
         write_result(Run(study, other, seed), 25.0 + 0.5 * seed, 800.0, chosen=18.0 + seed)
     rows = read_results(study)
     better, kept = test_claims(study.plan.claims, rows)
-    draws = [
-        [result[at]["bleu_draws"] for result in row.results] for row, at in ((rows[1], "trained"), (rows[0], "trained"))
-    ]
+    draws = [[list(result.trained.bleu_draws) for result in row.results] for row in (rows[1], rows[0])]
     low, high = naive_interval(*draws)
     centre = np.mean(draws[0]) - np.mean(draws[1])
     assert better.difference == pytest.approx(25.75 - 21.5)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .plan import Claim
-from .results import Result, RowResults
+from .results import RowResults, SystemResult
 
 # Of the seeds' draws, so that the page is the same every time it is written.
 _SEED = 12345
@@ -52,9 +52,12 @@ def test_claims(claims: Sequence[Claim], rows: Sequence[RowResults]) -> list[Tes
     tested = []
     for claim in claims:
         if claim.system in by_name and claim.baseline in by_name:
-            system = [result[claim.at] for result in by_name[claim.system].results]
-            baseline = [result["trained"] for result in by_name[claim.baseline].results]
-            if None not in system:  # a system may have no threshold within the budget
+            found = [
+                result.chosen if claim.at == "chosen" else result.trained for result in by_name[claim.system].results
+            ]
+            system = [one for one in found if one is not None]  # there may be no threshold within the budget
+            baseline = [result.trained for result in by_name[claim.baseline].results]
+            if system:
                 tested.append(_test(claim, system, baseline))
     return tested
 
@@ -63,7 +66,7 @@ def test_claims(claims: Sequence[Claim], rows: Sequence[RowResults]) -> list[Tes
 test_claims.__test__ = False  # type: ignore[attr-defined]
 
 
-def _test(claim: Claim, system: Sequence[Result], baseline: Sequence[Result]) -> Tested:
+def _test(claim: Claim, system: Sequence[SystemResult], baseline: Sequence[SystemResult]) -> Tested:
     difference = _mean_bleu(system) - _mean_bleu(baseline)
     rng = np.random.default_rng(_SEED)
     draws = resample(_draws(system), rng) - resample(_draws(baseline), rng)
@@ -75,7 +78,7 @@ def _test(claim: Claim, system: Sequence[Result], baseline: Sequence[Result]) ->
     verdict = UNDECIDED
     if len(system) > 1 and len(baseline) > 1:
         verdict = SEEN if low > -claim.margin else NOT_SEEN if high < -claim.margin else UNDECIDED
-    flops = [float(np.mean([result["model"]["moe_flops"] for result in side])) for side in (system, baseline)]
+    flops = [float(np.mean([result.model.moe_flops for result in side])) for side in (system, baseline)]
     return Tested(
         claim=claim,
         seeds=(len(system), len(baseline)),
@@ -88,12 +91,12 @@ def _test(claim: Claim, system: Sequence[Result], baseline: Sequence[Result]) ->
     )
 
 
-def _mean_bleu(results: Sequence[Result]) -> float:
-    return float(np.mean([result["averages"]["all"]["bleu"] for result in results]))
+def _mean_bleu(results: Sequence[SystemResult]) -> float:
+    return float(np.mean([result.averages["all"]["bleu"] for result in results]))
 
 
-def _draws(results: Sequence[Result]) -> np.ndarray:
-    return np.array([result["bleu_draws"] for result in results])
+def _draws(results: Sequence[SystemResult]) -> np.ndarray:
+    return np.array([result.bleu_draws for result in results])
 
 
 def resample(draws: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps, style
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from ..report.picture import STYLE
-from .results import Result, RowResults
+from .results import RowResults, RunResult, SystemResult
 
 WIDTH_INCHES, HEIGHT_INCHES, DOTS_PER_INCH = 8.0, 4.5, 120
 # Rows differ in colour and in dashes, as there are more rows than colours that everyone can tell apart.
@@ -25,7 +25,7 @@ def draw_curves(rows: Sequence[RowResults]) -> Figure:
     with style.context(["default", STYLE]):
         figure, axes = _figure()
         for number, row in enumerate(rows):
-            _draw_course(axes, [result["valid"] for result in row.results], "loss", row.row.name, number)
+            _draw_course(axes, [result.valid for result in row.results], "loss", row.row.name, number)
         axes.set_xlabel("updates")
         axes.set_ylabel("validation loss")
         axes.set_yscale("log")
@@ -43,7 +43,7 @@ def draw_experts(rows: Sequence[RowResults]) -> Figure:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, (stack, metric) in zip(panels, _STACKS.items(), strict=True):
             for number, row in enumerate(moving):
-                courses = [result["train"] for result in row.results if metric in result["train"]]
+                courses = [result.train for result in row.results if metric in result.train]
                 if courses:
                     _draw_course(axes, courses, metric, row.row.name, number)
             axes.set_title(stack)
@@ -63,11 +63,11 @@ def draw_quality(rows: Sequence[RowResults]) -> Figure:
         for number, row in enumerate(rows):
             colour = _COLOURS[number % len(_COLOURS)]
             marker = "osD^v"[number // len(_COLOURS) % 5]
-            trained = [_point(result["trained"]) for result in row.results]
+            trained = [_point(result.trained) for result in row.results]
             axes.plot(*zip(*trained, strict=True), marker, color=colour, label=row.row.name)
             for result in row.results:
-                if result["chosen"] is not None:
-                    ends = [_point(result["trained"]), _point(result["chosen"])]
+                if result.chosen is not None:
+                    ends = [_point(result.trained), _point(result.chosen)]
                     axes.plot(*zip(*ends, strict=True), ":", color=colour, linewidth=0.8)
                     axes.plot(*ends[1], marker, color=colour, markerfacecolor="white")
         axes.set_xlabel("FLOPs per token in experts")
@@ -83,15 +83,17 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _point(system: Result) -> tuple[float, float]:
-    return system["model"]["moe_flops"], system["averages"]["all"]["bleu"]
+def _point(system: SystemResult) -> tuple[float, float]:
+    return system.model.moe_flops, system.averages["all"]["bleu"]
 
 
-def _moves(result: Result) -> bool:
-    return any(len(set(result["train"].get(metric, ()))) > 1 for metric in _STACKS.values())
+def _moves(result: RunResult) -> bool:
+    return any(len(set(result.train.get(metric, ()))) > 1 for metric in _STACKS.values())
 
 
-def _draw_course(axes: Axes, courses: Sequence[Result], metric: str, label: str, number: int) -> None:
+def _draw_course(
+    axes: Axes, courses: Sequence[Mapping[str, Sequence[float]]], metric: str, label: str, number: int
+) -> None:
     """Draws the mean of one metric over seeds, and a band; the seeds' updates are the same, or else the first's."""
     updates = courses[0]["updates"]
     values = np.array([np.interp(updates, course["updates"], course[metric]) for course in courses])

@@ -35,17 +35,17 @@ class StudyResults:
 def render_markdown(results: StudyResults) -> str:
     """Writes the page."""
     first = results.rows[0].results[0]
-    settings, trained = first["settings"], first["trained"]
-    machines = sorted({one["machine"] for row in results.rows for one in row.results})
+    settings, trained = first.settings, first.trained
+    machines = sorted({one.machine for row in results.rows for one in row.results})
     parts = [
         "# Results of the study",
         "Written by `scripts/study.sh`. Mean ± standard deviation over the seeds; one seed has none.",
         "## Quality",
         markdown(*_quality(results)),
-        f"BLEU and chrF++ are means over the directions ({trained['sentences']:,} test sentences in all, beam "
+        f"BLEU and chrF++ are means over the directions ({trained.sentences:,} test sentences in all, beam "
         f"{settings['beam']}); perplexity is that of the development set after {settings['updates']:,} updates. "
         "*Plateau* is the relative fall of the validation loss over the last fifth of the updates.",
-        "\n".join(f"- `{signature}`" for signature in trained["signatures"].values()),
+        "\n".join(f"- `{signature}`" for signature in trained.signatures.values()),
         "## Cost",
         markdown(*_cost(results)),
         "FLOPs of a token's forward pass as `xmoe info` counts them, with the experts that tokens took on the test "
@@ -58,7 +58,7 @@ def render_markdown(results: StudyResults) -> str:
         "## Rows",
         "\n".join(f"- **{row.row.name}**: {row.row.why}" for row in results.rows),
         f"Machine{'s' * (len(machines) > 1)}: {', '.join(machines)}. Training took "
-        f"{sum(one['seconds'] for row in results.rows for one in row.results) / 3600:.1f} hours in all.",
+        f"{sum(one.seconds for row in results.rows for one in row.results) / 3600:.1f} hours in all.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -88,8 +88,8 @@ def _quality(results: StudyResults) -> tuple[list[str], list[list[str]]]:
             for metric in ("bleu", "chrf")
             for directions in ("all", row.out_of, row.into)
         ]
-        perplexity = row.spread(lambda result: result["valid"]["ppl"][-1])
-        plateau = row.spread(lambda result: result["plateau"])
+        perplexity = row.spread(lambda result: result.valid["ppl"][-1])
+        plateau = row.spread(lambda result: result.plateau)
         fall = NONE if plateau is None else f"{plateau['mean']:.1%}"
         lines.append([row.row.name, str(len(row.seeds)), *scores, _shown(perplexity), fall])
     return header, lines
@@ -106,7 +106,7 @@ def _cost(results: StudyResults) -> tuple[list[str], list[list[str]]]:
         passed = [row.strata(stack) for stack in ("encoder", "decoder")]
         strata = [_shown(one if one is not None and one["mean"] != 1 else None) for one in passed]
         speed = results.speed.get(row.row.name, {})
-        parameters = short(row.results[0]["trained"]["model"]["parameters"])
+        parameters = short(row.results[0].trained.model.parameters)
         lines.append(
             [row.row.name, parameters, *costs, *experts, *strata]
             + [number(speed.get(program), 2) for program in ("training", "decoding")]

@@ -10,15 +10,89 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ..errors import UserError
+from ..evaluation.decoding import ModelSize
 from ..evaluation.result_folder import read_json
+from ..schema import build
 from .plan import StudyRow
 from .runs import Run, Study
 
-Result = Mapping[str, Any]
 _SEED = re.compile(r"-(\d+)\.json")
-_PARTS = ("row", "seed", "settings", "machine", "seconds", "valid", "train", "plateau", "trained", "chosen")
 # Two figures of one row: over the seeds.
 Spread = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class SystemResult:
+    """What is kept of a scored model.
+
+    Attributes:
+        averages: by set of directions, ``all``, ``en-xx`` and ``xx-en``, the scores by metric.
+        directions: by direction, the scores by metric.
+        signatures: sacreBLEU's, by metric.
+        sentences: translated.
+        words_per_second: source words by the time of the search; None where it was not measured.
+        model: what it costs.
+        stacks: by stack, experts and strata per token; empty for a dense model.
+        bleu_draws: mean BLEU of the directions on each draw of sentences; the same draws for every system.
+    """
+
+    averages: Mapping[str, Mapping[str, float]]
+    directions: Mapping[str, Mapping[str, float]]
+    signatures: Mapping[str, str]
+    sentences: int
+    words_per_second: float | None
+    model: ModelSize
+    stacks: Mapping[str, Mapping[str, float]]
+    bleu_draws: Sequence[float]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The model at several thresholds on the development set: lists of one length, by rising threshold.
+
+    Attributes:
+        thresholds, bleu, moe_flops, experts: of each.
+        at_most: FLOPs of a token in experts that the chosen one may take.
+        threshold: the one that was chosen; None where all take more.
+    """
+
+    thresholds: Sequence[float]
+    bleu: Sequence[float]
+    moe_flops: Sequence[float]
+    experts: Sequence[float]
+    at_most: float
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What is kept of a run, in ``NAME-SEED.json``.
+
+    Attributes:
+        row, seed: which run.
+        settings: see `Run.settings`.
+        machine: that trained it.
+        versions: of the packages used.
+        seconds: spent in training steps.
+        valid, train: courses by the name of the metric, and ``updates``.
+        plateau: relative fall of the validation loss over the last fifth of the updates.
+        trained: the model as it was trained.
+        sweep: None where no threshold decides the experts.
+        chosen: the model at the threshold that the sweep chose; None where there is none.
+    """
+
+    row: str
+    seed: int
+    settings: Mapping[str, Any]
+    machine: str
+    versions: Mapping[str, str]
+    seconds: float
+    valid: Mapping[str, Sequence[float]]
+    train: Mapping[str, Sequence[float]]
+    plateau: float
+    trained: SystemResult
+    sweep: SweepResult | None
+    chosen: SystemResult | None
 
 
 @dataclass(frozen=True)
@@ -26,13 +100,13 @@ class RowResults:
     """A row with the results of its seeds, in the order of the seeds; at least one."""
 
     row: StudyRow
-    results: Sequence[Result]
+    results: Sequence[RunResult]
 
     @property
     def seeds(self) -> list[int]:
-        return [result["seed"] for result in self.results]
+        return [result.seed for result in self.results]
 
-    def spread(self, value: Callable[[Result], float | None]) -> Spread | None:
+    def spread(self, value: Callable[[RunResult], float | None]) -> Spread | None:
         """Gives mean and standard deviation of a figure over the seeds; None where the row has no such figure."""
         values = [value(result) for result in self.results]
         known = [one for one in values if one is not None]
@@ -42,19 +116,19 @@ class RowResults:
 
     def score(self, metric: str, directions: str = "all") -> Spread | None:
         """Gives a metric, the mean of all directions, or of ``en-xx`` or ``xx-en``."""
-        return self.spread(lambda result: result["trained"]["averages"].get(directions, {}).get(metric))
+        return self.spread(lambda result: result.trained.averages.get(directions, {}).get(metric))
 
     def cost(self, name: str) -> Spread | None:
         """Gives a figure of `ModelSize`."""
-        return self.spread(lambda result: result["trained"]["model"][name])
+        return self.spread(lambda result: getattr(result.trained.model, name))
 
     def experts(self, stack: str) -> Spread | None:
         """Gives the experts per token that were measured in a stack; None without experts."""
-        return self.spread(lambda result: result["trained"]["stacks"].get(stack, {}).get("experts"))
+        return self.spread(lambda result: result.trained.stacks.get(stack, {}).get("experts"))
 
     def strata(self, stack: str) -> Spread | None:
         """Gives the strata per token (requested capacity) in a stack; None without experts."""
-        return self.spread(lambda result: result["trained"]["stacks"].get(stack, {}).get("strata"))
+        return self.spread(lambda result: result.trained.stacks.get(stack, {}).get("strata"))
 
     def as_json(self) -> dict[str, Any]:
         """Gives plain values; ``flops`` and ``moe_flops`` are of a token's forward pass."""
@@ -68,16 +142,16 @@ class RowResults:
             "chrf": self.score("chrf"),
             "chrf_en_xx": self.score("chrf", self.out_of),
             "chrf_xx_en": self.score("chrf", self.into),
-            "valid_ppl": self.spread(lambda result: result["valid"]["ppl"][-1]),
-            "parameters": self.results[0]["trained"]["model"]["parameters"],
+            "valid_ppl": self.spread(lambda result: result.valid["ppl"][-1]),
+            "parameters": self.results[0].trained.model.parameters,
             "active_parameters": self.cost("active_parameters"),
             "flops": self.cost("flops"),
             "moe_flops": self.cost("moe_flops"),
             "experts": {stack: self.experts(stack) for stack in ("encoder", "decoder")},
             "strata": {stack: self.strata(stack) for stack in ("encoder", "decoder")},
-            "updates": self.results[0]["settings"]["updates"],
-            "plateau": self.spread(lambda result: result["plateau"]),
-            "train_seconds": self.spread(lambda result: result["seconds"]),
+            "updates": self.results[0].settings["updates"],
+            "plateau": self.spread(lambda result: result.plateau),
+            "train_seconds": self.spread(lambda result: result.seconds),
         }
 
     @property
@@ -91,7 +165,7 @@ class RowResults:
         return self._named(lambda name: name.startswith("xx-"))
 
     def _named(self, wanted: Callable[[str], bool]) -> str:
-        return next((name for name in self.results[0]["trained"]["averages"] if wanted(name)), "")
+        return next((name for name in self.results[0].trained.averages if wanted(name)), "")
 
 
 def read_results(study: Study) -> list[RowResults]:
@@ -112,9 +186,11 @@ def read_results(study: Study) -> list[RowResults]:
     return rows
 
 
-def _read(path: Path) -> Result:
-    result = read_json(path, "delete it to measure the run again")
-    missing = [name for name in _PARTS if name not in result]
-    if missing:
-        raise UserError(f"{path} is no result of a run, {missing[0]} is missing: delete it to measure the run again")
+def _read(path: Path) -> RunResult:
+    advice = "delete it to measure the run again"
+    result = build(RunResult, read_json(path, advice), str(path), advice)
+    if not result.valid.get("updates") or not {"loss", "ppl"} <= result.valid.keys():
+        raise UserError(f"{path} has no course of the validation loss: {advice}")
+    if any(len(set(map(len, course.values()))) > 1 for course in (result.valid, result.train)):
+        raise UserError(f"{path} has courses of different lengths: {advice}")
     return result
