@@ -17,6 +17,13 @@ from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.moe import kernels
 
 
+@pytest.fixture(autouse=True)
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which tracebacks are written."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
 def ended_by(error: BaseException) -> SystemExit:
     with pytest.raises(SystemExit) as end, guard.one_line():
         raise error
@@ -41,16 +48,13 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("error", "message"), ENDS.values(), ids=ENDS)
-def test_an_exception_is_a_line(
-    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_an_exception_is_a_line(error: Exception, message: str, logs: Path) -> None:
     end = ended_by(error)
     assert isinstance(end, UserError) and re.search(message, end.message), end.message
     assert "\n" not in end.message and len(end.message) < 600
-    logs = list(tmp_path.iterdir())
-    assert len(logs) == ("report" in end.message)
-    for log in logs:
+    written = list(logs.iterdir())
+    assert len(written) == ("report" in end.message)
+    for log in written:
         assert str(log) in end.message and "Traceback" in log.read_text() and "test_guard.py" in log.read_text()
 
 
