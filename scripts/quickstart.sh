@@ -74,6 +74,10 @@ PY
 stage data bash data_prep/prepare.sh --benchmark demo4 --out "$DATA" ${PREPARE:-}
 stage train train
 while read -r direction; do
+    [[ $direction =~ ^[a-z]+-[a-z]+$ ]] || {
+        echo "error: $DATA/bin/lang_pairs.txt has the line '$direction', which is no direction: prepare the data again" >&2
+        exit 1
+    }
     stage "translate-$direction" translate "$direction" < /dev/null
 done < "$DATA/bin/lang_pairs.txt"
 stage analyze analyze

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 from typing import Any
 
@@ -30,6 +31,12 @@ def sound_models(load_model_ensemble_and_task: Any) -> Any:
     def load(filenames: list[str], *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(filenames, *args, **kwargs)
         given.apply_defaults()
+        joined = os.pathsep.join(filenames)
+        if len(filenames) > 1 and os.path.isfile(joined):
+            raise UserError(
+                f"the path of {joined} has a {os.pathsep!r}, where fairseq takes it for several checkpoints: give the "
+                "folder or the file another name"
+            )
         whole = given.arguments["num_shards"] == 1 and not given.arguments["suffix"]  # shards have other names
         for filename in filenames if whole else ():
             path = reading.local_path(filename)

@@ -187,14 +187,14 @@ def join(state: dict[str, Any], path: str, concatenate: Concatenate = torch.cat)
         return
     wanted = shard_set(state, path)
     del state[SHARD_SET]
-    for place in wanted.places:
-        _check_place(state, place, path)
+    _check_places(state, wanted.places, path)
     shards = [_read_one(path, number, wanted) for number in range(wanted.shards)]
     for index, place in enumerate(wanted.places):
         blocks = [shard.tensors[index] for shard in shards]
-        if len({(block.dtype, block.shape[1:]) for block in blocks}) > 1 or not blocks[0].dim():
+        kept = holder(state, place)
+        if len({(block.dtype, block.shape[1:]) for block in (kept[place[-1]], *blocks)}) > 1 or not blocks[0].dim():
             raise DamagedCheckpoint(f"the shards of {path} hold other experts each of {place[-1]}: {_AGAIN}")
-        holder(state, place)[place[-1]] = concatenate(blocks)
+        kept[place[-1]] = concatenate(blocks)
 
 
 def shard_set(state: dict[str, Any], path: str) -> ShardSet:
@@ -209,13 +209,18 @@ def shard_set(state: dict[str, Any], path: str) -> ShardSet:
         raise DamagedCheckpoint(error.message) from error
 
 
-def _check_place(state: dict[str, Any], place: Sequence[Any], path: str) -> None:
-    try:
-        there = isinstance(holder(state, place)[place[-1]], Tensor)
-    except (LookupError, TypeError):
-        there = False
-    if not there:
-        raise DamagedCheckpoint(f"{SHARD_SET} of {path} names the place {place!s:.80}, where no tensor is: {_AGAIN}")
+def _check_places(state: dict[str, Any], places: Sequence[Sequence[Any]], path: str) -> None:
+    """Refuses places, other than those that `split` left empty, each once."""
+    for number, place in enumerate(places):
+        try:
+            inner = holder(state, place)
+            empty = (
+                isinstance(inner, dict) and isinstance(inner[place[-1]], Tensor) and inner[place[-1]].shape[:1] == (0,)
+            )
+        except (LookupError, TypeError):
+            empty = False
+        if not empty or place in places[:number]:
+            raise DamagedCheckpoint(f"{SHARD_SET} of {path} names {place!s:.80}, where no experts were: {_AGAIN}")
 
 
 def _read_one(path: str, number: int, wanted: ShardSet) -> Shard:

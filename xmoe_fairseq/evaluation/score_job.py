@@ -77,7 +77,7 @@ class ScoreJob:
         self.data, self.checkpoint, self.decoding = data, checkpoint, decoding
         self.metrics, self.tokenizer, self.generated = metrics, tokenizer, generated
         self.benchmark = read_benchmark(data)
-        self.pairs = choose_pairs(_known_pairs(data, generated), pairs)
+        self.pairs = choose_pairs(_generated_pairs(data, generated) if generated else known_pairs(data), pairs)
         for pair in self.pairs:  # what cannot be had is said before anything is translated
             for metric in metrics:
                 build_metric(metric, pair.partition("-")[2], tokenizer)
@@ -186,7 +186,7 @@ class ScoreJob:
 
     def _generated(self, pair: str, sources: Sequence[str]) -> list[str]:
         assert self.generated is not None
-        return read_generated(self.generated / pair, self.data, sources)
+        return read_generated(self.generated / pair, self.data, sources, self.checkpoint)
 
     def _scores(
         self,
@@ -261,16 +261,23 @@ def choose_pairs(known: Sequence[str], wanted: Sequence[str]) -> list[str]:
     return list(wanted or known)
 
 
-def _known_pairs(data: Path, generated: Path | None) -> list[str]:
+def known_pairs(data: Path) -> list[str]:
+    """Reads the directions of a data folder.
+
+    Raises:
+        UserError: the list is missing, or one of them is no name of a direction.
+    """
     file = data / "bin" / "lang_pairs.txt"
     known = read_lines(file, "list of directions")
     if not known:
         raise UserError(f"{file} names no direction: prepare the data again")
     for pair in known:
         split_pair(pair, str(file))
-    if generated is None:
-        return known
-    found = [pair for pair in known if (generated / pair / GENERATE_FILE).is_file()]
+    return known
+
+
+def _generated_pairs(data: Path, generated: Path) -> list[str]:
+    found = [pair for pair in known_pairs(data) if (generated / pair / GENERATE_FILE).is_file()]
     if not found:
         raise UserError(f"{generated} has no folder SRC-TGT/{GENERATE_FILE} of a direction of {data}: translate first")
     return found

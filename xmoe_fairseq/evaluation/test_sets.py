@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 
+from .. import schema
+from ..checkpoints.shards import fingerprint
 from ..errors import UserError
 from ..identity import checksum
 from ..subword import ID_SHIFT, Subword
@@ -26,6 +29,23 @@ _SHOWN = 60
 _SOURCE = re.compile(r"S-(\d+)\t(.*)")
 # A byte piece that --post-process joined with others, or an unknown piece: the text cannot be had from it.
 _LOST = re.compile(r"[^ ]<0x[0-9A-F]{2}>|<0x[0-9A-F]{2}>[^ ]|<unk>")
+# Beside the translations of a direction.
+MADE = "made.json"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What translations were made with.
+
+    Attributes:
+        file: the checkpoint.
+        checkpoint: its checksum.
+        options: further words of ``fairseq-generate``.
+    """
+
+    file: str
+    checkpoint: str
+    options: Sequence[str]
 
 
 def texts_checksum(texts: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> str:
@@ -113,12 +133,32 @@ def check_generated(output: Path, data: Path, sources: Sequence[str]) -> None:
             )
 
 
-def read_generated(folder: Path, data: Path, sources: Sequence[str]) -> list[str]:
+def check_made(folder: Path, checkpoint: Path) -> None:
+    """Makes sure that the translations of a direction were made with a checkpoint, where they say with which.
+
+    Raises:
+        UserError: they were made with another one.
+    """
+    file = folder / MADE
+    if not file.is_file():
+        return
+    advice = f"remove {folder} and translate again"
+    made = schema.build(Made, schema.read_json(file, advice), str(file), advice)
+    if made.checkpoint != fingerprint(str(checkpoint)):
+        raise UserError(
+            f"{folder} was translated with another checkpoint ({made.file}, or what it was before) than {checkpoint}: "
+            f"give that one, or {advice}"
+        )
+
+
+def read_generated(folder: Path, data: Path, sources: Sequence[str], checkpoint: Path | None) -> list[str]:
     """Reads the translations that ``fairseq-generate`` wrote for a direction, in the order of the test set.
 
     Raises:
-        UserError: they are incomplete, or of another test set.
+        UserError: they are incomplete, of another test set, or of another checkpoint if one is given.
     """
+    if checkpoint is not None:
+        check_made(folder, checkpoint)
     output = folder / GENERATE_FILE
     check_generated(output, data, sources)
     return read_hypotheses(output, len(sources))

@@ -15,7 +15,7 @@ from ..evaluation.result_folder import read_scores, read_texts
 from ..evaluation.score_command import default_out
 from ..evaluation.score_job import read_benchmark, read_groups_of
 from ..evaluation.scores import Row, Scores, average, score_lines
-from ..evaluation.test_sets import check_generated
+from ..evaluation.test_sets import check_generated, check_made
 from ..evaluation.usage import LayerUsage, measure
 from ..evaluation.versions import read_versions
 from .drawings import read_drawings
@@ -235,4 +235,6 @@ def _scored(run: Path, task: str | None, model: Model) -> tuple[Scores | None, l
     if folder is not None:
         return read_scored(folder, model.data)
     names = find_directions(run, task)
+    for name in names:
+        check_made(run / "generate" / name, model.checkpoint)
     return score_generated(run, model.data, names) if names else (None, [])
