@@ -42,8 +42,12 @@ class Subword:
         if not Path(model).is_file():
             raise UserError(f"SentencePiece model {model}: no such file; give the spm.model of the prepared data")
         try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        except RuntimeError as error:
+            content = Path(model).read_bytes()
+            # The content, since a path may be one that SentencePiece cannot be told; it takes an empty one for a model.
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=content or b"none")
+        except OSError as error:
+            raise UserError(f"cannot read {model}: {error.strerror}") from error
+        except (RuntimeError, ValueError) as error:  # of its own messages, some are not UTF-8
             raise UserError(f"{model} is not a SentencePiece model, or is damaged: prepare the data again") from error
         if not self.processor.is_byte(self.processor.piece_to_id("<0x00>")):
             raise UserError(

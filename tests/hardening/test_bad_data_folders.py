@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import learn_spm
 import numpy as np
 import pytest
 from fairseq import tasks
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from xmoe_fairseq.benchmarks import BENCHMARKS
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.subword import Subword
 from xmoe_fairseq.tasks.binary_text import check_text
 from xmoe_fairseq.tasks.data_folder import count_symbols, read_groups, read_languages
 
@@ -127,6 +129,48 @@ def test_several_folders_are_one_line(data: Path) -> None:
 @pytest.mark.parametrize("pairs", ["abc", "en", "en-", "-", "en-xx-yy", "en-xx,,xx-en", "../x-en"])
 def test_directions_that_are_none_are_one_line(pairs: str, toy_data: Path) -> None:
     refusal(lambda: build(toy_data, *TINY_ARGS, f"--lang-pairs={pairs}"), "has no direction")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((option, value) for option in ("max_source_positions", "max_target_positions") for value in (0, -1)),
+        *(("sampling_temperature", value) for value in (0.0, -1.0, float("nan"), float("inf"))),
+        ("valid_lines", -1),
+        ("batch_pool_size", -1),
+    ],
+)
+def test_options_out_of_range_are_one_line(option: str, value: float, toy_data: Path, options: Any) -> None:
+    cfg = copy.deepcopy(options)
+    setattr(cfg, option, value)
+    refusal(lambda: task_of(cfg, toy_data), f"--{option.replace('_', '-')} {value} is out of range")
+
+
+def test_mutants_of_a_model_are_refused_or_used(tmp_path: Path) -> None:
+    """SentencePiece says some of what is wrong in bytes that are not UTF-8."""
+    good = learn_spm.train(iter(["the cat and the dog saw 12 birds"] * 9), 9, 300)
+    path = tmp_path / "gr\udcfcn.model"
+
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(
+        changes=st.dictionaries(st.integers(0, len(good) - 1), st.integers(0, 255), max_size=3),
+        size=st.just(len(good)) | st.integers(0, len(good)),
+    )
+    def check(changes: dict[int, int], size: int) -> None:
+        mutant = bytearray(good)
+        for position, byte in changes.items():
+            mutant[position] = byte
+        path.write_bytes(mutant[:size])
+        try:
+            Subword(path).encode_pieces("the cat")
+        except UserError as error:
+            assert "prepare" in error.message
+
+    check()
+    path.write_bytes(good)
+    assert Subword(path).decode_pieces(Subword(path).encode_pieces("the cat")) == "the cat"
+    path.write_bytes(b"")
+    refusal(lambda: Subword(path), "is not a SentencePiece model, or is damaged")
 
 
 # --- Binary files

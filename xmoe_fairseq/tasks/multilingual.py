@@ -121,10 +121,17 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         args = stock_namespace(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
         languages = read_languages(args.data, cls.benchmark)
         dictionary = os.path.join(args.data, "dict.txt")
-        if args.batch_pool_size < 0:
-            raise UserError(f"--batch-pool-size {args.batch_pool_size} is out of range: it must be at least 0")
-        if args.valid_lines < 0:
-            raise UserError(f"--valid-lines {args.valid_lines} is out of range: it must be at least 0")
+        for name, least in (
+            ("batch_pool_size", 0),
+            ("valid_lines", 0),
+            ("max_source_positions", 1),
+            ("max_target_positions", 1),
+        ):
+            if getattr(args, name) < least:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {getattr(args, name)} is out of range: it must be at least {least}")
+        if not 0 < args.sampling_temperature < math.inf:
+            raise UserError(f"--sampling-temperature {args.sampling_temperature} is out of range: it must be above 0")
         args.langs = [cls.benchmark.english, *languages]
         args.source_dict = args.target_dict = dictionary
         args.lang_pairs = args.lang_pairs or ",".join(directions(languages, cls.benchmark.english))
