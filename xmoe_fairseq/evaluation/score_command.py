@@ -15,6 +15,7 @@ from ..arguments import CommandParser, bounded, comma_list, file_path, quiet_lib
 from ..errors import UserError, printable
 from ..schema import json_text
 from .decoding import Decoding
+from .outputs import check_writable
 from .score import METRICS
 from .score_job import ScoreJob, read_benchmark
 from .score_page import render_markdown
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     job, out = _job(args)
     out = args.out or out
+    check_writable(out)
     with locks.held(out), tqdm(total=len(job.pairs), unit="direction", disable=args.quiet) as bar:
         scores = job.run(out, bar)
     if args.json:

@@ -24,7 +24,6 @@ from .language import MISSING, LanguageDetector, find_detector
 from .outputs import (
     GENERATE_FILE,
     check_no_folders,
-    check_writable,
     find_raw,
     read_lines,
     replacing_all,
@@ -107,7 +106,6 @@ class ScoreJob:
             UserError: a file is missing or refused, or ``out`` holds results of other settings.
         """
         files = [out / name for name in ("scores.md", "scores.tsv", SCORES)]
-        check_writable(out)
         check_no_folders(files)
         test_set = texts_checksum((pair, *self._texts(*pair.split("-"))) for pair in self.pairs)
         if self.checkpoint is not None:
