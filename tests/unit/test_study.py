@@ -307,3 +307,23 @@ def test_the_script_for_gpus_refuses_in_one_line(tmp_path: Path, words: tuple[st
     ]
     done = subprocess.run(script, env={**os.environ, "DATA": "nowhere"}, capture_output=True, text=True, check=False)
     assert done.returncode and done.stderr.count("\n") == 1 and message in done.stderr
+
+
+def test_the_tables_of_the_documentation_are_the_studys() -> None:
+    written = (ROOT / "docs/results/results.md").read_text()
+    tables = [
+        block
+        for block in (ROOT / "docs/results.md").read_text().split("\n\n")
+        if "| model " in block or "| claim " in block
+    ]
+    assert len(tables) == 3 and all(table in written for table in tables)
+
+
+def test_the_projects_results_are_of_its_plan() -> None:
+    """A changed row or shared option makes its results those of another study: they are trained again, or removed."""
+    plan = read_plan(ROOT / "configs/study/rows.yaml")
+    found = [path for path in (ROOT / "docs/results").glob("*-[0-9]*.json")]
+    assert len(found) >= 5
+    for path in found:
+        kept = json.loads(path.read_text())
+        assert kept["settings"]["train"] == plan.train_words(plan.row(kept["row"]), kept["settings"]["updates"])
