@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,11 @@ from helpers import ROOT
 CONTEXT = multiprocessing.get_context("forkserver")
 # All that takes long to import; torch.optim imports torch._dynamo late. The tests' own modules are not found there.
 CONTEXT.set_forkserver_preload(["torch._dynamo", "fairseq_cli.train", "fairseq_cli.generate", "xmoe_fairseq"])
+
+
+def heed_interrupts() -> None:
+    """Is to be called in a new process: what a shell starts in the background is told to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(command: str, *args: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,7 @@ import learn_spm
 import prepare
 import pytest
 from helpers import ROOT
+from helpers_commands import heed_interrupts
 from helpers_prepare import (
     SIZES,
     Edit,
@@ -304,13 +305,17 @@ def test_text_without_pieces_is_one_line() -> None:
 def test_interruption_is_one_line(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "data_prep/prepare.sh"), "--benchmark", "demo4", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHON": sys.executable}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment, preexec_fn=heed_interrupts, text=True, **pipes)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out/raw.tmp").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in said
     assert said.rstrip().split("\n")[-1] == "xmoe_fairseq: interrupted: run the same command again to go on"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fairseq import options
 from helpers import ROOT, TRAIN_ARGS
-from helpers_commands import run_warm
+from helpers_commands import heed_interrupts, run_warm
 from helpers_training import OPTIONS
 
 from xmoe_fairseq import cli
@@ -173,13 +173,17 @@ def test_a_reader_that_has_gone_ends_the_command_silently(toy_run: Path) -> None
 def test_an_interrupt_ends_training_with_one_line(toy_data: Path, tmp_path: Path) -> None:
     words = [PROGRAM / "fairseq-train", toy_data, *TRAIN_ARGS, *OPTIONS, "--arch", "xmoe_transformer_tiny"]
     words += ["--save-dir", tmp_path, "--log-interval", "1", "--log-format", "simple"]
-    with subprocess.Popen(list(map(str, words)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(list(map(str, words)), cwd=ROOT, preexec_fn=heed_interrupts, **pipes) as process:
         assert process.stdout and process.stderr
         for output in process.stdout:
             if b"num_updates" in output:
                 break
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert said.decode().rstrip().endswith("xmoe_fairseq: interrupted")
     assert "Traceback" not in said.decode()
