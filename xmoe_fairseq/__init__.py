@@ -1,6 +1,7 @@
 """Adaptive-computation Mixture-of-Experts translation models for stock fairseq (``--user-dir xmoe_fairseq``)."""
 
 import importlib.util
+import logging
 
 from . import guard
 
@@ -8,12 +9,18 @@ guard.install()  # first: what follows takes seconds, in which a user may press 
 
 # Without fairseq installed, `xmoe_fairseq.moe` still works from a plain PyTorch script.
 if importlib.util.find_spec("fairseq") is not None:
+    # Importing fairseq configures logging, and then it says what else could be installed.
+    _disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)
+
     from . import compat
 
     compat.check_versions()
     compat.install()
 
     from . import criterions, models, subword, tasks
+
+    logging.disable(_disabled)
 
     __all__ = ["compat", "criterions", "guard", "models", "subword", "tasks"]
 
