@@ -38,8 +38,9 @@ fi
 
 work=$(mktemp -d)
 trap 'rm -rf "$work" "$out/.site"' EXIT
+# At the limit the whole group of processes ends; each run wrote its result as it ended.
 # The models are so small that a GPU has room for many; each process keeps its own share of the processor.
-timeout --signal=INT --kill-after=10 "${LIMIT:-400}" "$python" -m xmoe_fairseq study --data "$data" \
+timeout --kill-after=10 "${LIMIT:-400}" "$python" -m xmoe_fairseq study --data "$data" \
     --out "$work/runs" --results "$work/results" --models "${models// /,}" --seeds "${seeds// /,}" \
     --jobs "${JOBS:-12}" --updates "${UPDATES:-2500}" --train="${TRAIN---max-tokens 5000 --lr 0.006}" || code=$?
 # The time limit is no failure: what is finished counts.

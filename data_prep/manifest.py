@@ -171,7 +171,7 @@ def write_manifest(out: Path, records: Mapping[str, dict[str, Any]]) -> None:
         check_file(path)
         if _read_json(path) == manifest:
             return
-        print(f"{path} is damaged or was changed: written anew from the records of the stages", flush=True)
+        print(f"{path} is damaged or was changed: rewritten from the records of the stages", flush=True)
     write_lines(path, [json.dumps(manifest, ensure_ascii=False, indent=1)])
 
 

@@ -82,10 +82,11 @@ def test_processes_train_as_one(case: tuple[str, int, int, int, str], worlds: Wo
 @pytest.mark.parametrize("model", ["xmoe", "xmoe, entropy"])
 def test_gradients_are_those_of_one_process(model: str, worlds: Worlds, toy_data: Path) -> None:
     """Without momentum, the parameters after one update of rate 1 show the gradient."""
-    words = (*MODELS[model], "--optimizer", "sgd", "--lr", "1", "--moe-expert-parallel", "2")
+    words = (*MODELS[model], "--optimizer", "sgd", "--lr", "1")
     plan = uneven_plan(4, 2)[1:]
     one = learn(toy_data, plan, words)
-    many = worlds[4].run(learn_together, 4, toy_data, plan, (*words, "--ddp-backend", "legacy_ddp"), limit=180)
+    parallel = (*words, "--moe-expert-parallel", "2", "--ddp-backend", "legacy_ddp")
+    many = worlds[4].run(learn_together, 4, toy_data, plan, parallel, limit=180)
     start = learn(toy_data, [], words)
     close(many[0]["model"], one["model"])
     moved = [(one["model"][name] - value).abs().max() for name, value in start["model"].items()]

@@ -237,7 +237,7 @@ def test_damaged_manifest_is_made_anew(
     (out / "MANIFEST.json").write_text(content)
     prepare.main(arguments(source, out))
     assert snapshot(out) == snapshot(prepared)
-    assert "MANIFEST.json is damaged or was changed: written anew" in capsys.readouterr().out
+    assert "MANIFEST.json is damaged or was changed: rewritten" in capsys.readouterr().out
 
 
 def test_manifest_that_is_no_file(source: Path, out: Path) -> None:

@@ -95,6 +95,19 @@ def test_runs_of_other_settings_are_never_mixed(tmp_path: Path) -> None:
         Run(other, study.plan.rows[0], 1).finished()
 
 
+def test_a_training_never_goes_on_with_other_options(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    run = Program(study, study.plan.rows[0], 1)
+    run.folder.mkdir(parents=True)
+    run.start()
+    run.check_started()
+    Program(make_study(tmp_path, beam=7), study.plan.rows[0], 1).check_started()  # the search comes after it
+    changed = Program(make_study(tmp_path, more="--lr 9"), study.plan.rows[0], 1)
+    with pytest.raises(UserError, match=r'base-1 was made with other settings \(train \[\], now \["--lr", "9"\]\)'):
+        run_all([changed], 1, lambda _: None)
+    assert not changed.result.exists() and not (run.folder / "train.out").exists()
+
+
 def test_rows_are_added_up_over_seeds(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     base, other, last = study.plan.rows
@@ -170,6 +183,8 @@ def test_claims_by_a_naive_bootstrap(tmp_path: Path) -> None:
     assert better.difference == pytest.approx(25.75 - 21.5)
     assert better.low - better.difference == pytest.approx(low - centre, abs=0.3)
     assert better.high - better.difference == pytest.approx(high - centre, abs=0.3)
+    write_result(Run(study, other, 3), 26.0, 800.0)  # a seed without a threshold within the budget
+    assert [one.claim.at for one in test_claims(study.plan.claims, read_results(study))] == ["trained"]
     assert better.verdict == SEEN and better.moe_flops == 2 and better.p < 0.05 and better.seeds == (2, 2)
     assert kept.difference == pytest.approx(-2) and kept.verdict == SEEN and kept.moe_flops == 0.5
 

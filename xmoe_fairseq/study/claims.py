@@ -47,7 +47,7 @@ class Tested:
 
 
 def test_claims(claims: Sequence[Claim], rows: Sequence[RowResults]) -> list[Tested]:
-    """Tests the claims of which both sides were run."""
+    """Tests the claims of which both sides were run, with all seeds of each."""
     by_name = {row.row.name: row for row in rows}
     tested = []
     for claim in claims:
@@ -55,9 +55,11 @@ def test_claims(claims: Sequence[Claim], rows: Sequence[RowResults]) -> list[Tes
             found = [
                 result.chosen if claim.at == "chosen" else result.trained for result in by_name[claim.system].results
             ]
-            system = [one for one in found if one is not None]  # there may be no threshold within the budget
+            system = [one for one in found if one is not None]
             baseline = [result.trained for result in by_name[claim.baseline].results]
-            if system:
+            if len(system) == len(
+                found
+            ):  # else a seed has no threshold within the budget, and others would be favoured
                 tested.append(_test(claim, system, baseline))
     return tested
 

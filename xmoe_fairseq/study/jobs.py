@@ -96,8 +96,13 @@ def run_all(runs: Sequence[Run], jobs: int, finished: Callable[[Run], None]) -> 
 
     Returns:
         A line for each run that failed.
+
+    Raises:
+        UserError: a run was finished, or begun, with other settings.
     """
     waiting = [run for run in runs if not run.finished()]
+    for run in waiting:
+        run.check_started()
     progress = _Progress(done=len(runs) - len(waiting), total=len(runs), jobs=jobs)
     running: list[_Job] = []
     failures: list[str] = []
@@ -106,6 +111,7 @@ def run_all(runs: Sequence[Run], jobs: int, finished: Callable[[Run], None]) -> 
             for run in waiting[:]:
                 if len(running) < jobs and (lock := _lock(run.folder)) is not None:
                     waiting.remove(run)
+                    run.start()
                     running.append(_Job(run, lock))
             for job in [job for job in running if job.ended()]:
                 running.remove(job)

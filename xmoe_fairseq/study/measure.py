@@ -158,7 +158,7 @@ def _at(run: Run, threshold: float, **more: Any) -> Decoding:
 
 
 def _has_threshold(run: Run) -> bool:
-    """Tells whether a threshold decides the experts of a token: not in a stratum, whose sizes bound them as well."""
+    """Tells whether a threshold decides the experts of a token."""
     model: Any = build_on_meta(run.row.arch, _ANY_VOCABULARY, run.words)
     return str(model.cfg.moe_router) == "threshold" and bool(expert_sites(model))
 

@@ -9,14 +9,14 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..evaluation.result_folder import read_json
+from ..evaluation.result_folder import read_json, write_json
 from .plan import StudyPlan, StudyRow
 
 _UPDATES = re.compile(r"num_updates[=\": ]+(\d+)")
@@ -123,14 +123,30 @@ class Run:
         if not self.result.is_file():
             return False
         kept = read_json(self.result, "delete it to measure the run again").get("settings", {})
-        for name, value in self.settings.items():
-            if kept.get(name) != value:
-                old = kept.get(name)
-                raise UserError(
-                    f"{self.result} was made with other settings ({name} {_own(old, value)}, now {_own(value, old)}): "
-                    "choose another folder for the results, or delete the file"
-                )
+        _check_same(self.result, kept, self.settings)
         return True
+
+    def check_started(self) -> None:
+        """Makes sure that a training which was stopped goes on with its own options.
+
+        Raises:
+            UserError: the folder holds a training with others.
+        """
+        if self._started.is_file():
+            _check_same(self.folder, read_json(self._started, f"delete {self.folder}"), self._trained_with)
+
+    def start(self) -> None:
+        """Notes in the folder what the training is made with."""
+        if not self._started.is_file():
+            write_json(self._started, self._trained_with)
+
+    @property
+    def _started(self) -> Path:
+        return self.folder / "settings.json"
+
+    @property
+    def _trained_with(self) -> dict[str, Any]:
+        return {name: self.settings[name] for name in ("train", "updates", "data")}
 
     def steps(self) -> list[tuple[str, list[str]]]:
         """Gives the commands of the run, each with its name; each goes on where it was stopped."""
@@ -184,6 +200,16 @@ def runs_of(study: Study, names: Sequence[str], seeds: Sequence[int]) -> list[Ru
     rows = [study.plan.row(name) for name in names] if names else list(study.plan.rows)
     main = [Run(study, row, seed) for seed in seeds for row in rows if row.main]
     return main + [Run(study, row, seed) for seed in seeds for row in rows if not row.main]
+
+
+def _check_same(path: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name, value in wanted.items():
+        old = kept.get(name)
+        if old != value:
+            raise UserError(
+                f"{path} was made with other settings ({name} {_own(old, value)}, now {_own(value, old)}): choose "
+                "another folder, or delete it"
+            )
 
 
 def _own(value: Any, other: Any) -> str:
