@@ -16,14 +16,15 @@ from fairseq.data.indexed_dataset import (
     data_file_path,
     index_file_path,
 )
-from io_utils import SPLITS, pair_name, read_lines
+from io_utils import pair_name, read_lines
+from layout import Layout, lists
 from tqdm import tqdm
 
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.subword import Subword
 
 BATCH = 2_000
-VOCABULARY = ("spm.model", "dict.txt", "langs.txt", "lang_pairs.txt")
+VOCABULARY = ("spm.model", "dict.txt")
 
 
 class _Text:
@@ -49,13 +50,13 @@ class _Text:
         return {"total": self.tokens, "longest": self.longest}
 
 
-def write(raw: Path, spm: Path, langs: Sequence[str], max_pieces: int, folder: Path) -> dict[str, Any]:
+def write(raw: Path, spm: Path, layout: Layout, max_pieces: int, folder: Path) -> dict[str, Any]:
     """Writes ``{split}.en-xx.{en,xx}.{bin,idx}`` as ``fairseq-preprocess`` would, with all that training reads.
 
     Args:
         raw: the folder of stage 1.
         spm: the folder of stage 2.
-        langs: English and then the other languages.
+        layout: languages and texts.
         max_pieces: train lines with more pieces on a side are left out; 0 for none.
         folder: where to write.
 
@@ -66,26 +67,24 @@ def write(raw: Path, spm: Path, langs: Sequence[str], max_pieces: int, folder: P
     Raises:
         UserError: where no line of a pair is left.
     """
-    for name in VOCABULARY:
+    for name in (*VOCABULARY, *lists(layout.directions)):
         shutil.copyfile(spm / name, folder / name)
-    for language in langs:
+    for language in layout.languages:
         # fairseq wants a dictionary a language; all share one.
         (folder / f"dict.{language}.txt").symlink_to("dict.txt")
     subword = Subword(spm / "spm.model")
     dictionary = Dictionary.load(str(spm / "dict.txt"))
-    english, *languages = langs
     record: dict[str, Any] = {"tokens": {}, "dropped_lines": {}}
-    for language in tqdm(languages, desc="bin", unit="pair", disable=None):
-        for split in SPLITS:
-            name = pair_name(split, english, language)
-            texts = {f"{name}.{side}": _Text(folder / f"{name}.{side}", dictionary) for side in (english, language)}
-            limit = max_pieces if split == "train" else 0
-            dropped = _binarize([raw / side for side in texts], list(texts.values()), subword, dictionary.eos(), limit)
-            record["tokens"] |= {side: text.finish() for side, text in texts.items()}
-            if dropped:
-                record["dropped_lines"][name] = {"too many pieces": dropped}
-            if not record["tokens"][f"{name}.{english}"]["total"]:
-                raise UserError(f"--max-pieces {max_pieces} drops every line of {name}: give more")
+    for text, sides in tqdm(layout.texts.items(), desc="bin", unit="text", disable=None):
+        name = pair_name(*text)
+        texts = {f"{name}.{side}": _Text(folder / f"{name}.{side}", dictionary) for side in sides}
+        limit = max_pieces if text[0] == "train" else 0
+        dropped = _binarize([raw / side for side in texts], list(texts.values()), subword, dictionary.eos(), limit)
+        record["tokens"] |= {side: one.finish() for side, one in texts.items()}
+        if dropped:
+            record["dropped_lines"][name] = {"too many pieces": dropped}
+        if not all(one.tokens for one in texts.values()):
+            raise UserError(f"--max-pieces {max_pieces} drops every line of {name}: give more")
     if record["dropped_lines"]:
         total = sum(sum(reasons.values()) for reasons in record["dropped_lines"].values())
         print(f"bin: dropped of train: {total} too many pieces", flush=True)
@@ -93,7 +92,7 @@ def write(raw: Path, spm: Path, langs: Sequence[str], max_pieces: int, folder: P
 
 
 def _binarize(paths: Sequence[Path], texts: Sequence[_Text], subword: Subword, eos: int, limit: int) -> int:
-    """Encodes both sides of a pair and returns how many pairs of lines exceed the limit."""
+    """Encodes the sides of a text and returns how many pairs of lines exceed the limit."""
     dropped = 0
     for batches in zip(*(_batches(read_lines(path)) for path in paths), strict=True):
         sides = [[[*ids, eos] for ids in subword.encode_ids(batch)] for batch in batches]

@@ -57,7 +57,9 @@ class Filter:
         return self._repetition(english[0], foreign[0], lines) if self.limits.dedup else None
 
     def _repetition(self, english: str, foreign: str, lines: list[str]) -> str | None:
-        if any(digest(line) in self.held_out[lang] for lang, line in zip((english, foreign), lines, strict=True)):
+        if any(
+            digest(line) in self.held_out.get(lang, ()) for lang, line in zip((english, foreign), lines, strict=True)
+        ):
             return "in valid or test"
         # No line holds a line feed.
         both = digest("\n".join(lines))
@@ -72,14 +74,15 @@ def digest(line: str) -> bytes:
     return blake2b(line.encode(), digest_size=8).digest()
 
 
-def held_out(corpus: Corpus, english: str) -> dict[str, set[bytes]]:
-    """Gathers the digests of all lines of valid and test; those in English are of all languages together."""
-    found: dict[str, set[bytes]] = {english: set()}
-    for (split, language), files in corpus.items():
+def held_out(corpus: Corpus) -> dict[str, set[bytes]]:
+    """Gathers the digests of all lines of valid and test, by language."""
+    found: dict[str, set[bytes]] = {}
+    for (split, *languages), files in corpus.items():
         if split != "train":
-            for paths in files:
-                for lang, path in zip((english, language), paths, strict=True):
-                    found.setdefault(lang, set()).update(_digests(SourceText(path)))
+            for sides in files:
+                for language, side in zip(languages, sides, strict=True):
+                    if side is not None:
+                        found.setdefault(language, set()).update(_digests(SourceText(side)))
     return found
 
 

@@ -9,12 +9,13 @@ import hashlib
 import os
 import shutil
 import stat
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from io import BufferedReader
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from unpacking import DamagedError, opened
 
 from xmoe_fairseq.errors import UserError
 
@@ -31,14 +32,20 @@ STRAY = {
 }
 
 
-def pair_name(split: str, english: str, language: str) -> str:
-    """Names the files of one split and pair, English first, without the language that follows: ``train.en-ca``."""
-    return f"{split}.{english}-{language}"
+class Column(NamedTuple):
+    """One side of a table of two columns, with a tab between them."""
+
+    path: Path
+    number: int
 
 
-def is_gzip(path: Path) -> bool:
-    """Tells from its name whether a file is compressed."""
-    return path.suffix == ".gz"
+# A text of the user: a file of its own, or a column of a table.
+Side = Path | Column
+
+
+def pair_name(split: str, one: str, other: str) -> str:
+    """Names the files of one split and pair without the language that follows: ``train.en-ca``."""
+    return f"{split}.{one}-{other}"
 
 
 def check_file(path: Path) -> None:
@@ -54,7 +61,7 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path} is a {kinds.get(stat.S_IFMT(mode), 'device')}, it must be a file")
 
 
-def short_lines(stream: gzip.GzipFile | BufferedReader, path: Path) -> Iterator[bytes]:
+def short_lines(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[bytes]:
     """Yields the lines of a file with their line feeds.
 
     Raises:
@@ -69,7 +76,7 @@ def short_lines(stream: gzip.GzipFile | BufferedReader, path: Path) -> Iterator[
 
 
 class SourceText:
-    """The lines of one text file of the user, plain or gzip, read as often as it is iterated over.
+    """The lines of one text of the user, plain or compressed, read as often as it is iterated over.
 
     Lines end at a line feed and nowhere else: U+2028, U+0085 and a carriage return inside a line are text.
     A byte order mark at the start of the file is left out.
@@ -80,12 +87,13 @@ class SourceText:
         stray: how many carriage returns, and NUL bytes, stood inside lines.
 
     Raises:
-        UserError: while reading, where there is no file, its text is not UTF-8, a line is too long, lines end with
-            carriage returns alone, or the compressed file is damaged.
+        UserError: while reading, where there is no file, its text is not UTF-8, a line is too long or of a table and
+            not of two columns, lines end with carriage returns alone, or the compressed file is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, side: Side) -> None:
+        self.path = side.path if isinstance(side, Column) else side
+        self.column = side.number if isinstance(side, Column) else None
         self.lines = 0
         self.crlf_lines = 0
         self.stray: Counter[bytes] = Counter()
@@ -95,23 +103,27 @@ class SourceText:
         self.stray.clear()
         check_file(self.path)
         try:
-            with self._open() as stream:
+            with opened(self.path) as stream:
                 for line in short_lines(stream, self.path):
                     yield self._text(line.removesuffix(b"\n"))
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        except DamagedError as error:
             raise UserError(f"{self.path}: damaged after line {self.lines} ({error}): get the file again") from error
         for byte, meaning in STRAY.items():
             if self.stray[byte] >= max(self.lines, 1):
                 raise UserError(f"{self.path}: {self.lines} lines with {self.stray[byte]} {meaning}")
-
-    def _open(self) -> gzip.GzipFile | BufferedReader:
-        return gzip.open(self.path, "rb") if is_gzip(self.path) else open(self.path, "rb")
 
     def _text(self, line: bytes) -> str:
         self.lines += 1
         if line.endswith(b"\r"):
             self.crlf_lines += 1
             line = line.rstrip(b"\r")
+        if self.column is not None:
+            columns = line.split(b"\t")
+            if len(columns) != 2:
+                raise UserError(
+                    f"{self.path}, line {self.lines}: {len(columns)} columns: give two, with a tab between them"
+                )
+            line = columns[self.column]
         for byte, meaning in STRAY.items():
             if count := line.count(byte):
                 self.stray[byte] += count
@@ -145,16 +157,14 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_pairs(prefix: Path, sides: Sequence[str], pairs: Iterable[tuple[str, str]]) -> int:
-    """Writes aligned lines to ``PREFIX.SIDE`` of both sides, English first, and returns how many there were."""
+def write_pairs(prefix: Path, sides: Sequence[str], rows: Iterable[Sequence[str]]) -> int:
+    """Writes aligned lines to ``PREFIX.SIDE`` of the one or two sides, and returns how many rows there were."""
     count = 0
-    with (
-        open(f"{prefix}.{sides[0]}", "w", encoding="utf-8", newline="\n") as english,
-        open(f"{prefix}.{sides[1]}", "w", encoding="utf-8", newline="\n") as foreign,
-    ):
-        for english_line, foreign_line in pairs:
-            english.write(f"{english_line}\n")
-            foreign.write(f"{foreign_line}\n")
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(f"{prefix}.{side}", "w", encoding="utf-8", newline="\n")) for side in sides]
+        for row in rows:
+            for file, line in zip(files, row, strict=True):
+                file.write(f"{line}\n")
             count += 1
     return count
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from io_utils import pair_name, read_lines, write_lines
+from io_utils import read_lines, write_lines
+from layout import Layout, lists
 from tqdm import tqdm
 
-from xmoe_fairseq.benchmarks import directions
 from xmoe_fairseq.errors import UserError
 
 # Three special symbols and 256 bytes come first; below this hardly a letter gets its own piece.
@@ -28,14 +28,14 @@ SPECIAL_PIECES = 3
 
 
 def write(
-    raw: Path, lines: Mapping[str, int], langs: Sequence[str], options: Mapping[str, Any], folder: Path
+    raw: Path, lines: Mapping[str, int], layout: Layout, options: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Learns from the training text in ``raw`` and writes model, vocabulary, dictionary and language lists.
 
     Args:
         raw: the folder of stage 1.
         lines: its line counts.
-        langs: English and then the other languages in the benchmark's order.
+        layout: its languages and texts.
         options: ``vocab_size``, ``sampling_temperature`` and ``seed``.
         folder: where to write.
 
@@ -45,18 +45,18 @@ def write(
     Raises:
         UserError: where the text does not support that many pieces, or needs more.
     """
-    english, *languages = langs
-    counts = {language: lines[pair_name("train", english, language)] for language in languages}
-    used = sample_sizes({english: sum(counts.values()), **counts}, MOST_LINES, options["sampling_temperature"])
-    model = train(sample(raw, counts, used, options["seed"]), sum(used.values()), options["vocab_size"])
+    texts = {code: {name: lines[name] for name in layout.training_texts(code)} for code in layout.languages}
+    counts = {language: sum(of.values()) for language, of in texts.items()}
+    used = sample_sizes(counts, MOST_LINES, options["sampling_temperature"])
+    model = train(sample(raw, texts, used, options["seed"]), sum(used.values()), options["vocab_size"])
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = range(processor.get_piece_size())
     (folder / "spm.model").write_bytes(model)
     write_lines(folder / "spm.vocab", (f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}" for i in ids))
     # fairseq wants a count for each symbol and ignores it when the order is given.
     write_lines(folder / "dict.txt", (f"{processor.id_to_piece(i)} 100" for i in ids[SPECIAL_PIECES:]))
-    write_lines(folder / "langs.txt", langs)
-    write_lines(folder / "lang_pairs.txt", directions(languages, english))
+    for name, listed in lists(layout.directions).items():
+        write_lines(folder / name, listed)
     return {"pieces": len(ids), "lines_used": used}
 
 
@@ -76,18 +76,22 @@ def sample_sizes(counts: Mapping[str, int], most: int, temperature: float) -> di
     return {language: sizes[language] for language in counts}
 
 
-def sample(raw: Path, counts: Mapping[str, int], sizes: Mapping[str, int], seed: int) -> Iterator[str]:
+def sample(raw: Path, texts: Mapping[str, Mapping[str, int]], sizes: Mapping[str, int], seed: int) -> Iterator[str]:
     """Yields the chosen number of training lines of each language in the order of the files, each line at most once.
 
-    Every line of a language is equally likely to be chosen; no more than one line is held. English is the first of
-    ``sizes`` and is not in ``counts``.
+    Every line of a language is equally likely to be chosen; no more than one line is held.
+
+    Args:
+        raw: the folder of the files.
+        texts: for each language the lines of its texts, by their names without the language.
+        sizes: the lines of each language to choose.
+        seed: the same seed gives the same lines.
     """
-    english = next(iter(sizes))
-    for side in sizes:
+    for side, wanted in sizes.items():
         rng = random.Random(f"{seed} {side}")
-        wanted, left = sizes[side], sum(counts.values()) if side == english else counts[side]
-        for language in counts if side == english else (side,):
-            for line in read_lines(raw / f"{pair_name('train', english, language)}.{side}"):
+        left = sum(texts[side].values())
+        for name in texts[side]:
+            for line in read_lines(raw / f"{name}.{side}"):
                 if rng.random() * left < wanted:
                     wanted -= 1
                     yield UNLEARNABLE.sub(" ", line)

@@ -46,6 +46,14 @@ def _parser() -> OneLineParser:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
     parser.add_argument("--source", metavar="NAME", help=f"m4, m15, opus100: where the text is from: {_source_names()}")
     parser.add_argument("--input", metavar="DIR", help=f"local: the folder that holds {raw_local.expected()}")
+    parser.add_argument(
+        "--lang-pairs",
+        metavar="PAIRS",
+        help="local: the directions that are trained, such as fr-en,en-de, or a file of them (default: all)",
+    )
+    parser.add_argument(
+        "--english", metavar="CODE", help="local: the code of English (default: the one that all pairs share)"
+    )
     for option, kind, text in (
         ("url", "URL", "an address that replaces a source's; {pair} and {corpus} as in the published one"),
         ("archive", "PATH", "a file, or a folder of files under their published names, instead of a download"),
@@ -143,6 +151,11 @@ def _check_meaning(parser: OneLineParser, given: argparse.Namespace, benchmark: 
     """Refuses options of another kind of benchmark."""
     if not benchmark.sizes and given.sizes:
         parser.error(f"--{next(iter(given.sizes))} has no meaning for --benchmark {benchmark.name}: it takes all lines")
+    if benchmark.languages:
+        for name in ("lang_pairs", "english"):
+            if getattr(given, name):
+                option = name.replace("_", "-")
+                parser.error(f"--{option} has no meaning for --benchmark {benchmark.name}: its directions are fixed")
     if benchmark.sizes:
         for name in ("input", "max_chars", "max_ratio", "max_pieces", "dedup"):
             if getattr(given, name):

@@ -11,11 +11,13 @@ from typing import Any
 
 import binarize
 import learn_spm
+import local_layout
 import raw_local
 import raw_nllb
 import raw_opus100
 import raw_text
-from io_utils import DISK_FULL, SPLITS, fingerprint, lock, pair_name, write_lines
+from io_utils import DISK_FULL, SPLITS, SourceText, fingerprint, lock, write_lines
+from layout import Layout, centred, lists
 from manifest import check_contents, finished_stage, run_stage, tool_versions, write_manifest
 from options import parse
 from sources import Corpus, Store, merge
@@ -32,12 +34,12 @@ def prepare(given: argparse.Namespace) -> None:
         UserError: where the input or the output folder is not as it must be.
     """
     benchmark = BENCHMARKS[given.benchmark]
-    local = raw_local.find(given.input, benchmark.english, local_splits(benchmark)) if given.local else {}
-    languages = benchmark.languages or tuple(dict.fromkeys(language for _, language in local))
-    paths = [path for files in local.values() for pair in files for path in pair]
+    layout, local = arrange(given, benchmark)
+    files = [side for parts in local.values() for part in parts for side in part if side is not None]
+    paths = dict.fromkeys(SourceText(side).path for side in files)
     parameters = {
         "benchmark": benchmark.name,
-        "languages": list(languages),
+        "languages": list(layout.others),
         "seed": given.seed,
         "sizes": given.sizes,
         "source": [source.name for source in given.sources] + ["local"] * bool(given.local and benchmark.sources),
@@ -46,12 +48,27 @@ def prepare(given: argparse.Namespace) -> None:
         "sources": {path.name: fingerprint(path) for path in tqdm(paths, desc="checking", unit="file", disable=None)},
         "tools": tool_versions(),
     }
+    if not benchmark.languages:
+        parameters["lang_pairs"] = list(layout.directions.trained) if given.lang_pairs else []
+        parameters["english"] = given.english or ""
     given.out.mkdir(parents=True, exist_ok=True)
     with lock(given.out):
-        records = run_stages(given, benchmark, parameters, local)
-        write_groups(given.out, benchmark, languages, records["raw"]["lines"])
+        records = run_stages(given, benchmark, parameters, layout, local)
+        write_groups(given.out, benchmark, layout, records["raw"]["lines"])
         write_manifest(given.out, records)
     print(f"{given.out} is ready: train from {given.out / 'bin'}")
+
+
+def arrange(given: argparse.Namespace, benchmark: Benchmark) -> tuple[Layout, Corpus]:
+    """Gives what is prepared, and the user's files.
+
+    Raises:
+        UserError: where the input is not as it must be.
+    """
+    if not benchmark.languages:
+        return local_layout.plan(given.input, given.english, given.lang_pairs)
+    local = raw_local.find_centred(given.input, benchmark.english, local_splits(benchmark)) if given.local else {}
+    return centred(benchmark.english, benchmark.languages), local
 
 
 def local_splits(benchmark: Benchmark) -> tuple[str, ...]:
@@ -60,7 +77,7 @@ def local_splits(benchmark: Benchmark) -> tuple[str, ...]:
 
 
 def run_stages(
-    given: argparse.Namespace, benchmark: Benchmark, parameters: Mapping[str, Any], local: Corpus
+    given: argparse.Namespace, benchmark: Benchmark, parameters: Mapping[str, Any], layout: Layout, local: Corpus
 ) -> dict[str, dict[str, Any]]:
     """Runs the stages that are not finished, in their order, and returns the records of all.
 
@@ -68,9 +85,10 @@ def run_stages(
         given: the options.
         benchmark: that is prepared.
         parameters: what decides the text.
+        layout: what is made.
         local: the user's files.
     """
-    out, langs = given.out, [benchmark.english, *parameters["languages"]]
+    out = given.out
     # The text does not depend on these: where a first try shows that N is too large, it need not be made again.
     vocabulary = {"vocab_size": given.vocab_size, "sampling_temperature": benchmark.sampling_temperature}
     every = {**parameters, **vocabulary}
@@ -80,14 +98,14 @@ def run_stages(
             # Only the demos need Babel.
             import raw_demo
 
-            return raw_demo.write(langs[1:], given.sizes, given.seed, folder)
-        return write_text(given, langs, local, folder)
+            return raw_demo.write(layout.others, given.sizes, given.seed, folder)
+        return write_text(given, layout, local, folder)
 
     def write_spm(folder: Path) -> dict[str, Any]:
-        return learn_spm.write(out / "raw", records["raw"]["lines"], langs, every, folder)
+        return learn_spm.write(out / "raw", records["raw"]["lines"], layout, every, folder)
 
     def write_bin(folder: Path) -> dict[str, Any]:
-        return binarize.write(out / "raw", out / "spm", langs, given.max_pieces, folder)
+        return binarize.write(out / "raw", out / "spm", layout, given.max_pieces, folder)
 
     stages = {
         "raw": (parameters, write_raw),
@@ -95,7 +113,7 @@ def run_stages(
         "bin": ({**every, "max_pieces": given.max_pieces}, write_bin),
     }
     # All are checked before the first is made, so that a refused run changes nothing.
-    files = stage_files(langs)
+    files = stage_files(layout)
     finished = {name: finished_stage(out, name, decisive, files[name]) for name, (decisive, _) in stages.items()}
     # What is made now is made of what was finished then.
     made = [name for name, record in finished.items() if record is None]
@@ -108,29 +126,22 @@ def run_stages(
     return records
 
 
-def stage_files(langs: Sequence[str]) -> dict[str, list[str]]:
-    """Names the files that each stage makes.
-
-    Args:
-        langs: English and then the other languages.
-    """
-    english, *languages = langs
-    texts = [
-        f"{pair_name(split, english, language)}.{side}"
-        for language in languages
-        for split in SPLITS
-        for side in (english, language)
-    ]
-    binary = [f"{text}.{kind}" for text in texts for kind in ("bin", "idx")]
-    dictionaries = [f"dict.{language}.txt" for language in langs]
+def stage_files(layout: Layout) -> dict[str, list[str]]:
+    """Names the files that each stage makes."""
+    texts = list(layout.files())
+    vocabulary = [*binarize.VOCABULARY, *lists(layout.directions)]
     return {
         "raw": texts,
-        "spm": [*binarize.VOCABULARY, "spm.vocab"],
-        "bin": [*binarize.VOCABULARY, *dictionaries, *binary],
+        "spm": [*vocabulary, "spm.vocab"],
+        "bin": [
+            *vocabulary,
+            *(f"dict.{language}.txt" for language in layout.languages),
+            *(f"{text}.{kind}" for text in texts for kind in ("bin", "idx")),
+        ],
     }
 
 
-def write_text(given: argparse.Namespace, langs: Sequence[str], local: Corpus, folder: Path) -> dict[str, Any]:
+def write_text(given: argparse.Namespace, layout: Layout, local: Corpus, folder: Path) -> dict[str, Any]:
     """Brings the text of the chosen sources together and writes it into the stage's folder.
 
     Raises:
@@ -139,42 +150,41 @@ def write_text(given: argparse.Namespace, langs: Sequence[str], local: Corpus, f
     store = Store(
         given.out / "download", given.url, {name: Path(path) for name, path in given.archive.items()}, given.sha256
     )
-    extracted = folder / "extracted"
+    extracted, langs = folder / "extracted", layout.languages
     parts = [local]
     if given.benchmark == "opus100":
         parts += [raw_opus100.collect(source, store, langs, extracted) for source in given.sources]
     elif given.benchmark != "local":
         parts.append(raw_nllb.collect(given.sources, store, langs, extracted, given.corpora))
-    corpus = in_order(merge(*parts), langs, ", ".join(source.name for source in given.sources) or "local")
-    record = raw_text.write(corpus, langs[0], given.limits, bool(given.sources), folder)
+    corpus = in_order(merge(*parts), layout, ", ".join(source.name for source in given.sources) or "local")
+    record = raw_text.write(corpus, given.limits, bool(given.sources), folder)
     shutil.rmtree(extracted, ignore_errors=True)
     return {**record, "archives": store.record}
 
 
-def in_order(corpus: Corpus, langs: Sequence[str], source: str) -> Corpus:
-    """Puts a corpus in the order of the languages.
+def in_order(corpus: Corpus, layout: Layout, source: str) -> Corpus:
+    """Puts a corpus in the order of the layout.
 
     Raises:
         UserError: where a language has no text or is not of the benchmark.
     """
-    wanted = [(split, language) for language in langs[1:] for split in SPLITS]
-    missing = list(dict.fromkeys(language for split, language in wanted if (split, language) not in corpus))
+    missing = list(dict.fromkeys(text[-1] for text in layout.texts if text not in corpus))
     if missing:
         raise UserError(
             f"--source {source} has no text for {', '.join(missing)}: add a source that has, such as "
             "--source opus,seed,local with --input DIR, or choose another"
         )
-    extra = list(dict.fromkeys(language for key in corpus if key not in wanted for language in key[1:]))
+    extra = list(dict.fromkeys(text[-1] for text in corpus if text not in layout.texts))
     if extra:
         raise UserError(f"--input has {', '.join(extra)}, not of the benchmark: take these files out")
-    return {key: corpus[key] for key in wanted}
+    return {text: corpus[text] for text in layout.texts}
 
 
-def write_groups(out: Path, benchmark: Benchmark, languages: Sequence[str], lines: Mapping[str, int]) -> None:
+def write_groups(out: Path, benchmark: Benchmark, layout: Layout, lines: Mapping[str, int]) -> None:
     """Writes groups.tsv; leaves one that is there as it is, for the user may have edited it."""
     path = out / "groups.tsv"
     if not path.exists():
-        counts = {language: lines[pair_name("train", benchmark.english, language)] for language in languages}
+        counts = {code: sum(lines[text] for text in layout.training_texts(code)) for code in layout.others}
         write_lines(
             path, (f"{language}\t{benchmark.group_of(language)}\t{count}" for language, count in counts.items())
         )

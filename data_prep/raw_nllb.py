@@ -53,7 +53,7 @@ def flores(store: Store, langs: Sequence[str], folder: Path) -> Corpus:
     extract_all(archive, wanted, depth=3)
     english, *languages = langs
     return {
-        (split, language): [(folder / f"flores.{split}.{english}", folder / f"flores.{split}.{language}")]
+        (split, english, language): [(folder / f"flores.{split}.{english}", folder / f"flores.{split}.{language}")]
         for split in FLORES_SPLITS.values()
         for language in languages
     }
@@ -73,7 +73,7 @@ def drive(source: Source, store: Store, langs: Sequence[str], folder: Path) -> C
             name = pair_name(split, english, language)
             sides = [f"retrieved_data/{name}.{side}" for side in (english, language)]
             wanted |= {side: folder / side for side in sides}
-            corpus[split, language] = [(folder / sides[0], folder / sides[1])]
+            corpus[split, english, language] = [(folder / sides[0], folder / sides[1])]
     extract_all(store.get(source), wanted, depth=2)
     return corpus
 
@@ -94,7 +94,7 @@ def seed(source: Source, store: Store, langs: Sequence[str], folder: Path) -> Co
             sides = [folder / f"seed.{language}.{side}" for side in (english, language)]
             for code, path in zip((flores_code(english), flores_code(language)), sides, strict=True):
                 parts |= {f"{'-'.join(order)}/{code}": path for order in (sorted(pair), sorted(pair, reverse=True))}
-            corpus["train", language] = [(sides[0], sides[1])]
+            corpus["train", english, language] = [(sides[0], sides[1])]
     if corpus:
         extract_all(store.get(source), parts, depth=2)
     return corpus
@@ -128,7 +128,7 @@ def opus(source: Source, store: Store, langs: Sequence[str], folder: Path, corpo
             codes = (OPUS_CODES[english], OPUS_CODES[language])
             wanted = {f"{title}.{pair}.{code}": side for code, side in zip(codes, sides, strict=True)}
             extract_all(archive, wanted, depth=1)
-            corpus.setdefault(("train", language), []).append((sides[0], sides[1]))
+            corpus.setdefault(("train", english, language), []).append((sides[0], sides[1]))
     return corpus
 
 
@@ -147,7 +147,7 @@ def mined(source: Source, store: Store, langs: Sequence[str], folder: Path) -> C
             sides = [folder / f"mined.{language}.{lang}" for lang in (english, language)]
             ordered = sides if codes[0] == flores_code(english) else sides[::-1]
             _split_table(table, ordered)
-            corpus["train", language] = [(sides[0], sides[1])]
+            corpus["train", english, language] = [(sides[0], sides[1])]
     return corpus
 
 

@@ -46,6 +46,6 @@ def _extract(archive: Path, names: dict[str, str], english: str, folder: Path) -
                 member = f"supervised/{pair}/opus.{pair}-{published}.{side}"
                 wanted[member] = folder / f"{split}.{pair}.{side}"
                 sides.append(wanted[member])
-            corpus[split, language] = [(sides[0], sides[1])]
+            corpus[split, english, language] = [(sides[0], sides[1])]
     extract_all(archive, wanted, depth=3)
     return corpus

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from download import check, download
+from io_utils import Side
 
 from xmoe_fairseq.benchmarks import Source
 from xmoe_fairseq.errors import UserError
 
-# (split, language) -> pairs of files, the English one and the other, which follow each other.
-Corpus = dict[tuple[str, str], list[tuple[Path, Path]]]
+# (split, language, other language) -> the files of both, which follow each other; None where a test set has no text.
+Corpus = dict[tuple[str, str, str], list[tuple[Side | None, Side | None]]]
 
 
 def merge(*parts: Corpus) -> Corpus:
-    """Joins corpora; where two have the same split and language their files follow each other."""
+    """Joins corpora; where two have the same split and pair their files follow each other."""
     whole: Corpus = {}
     for part in parts:
         for key, files in part.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,8 @@ from .errors import UserError
 
 # A code becomes part of the names of files.
 CODE = "[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*"
-# Of a data folder: trained directions, others that have text, and the pivot where the directions do not tell it.
-TRAINED, ZERO_SHOT, PIVOT = "lang_pairs.txt", "zero_shot.txt", "pivot.txt"
-# Where a checkpoint keeps those that it was trained on, in what fairseq saves of the task.
-KEY = "xmoe_directions"
+# Of a data folder: the directions that are trained, and others that have text.
+TRAINED, ZERO_SHOT = "lang_pairs.txt", "zero_shot.txt"
 _ENGLISH = ("en", "eng")
 _FEW = 8
 
@@ -44,9 +42,14 @@ class Direction(str):
         """Gives what a copy is made of."""
         return self.source, self.target
 
-    def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:  # type: ignore[override]
+    def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
         """Takes the name apart: at a hyphen into the two codes, at anything else as any string."""
         return [self.source, self.target] if sep == "-" else super().split(sep, maxsplit)
+
+    @property
+    def pair(self) -> frozenset[str]:
+        """The two languages, in no order."""
+        return frozenset((self.source, self.target))
 
     @property
     def reverse(self) -> Direction:
@@ -129,14 +132,10 @@ def read_option(value: str, languages: Collection[str], where: str, known: Seque
     return found
 
 
-def find_pivot(pairs: Iterable[Collection[str]]) -> str | None:
-    """Finds the language that all pairs share; of a single pair it is English, or None."""
-    shared: set[str] | None = None
-    for pair in pairs:
-        shared = set(pair) if shared is None else shared & set(pair)
-    if shared and len(shared) > 1:
-        shared = {code for code in shared if is_english(code)}
-    return next(iter(shared)) if shared and len(shared) == 1 else None
+def find_pivot(pairs: Sequence[Collection[str]]) -> str | None:
+    """Finds the language that all pairs share, None if there is none; of a single pair it is English, or the first."""
+    shared = sorted(set.intersection(*map(set, pairs)))
+    return next((code for code in shared if is_english(code)), shared[0]) if shared else None
 
 
 def is_english(code: str) -> bool:
@@ -153,10 +152,7 @@ def read_directions(folder: str | Path) -> Directions:
     languages = tuple(read_names(folder, "langs.txt"))
     trained = tuple(read_listed(folder, TRAINED, languages))
     zero_shot = tuple(read_listed(folder, ZERO_SHOT, languages)) if Path(folder, ZERO_SHOT).is_file() else ()
-    if Path(folder, PIVOT).is_file():
-        pivot = next(iter(read_names(folder, PIVOT)), None)
-    else:
-        pivot = languages[0] if trained and all(languages[0] in one.split("-") for one in trained) else None
+    pivot = languages[0] if trained and all(languages[0] in one.split("-") for one in trained) else None
     return Directions(languages, trained, zero_shot, pivot)
 
 
@@ -192,18 +188,3 @@ def read_names(folder: str | Path, file: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: prepare the data again") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def of_checkpoint(state: Mapping[str, Any], languages: Collection[str]) -> tuple[Direction, ...] | None:
-    """Gives the directions that a checkpoint was trained on; None where an older version wrote it.
-
-    Args:
-        state: what the file holds.
-        languages: that the model knows.
-    """
-    task = state.get("task_state")
-    names = task.get(KEY) if isinstance(task, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return None
-    found = [read_direction(name, languages) for name in names]
-    return tuple(one for one in found if one is not None)
