@@ -56,7 +56,8 @@ def _trained(folder: Path, texts: Sequence[LocalText], lang_pairs: str | None) -
     """Gives the directions that are trained: the named ones, in their order, or both of each pair."""
     names = {text.pair: text.name for text in reversed(texts) if text.kind == "train"}
     if not names:
-        raise UserError(f"--input {folder}: no training text; it must hold {raw_local.expected()}")
+        lack = "no training text" if texts else "no parallel text"
+        raise UserError(f"--input {folder}: {lack}; it must hold {raw_local.expected()}")
     every = [one for name in names.values() for one in (name, name.reverse)]
     if lang_pairs is None:
         return every
@@ -124,14 +125,14 @@ def _say_missing(folder: Path, texts: Sequence[LocalText], trained: Sequence[Dir
     names = {one.pair: one for one in reversed(trained)}
     for kind, lack in (("valid", "its loss is not in the validation loss"), ("test", "it is not scored")):
         there = {text.pair for text in texts if text.kind == kind}
-        lacking = [name for pair, name in names.items() if pair not in there]
+        lacking = [one for pair, one in names.items() if pair not in there]
         if kind == "valid" and len(lacking) == len(names):
             raise raw_local.missing(folder, f"valid.{lacking[0]}.{lacking[0].source}")
-        for name in lacking:
-            print(f"{folder}: {kind}.{name} is missing: {lack}", flush=True)
+        for one in lacking:
+            print(f"{folder}: {kind}.{one} is missing: {lack}", flush=True)
     for text in texts:
-        for name in text.missing():
-            print(f"{folder}: {name} is missing: the set can be translated and not scored", flush=True)
+        for file in text.missing():
+            print(f"{folder}: {file} is missing: the set can be translated and not scored", flush=True)
 
 
 def _arrange(

@@ -137,14 +137,14 @@ BAD_INPUT: dict[str, tuple[Edit, list[str]]] = {
         lambda folder: [(folder / f"train.de-en.{side}").write_bytes(b"\n \n") for side in ("en", "de")],
         ["train.de-en.en", "no line with text"],
     ),
-    "missing": (remove("test.en-zu.zu.gz"), ["test.en-zu.zu is missing"]),
+    "missing": (remove("valid.en-zu.zu.gz"), ["valid.en-zu.zu is missing"]),
     "twice, plain and gzip": (
         rewrite("train.de-en.de.gz", gzip.compress(b"a\n")),
         ["train.de-en.de and train.de-en.de.gz", "twice"],
     ),
     "twice, both orders": (rewrite("train.en-de.de", b"a\n"), ["train.de-en.de and train.en-de.de", "twice"]),
-    "pair without English": (rewrite("train.de-zu.de", b"a\n"), ["train.de-zu.de", "not a name"]),
-    "unknown ending": (rewrite("train.de-en.de.bz2", b"a\n"), ["train.de-en.de.bz2", "not a name"]),
+    "one side of train": (rewrite("train.de-zu.de", b"a\n"), ["train.de-zu.zu is missing"]),
+    "unknown ending": (rewrite("train.de-en.de.zip", b"a\n"), ["train.de-en.de.zip", "not a name"]),
     "damaged gzip": (rewrite("test.en-zu.zu.gz", gzip.compress(b"a\n" * 999)[:-9]), ["test.en-zu.zu.gz", "damaged"]),
     "not gzip": (rewrite("test.en-zu.zu.gz", b"plain\n"), ["test.en-zu.zu.gz", "damaged"]),
     "nothing": (remove("*"), ["no parallel text"]),
@@ -252,11 +252,13 @@ def test_sample_takes_that_many_seeded(tmp_path: Path) -> None:
     for language in ("aa", "bb"):
         for side in ("en", language):
             (tmp_path / f"train.en-{language}.{side}").write_text("".join(f"{side}{i}\n" for i in range(50)))
-    counts, sizes = {"aa": 50, "bb": 50}, {"en": 40, "aa": 7, "bb": 50}
-    drawn = list(learn_spm.sample(tmp_path, counts, sizes, 1))
+    both = {"train.en-aa": 50, "train.en-bb": 50}
+    texts = {"en": both, "aa": {"train.en-aa": 50}, "bb": {"train.en-bb": 50}}
+    sizes = {"en": 40, "aa": 7, "bb": 50}
+    drawn = list(learn_spm.sample(tmp_path, texts, sizes, 1))
     assert [sum(line.startswith(side) for line in drawn) for side in sizes] == [40, 7, 50]
-    assert drawn == list(learn_spm.sample(tmp_path, counts, sizes, 1))
-    assert drawn != list(learn_spm.sample(tmp_path, counts, sizes, 2))
+    assert drawn == list(learn_spm.sample(tmp_path, texts, sizes, 1))
+    assert drawn != list(learn_spm.sample(tmp_path, texts, sizes, 2))
 
 
 def test_source_text_can_be_read_twice(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fairseq.tokenizer import tokenize_line
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from io_utils import write_pairs
+from layout import centred
 
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.subword import Subword
@@ -49,7 +50,7 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = ((line, line.upper() + " ñandú 猫") for line in lines)
     count = write_pairs(raw / "train.en-xx", ("en", "xx"), pairs)
     options = {"vocab_size": 635, "sampling_temperature": 1.0, "seed": 1}
-    learn_spm.write(raw, {"train.en-xx": count}, ["en", "xx"], options, folder)
+    learn_spm.write(raw, {"train.en-xx": count}, centred("en", ["xx"]), options, folder)
     return folder
 
 
