@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from io_utils import SPLITS, pair_name
 
-from xmoe_fairseq.directions import TRAINED, ZERO_SHOT, Direction, Directions
+from xmoe_fairseq.benchmarks import directions
+from xmoe_fairseq.directions import TRAINED, ZERO_SHOT, Directions
 
 # The split, and the languages of the pair as they are stored.
 Text = tuple[str, str, str]
@@ -46,13 +47,8 @@ class Layout:
 
 def centred(english: str, languages: Sequence[str]) -> Layout:
     """Gives the layout of a benchmark: English to and from each of the languages."""
-    trained = tuple(
-        direction
-        for language in languages
-        for direction in (Direction(english, language), Direction(language, english))
-    )
     texts = {(split, english, language): (english, language) for language in languages for split in SPLITS}
-    return Layout(Directions((english, *languages), trained, pivot=english), texts)
+    return Layout(Directions((english, *languages), tuple(directions(languages, english)), pivot=english), texts)
 
 
 def lists(of: Directions) -> dict[str, Sequence[str]]:

@@ -19,6 +19,7 @@ PACKED = "|".join(map(re.escape, SUFFIXES))
 NAME = re.compile(rf"(?P<split>({'|'.join(SPLITS)})\d*)\.(?P<pair>{CODE}-{CODE})\.(?P<side>{CODE})({PACKED})?")
 # Names that must be as above, and others that may be meant so.
 OURS = re.compile(rf"({'|'.join(SPLITS)})\d*\.")
+_UNNAMED = "the names of texts begin with train, valid or test, which a number may follow"
 ALIKE = re.compile(rf"(?i)(train|valid?|dev|test|eval).*|.*\.{CODE}-{CODE}\..*")
 
 
@@ -190,7 +191,11 @@ def missing(folder: Path, name: str) -> UserError:
     return UserError(f"--input {folder}: {name} is missing (or the same with .gz, .xz, .bz2 or .zst)")
 
 
-def say_unused(folder: Path, names: Sequence[str], why: str = "its name begins with no split") -> None:
+def say_unused(
+    folder: Path,
+    names: Sequence[str],
+    why: str = "the names of texts begin with train, valid or test, and may go on with a number",
+) -> None:
     """Names the files that are left out although they look like text of a split."""
     for name in names:
         print(f"{folder}: not used: {name}: {why}", flush=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .directions import Direction
+
 
 @dataclass(frozen=True)
 class Source:
@@ -70,9 +72,9 @@ class Benchmark:
         return next((group for group, members in self.groups.items() if language in members), "all")
 
 
-def directions(languages: Sequence[str], english: str = "en") -> list[str]:
+def directions(languages: Sequence[str], english: str = "en") -> list[Direction]:
     """Names both directions of every pair with English, in the order of ``languages``."""
-    return [direction for xx in languages for direction in (f"{english}-{xx}", f"{xx}-{english}")]
+    return [one for xx in languages for one in (Direction(english, xx), Direction(xx, english))]
 
 
 # Romance, Austronesian, Kartvelian (its own script) and Bantu, all written with spaces between words.

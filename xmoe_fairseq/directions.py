@@ -118,7 +118,7 @@ def read_option(value: str, languages: Collection[str], where: str, known: Seque
             text = Path(value).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{option} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    names = re.split(r"[,\s]+", text.strip(", \t\r\n"))
+    names = re.split(r"\s*,\s*|\s+", text.strip(", \t\r\n"))
     found = []
     for name in names:
         direction = read_direction(name, languages)

@@ -74,9 +74,9 @@ def instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], objec
 DICT = "".join(f"w{i} 1\n" for i in range(SYMBOLS - 4))
 TEXTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "languages not UTF-8": (content("langs.txt", b"en\nx\xff\n"), ["langs.txt, line 2: not UTF-8 (0xff)"]),
-    "languages empty": (content("langs.txt", ""), ["langs.txt must list en"]),
+    "languages empty": (content("langs.txt", ""), ["langs.txt must list two or more"]),
     "language that is a path": (content("langs.txt", "en\n../xx\nyy\n"), ["langs.txt lists '../xx'"]),
-    "language with a hyphen": (content("langs.txt", "en\nxx-yy\n"), ["lists 'xx-yy'"]),
+    "language that ends in a hyphen": (content("langs.txt", "en\nxx-\n"), ["lists 'xx-'"]),
     "binary languages": (content("langs.txt", bytes(range(256))), ["langs.txt, line"]),
     "languages are a folder": (instead("langs.txt", Path.mkdir), ["has no langs.txt"]),
     "languages are a pipe": (instead("langs.txt", os.mkfifo), ["has no langs.txt"]),

@@ -223,7 +223,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no languages": (remove("langs.txt"), "has no langs.txt"),
     "no dictionary": (remove("dict.txt"), "has no dict.txt"),
     "duplicate language": (languages("en", "xx", "xx"), "each once"),
-    "English not first": (languages("xx", "en"), "must list en and then"),
+    "one language": (languages("en"), "must list two or more languages"),
     "a language without data": (languages("en", "xx", "yy", "zz"), r"train\.en-zz\.en\.idx is missing"),
     "missing file": (remove("train.en-xx.en.bin"), r"train\.en-xx\.en\.bin is missing"),
     "truncated text": (truncate("train.en-xx.en.bin", 10), r"train\.en-xx\.en\.bin has 10 bytes instead of"),
@@ -250,7 +250,8 @@ def test_bad_data_is_named_in_one_line(damage: Callable[[Path], object], message
         (["--lang-pairs", "en-xx,en-xx"], "names a direction twice"),
         (["--valid-lines", "-1"], "--valid-lines -1 is out of range"),
         (["--source-lang", "en"], "go together"),
-        (["--source-lang", "xx", "--target-lang", "yy"], "has no direction xx-yy"),
+        (["--source-lang", "xx", "--target-lang", "zz"], "has no language zz: it has en, xx, yy"),
+        (["--source-lang", "xx", "--target-lang", "xx"], "are both xx: give two languages"),
     ],
 )
 def test_bad_choices_are_named_in_one_line(options: list[str], message: str, toy_data: Path) -> None:

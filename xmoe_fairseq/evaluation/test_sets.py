@@ -74,7 +74,7 @@ def check_binarised(
     if not model.is_file():
         _warn_once(f"{model} is missing: whether raw/ and bin/ are of one text cannot be checked")
         return
-    check_split(str(data / "bin"), subset, [pair], english)
+    check_split(str(data / "bin"), subset, [pair])
     subword = Subword(model)
     for raw, lines in texts.items():
         _check_text(subword, raw, data / "bin" / raw.name, lines, first)

@@ -98,7 +98,7 @@ def _directions_of(task: str) -> list[str]:
     tasks = {f"{TASK_PREFIX}{name}": benchmark for name, benchmark in benchmarks.BENCHMARKS.items()}
     if task not in tasks:
         raise UserError(f"unknown --task {task!r}: choose from {', '.join(tasks)}")
-    return benchmarks.directions(tasks[task].languages, tasks[task].english)
+    return list(benchmarks.directions(tasks[task].languages, tasks[task].english))
 
 
 def find_scores(run: Path, checkpoint: Path) -> Path | None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
-from fairseq.data.indexed_dataset import index_file_path
+from fairseq.data.indexed_dataset import data_file_path, index_file_path
 
-from ..benchmarks import Benchmark
+from ..benchmarks import Benchmark, directions
+from ..directions import CODE, TRAINED, Direction, read_listed
 from ..errors import UserError
 from .binary_text import AGAIN, SPECIAL_SYMBOLS, check_text
 
-# Codes become names of files.
-_CODE = re.compile("[A-Za-z][A-Za-z0-9_]*")
 # Of a line of dict.txt, where fairseq takes a symbol that was there before.
 _OVERWRITE = "#fairseq:overwrite"
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -38,7 +37,7 @@ def _read_lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def read_languages(data: str, benchmark: Benchmark) -> list[str]:
-    """Reads the languages beside English from ``langs.txt``, whose order fixes the language tokens.
+    """Reads the languages from ``langs.txt``, whose order fixes the language tokens; English is first in benchmarks.
 
     Raises:
         UserError: the folder is missing or incomplete, or its languages are not the benchmark's.
@@ -57,18 +56,35 @@ def read_languages(data: str, benchmark: Benchmark) -> list[str]:
             )
     languages = [line.strip() for _, line in _read_lines(os.path.join(data, "langs.txt")) if line.strip()]
     english = benchmark.english
-    if not languages or languages[0] != english or len(set(languages)) < len(languages) or len(languages) < 2:
+    first = f"{english} and then other languages" if benchmark.languages else "two or more languages"
+    misplaced = benchmark.languages and languages[:1] != [english]
+    if misplaced or len(set(languages)) < len(languages) or len(languages) < 2:
+        raise UserError(f"{data}/langs.txt must list {first}, each once; it lists {_few(languages)}")
+    if strange := [code for code in languages if not re.fullmatch(CODE, code)]:
         raise UserError(
-            f"{data}/langs.txt must list {english} and then other languages, each once; it lists {_few(languages)}"
+            f"{data}/langs.txt lists {strange[0][:40]!r}, a code has letters, digits, '_' and '-' inside: {AGAIN}"
         )
-    if strange := [code for code in languages if not _CODE.fullmatch(code)]:
-        raise UserError(f"{data}/langs.txt lists {strange[0][:40]!r}, a code has letters, digits and '_': {AGAIN}")
     if benchmark.languages and tuple(languages[1:]) != benchmark.languages:
         raise UserError(
             f"{data} was not made for {benchmark.name}: its languages are {','.join(languages[1:])}, the benchmark's "
             f"{','.join(benchmark.languages)} in this order; use another --task or data folder"
         )
-    return languages[1:]
+    return languages
+
+
+def read_trained(data: str, benchmark: Benchmark, languages: Sequence[str]) -> list[Direction]:
+    """Gives the directions that are trained: the benchmark's, or those that ``lang_pairs.txt`` lists, if it is there.
+
+    Raises:
+        UserError: the list names what is no direction of the languages, or nothing.
+    """
+    if benchmark.languages or not os.path.isfile(os.path.join(data, TRAINED)):
+        english, *others = languages
+        return directions(others, english)
+    trained = read_listed(data, TRAINED, languages)
+    if not trained:
+        raise UserError(f"{data}/{TRAINED} names no direction: {AGAIN}")
+    return trained
 
 
 def _few(names: list[str]) -> str:
@@ -124,34 +140,69 @@ def read_groups(data: str, benchmark: Benchmark) -> dict[str, list[str]]:
     return groups
 
 
-def check_split(data: str, split: str, lang_pairs: Iterable[str], english: str, combine: bool = False) -> None:
+def find_text(data: str, split: str, pair: str) -> str | None:
+    """Finds the text of a direction; its pair is in the names in one order or the other.
+
+    Args:
+        data: the folder.
+        split: of its files.
+        pair: a direction.
+
+    Returns:
+        The path without the language and what follows; None where there is no file of it.
+    """
+    source, target = pair.split("-")
+    names = [os.path.join(data, f"{split}.{name}") for name in (f"{source}-{target}", f"{target}-{source}")]
+    there = [name for name in names if any(_is_there(f"{name}.{code}") for code in (source, target))]
+    # As fairseq does: where both are there, it takes the one that has the source.
+    whole = [name for name in there if os.path.lexists(index_file_path(f"{name}.{source}"))]
+    return next(iter((*whole, *there)), None)
+
+
+def _is_there(prefix: str) -> bool:
+    return any(os.path.lexists(path) for path in (index_file_path(prefix), data_file_path(prefix)))
+
+
+def list_splits(data: str) -> list[str]:
+    """Names the splits that a data folder has text of."""
+    return sorted({path.name.partition(".")[0] for path in Path(data).glob("*.*-*.*.idx")})
+
+
+def check_split(
+    data: str, split: str, lang_pairs: Iterable[str], combine: bool = False, references: bool = True
+) -> None:
     """Checks that both sides of every direction are there, whole, and have the same, positive number of lines.
 
     Args:
         data: the folder.
         split: of its files.
         lang_pairs: directions.
-        english: the code of English.
         combine: whether fairseq joins the files of train, train1, train2 and so on.
+        references: whether the target side is needed; it is checked where it is there.
 
     Raises:
         UserError: names the file and what is wrong with it.
     """
     symbols = count_symbols(os.path.join(data, "dict.txt"))
-    others = dict.fromkeys(language for pair in lang_pairs for language in pair.split("-") if language != english)
-    for other in others:
+    checked: set[tuple[str, frozenset[str]]] = set()
+    for pair in lang_pairs:
+        source, target = pair.split("-")
         for part in count() if combine else (0,):
-            name = os.path.join(data, f"{split}{part or ''}.{english}-{other}")
-            if part and not os.path.exists(index_file_path(f"{name}.{english}")):
-                break
-            _check_pair(name, english, other, symbols)
+            name = find_text(data, f"{split}{part or ''}", pair)
+            if name is None:
+                if part:
+                    break
+                name = os.path.join(data, f"{split}.{pair}")
+            sides = [source, target] if references or _is_there(f"{name}.{target}") else [source]
+            if (name, frozenset(sides)) not in checked:
+                _check_sides(name, sides, symbols)
+                checked.add((name, frozenset(sides)))
 
 
-def _check_pair(name: str, english: str, other: str, symbols: int) -> None:
-    lines = {language: check_text(f"{name}.{language}", symbols) for language in (english, other)}
-    if lines[english] != lines[other]:
-        raise UserError(
-            f"{name} is misaligned: {lines[english]} lines in {english}, {lines[other]} in {other}; {AGAIN}"
-        )
-    if not lines[english]:
+def _check_sides(name: str, sides: Sequence[str], symbols: int) -> None:
+    lines = [check_text(f"{name}.{side}", symbols) for side in sides]
+    if lines[0] != lines[-1]:
+        counts = ", ".join(f"{lines[number]}{' lines' * (not number)} in {side}" for number, side in enumerate(sides))
+        raise UserError(f"{name} is misaligned: {counts}; {AGAIN}")
+    if not lines[0]:
         raise UserError(f"{name} is empty: {AGAIN}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class DataManager(MultilingualDatasetManager):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.lines_of: dict[str, int] = {}
-        self.directions_of: dict[str, list[str]] = {}
+        self.directions_of: dict[str, Sequence[str]] = {}
 
     def get_split_data_param_list(self, split: str, epoch: int, shard_epoch: int | None = None) -> list[dict[str, Any]]:
         """Lists what is to be loaded for a subset, in the files of its split."""
@@ -52,11 +53,17 @@ class DataManager(MultilingualDatasetManager):
         every = super().get_split_data_param_list(split_name(split)[0], epoch, shard_epoch=shard_epoch)
         return [one for one in every if f"{one['src']}-{one['tgt']}" in wanted]
 
+    def get_split_num_data_shards(self, split: str) -> dict[str, int]:
+        """Gives the number of files of each direction; one where there is no text, which is not loaded."""
+        none = {self.get_dataset_key("main", *pair.split("-")): 1 for pair in self.lang_pairs}
+        return {**none, **super().get_split_num_data_shards(split)}
+
     def load_lang_dataset(self, data_path: str, split: str, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Loads both sides of one direction, or only their first lines."""
         source, target, alignment = super().load_lang_dataset(data_path, split, *args, **kwargs)
         lines = self.lines_of.get(split, 0)
         if lines:
-            source, target = FirstLines(source, lines), FirstLines(target, lines)
-            alignment = FirstLines(alignment, lines) if alignment is not None else None
+            source, target, alignment = (
+                FirstLines(text, lines) if text is not None else None for text in (source, target, alignment)
+            )
         return source, target, alignment

@@ -1,7 +1,8 @@
-"""One task for each benchmark: English to and from all its languages, in one model."""
+"""One task for each benchmark: all directions of its data in one model."""
 
 # No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
 import dataclasses
+import logging
 import math
 import os
 from argparse import ArgumentParser, Namespace
@@ -15,14 +16,25 @@ from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleE
 from omegaconf import II, OmegaConf
 
 from .. import identity
-from ..benchmarks import BENCHMARKS, Benchmark, directions
+from ..benchmarks import BENCHMARKS, Benchmark
+from ..directions import Direction, read_option
 from ..errors import UserError
 from ..identity import DataIdentity
 from .batching import PooledOrder
-from .data_folder import check_split, count_symbols, read_groups, read_languages
+from .data_folder import (
+    check_split,
+    count_symbols,
+    find_text,
+    list_splits,
+    read_groups,
+    read_languages,
+    read_trained,
+)
 from .data_manager import VALID, DataManager, split_name
 from .lengths import Fitting, Whole, check_batch_sizes, nothing
 from .stock_options import stock_dataclass, stock_namespace
+
+logger = logging.getLogger(__name__)
 
 # These follow from the data folder, which is made for one benchmark.
 _FROM_DATA = ("data", "langs", "lang_dict", "source_dict", "target_dict", "fixed_dictionary")
@@ -58,7 +70,7 @@ class MultilingualConfig(_StockOptions):
 
 
 class MultilingualTask(TranslationMultiSimpleEpochTask):
-    """English to and from every language of a benchmark, all directions in one model.
+    """All directions of a benchmark, or of the user's own data, in one model.
 
     Languages, their order, the dictionary and the directions come from the data folder, which must have
     been made for this benchmark; everything else is stock ``translation_multi_simple_epoch``.
@@ -68,6 +80,11 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
 
     def __init__(self, args: Namespace, langs: list[str], dicts: Any, training: bool) -> None:
         super().__init__(args, langs, dicts, training)
+        if not training:  # stock takes a name such as en-pt-BR apart at each hyphen
+            self.lang_pairs = self.eval_lang_pairs = self.model_lang_pairs = [
+                Direction(args.source_lang, args.target_lang)
+            ]
+            self.source_langs, self.target_langs = [args.source_lang], [args.target_lang]
         # Stock setup_data_manager names its class; what it made so far is only options.
         self.data_manager = DataManager(args, self.lang_pairs, langs, dicts, self.sampling_method)
         self.measures_loss = self.translates_all = False
@@ -132,28 +149,27 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
                 raise UserError(f"--{option} {getattr(args, name)} is out of range: it must be at least {least}")
         if not 0 < args.sampling_temperature < math.inf:
             raise UserError(f"--sampling-temperature {args.sampling_temperature} is out of range: it must be above 0")
-        args.langs = [cls.benchmark.english, *languages]
+        args.langs = languages
         args.source_dict = args.target_dict = dictionary
-        args.lang_pairs = args.lang_pairs or ",".join(directions(languages, cls.benchmark.english))
-        cls._check_directions(args, languages)
+        known = read_trained(args.data, cls.benchmark, languages)
+        if args.lang_pairs:
+            known = read_option(args.lang_pairs, languages, f"the data in {args.data}", known)
+            cfg.lang_pairs = ",".join(known)  # a checkpoint keeps the directions, and not the name of a file
+        args.lang_pairs = known
+        cls._check_languages(args)
         return super().setup_task(args, **kwargs)
 
     @classmethod
-    def _check_directions(cls, args: Namespace, languages: list[str]) -> None:
-        known = directions(languages, cls.benchmark.english)
-        wanted = args.lang_pairs.split(",")
-        if (args.source_lang is None) != (args.target_lang is None):
+    def _check_languages(cls, args: Namespace) -> None:
+        chosen = [args.source_lang, args.target_lang]
+        if chosen == [None, None]:
+            return
+        if None in chosen:
             raise UserError("--source-lang and --target-lang go together: give both or none")
-        if args.source_lang is not None:
-            wanted = [f"{args.source_lang}-{args.target_lang}"]
-        unknown = [pair for pair in wanted if pair not in known]
-        if unknown:
-            raise UserError(
-                f"the data in {args.data} has no direction {unknown[0]}: it has {', '.join(known[:8])}"
-                f"{', ...' if len(known) > 8 else ''}"
-            )
-        if len(set(wanted)) < len(wanted):
-            raise UserError(f"--lang-pairs {args.lang_pairs} names a direction twice: name each once")
+        if unknown := [code for code in chosen if code not in args.langs]:
+            raise UserError(f"the data in {args.data} has no language {unknown[0]}: it has {', '.join(args.langs)}")
+        if args.source_lang == args.target_lang:
+            raise UserError(f"--source-lang and --target-lang are both {args.source_lang}: give two languages")
 
     @classmethod
     def load_dictionary(cls, filename: str) -> Any:
@@ -166,19 +182,32 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         return super().load_dictionary(filename)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
-        """Loads a split of all the task's directions; ``valid@high`` takes those of one group of languages.
+        """Loads a split of the task's directions that have it; ``valid@high`` takes those of one group of languages.
 
         Raises:
-            UserError: a file is missing, empty, damaged, or its two sides differ in length;
+            UserError: a file is missing, empty, damaged, or its two sides differ in length; no direction has the split;
                 the group is unknown or none of its languages is trained.
         """
         name, group = split_name(split)
         wanted = self._directions_of(split, group) if group is not None else list(self.lang_pairs)
+        if name != self.args.train_subset:
+            wanted = self._with_text(split, name, wanted)
         self.data_manager.directions_of[split] = wanted
-        check_split(self.args.data, name, wanted, self.benchmark.english, combine)
+        check_split(self.args.data, name, wanted, combine, references=self.training or self.measures_loss)
         super().load_dataset(split, epoch, combine, **kwargs)
 
-    def _directions_of(self, split: str, group: str) -> list[str]:
+    def _with_text(self, split: str, name: str, pairs: list[Direction]) -> list[Direction]:
+        there = [pair for pair in pairs if find_text(self.args.data, name, pair)]
+        if not there:
+            raise UserError(
+                f"{self.args.data} has no {name} text of {', '.join(pairs[:8])}: its splits are "
+                f"{', '.join(list_splits(self.args.data))}"
+            )
+        if lacking := [pair for pair in pairs if pair not in there]:
+            logger.warning(f"{split} leaves out what has no text in it: {', '.join(lacking)}")
+        return there
+
+    def _directions_of(self, split: str, group: str) -> list[Direction]:
         groups = read_groups(self.args.data, self.benchmark)
         if group not in groups:
             raise UserError(f"there is no group {group!r} for the subset {split}: choose from {', '.join(groups)}")
