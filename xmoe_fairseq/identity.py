@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Where a checkpoint keeps it, in what fairseq saves of the task.
 KEY = "xmoe_data"
+# Beside it, the directions that the model was trained on.
+PAIRS = "xmoe_lang_pairs"
 # The file that was read last, for messages.
 checkpoint_read: ContextVar[str] = ContextVar("checkpoint_read", default="the checkpoint")
 # Hexadecimal digits of a checksum.
@@ -120,6 +122,13 @@ def check_trained_on(state: Mapping[str, Any], data: DataIdentity) -> DataIdenti
             "tokens would stand for other text. Give the data that it was trained on, or train from nothing"
         )
     return replace(data, sentencepiece=data.sentencepiece or trained.sentencepiece)
+
+
+def trained_pairs(state: Mapping[str, Any]) -> Sequence[Any]:
+    """Gives the directions that a checkpoint, a whole state, says to be trained on; none in files of older versions."""
+    kept = state.get("task_state")
+    pairs = kept.get(PAIRS) if isinstance(kept, dict) else None
+    return pairs if isinstance(pairs, list | tuple) else ()
 
 
 def check_same(states: Mapping[str, Mapping[str, Any]]) -> None:

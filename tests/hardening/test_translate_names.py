@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +107,10 @@ def test_finished_directions_are_of_one_checkpoint(folder: Path, started: list[A
     translate.main([str(folder / "data"), str(folder / "run"), "en-ca", "--", "--max-len-b", "5"])
     assert files(folder / "run/generate") == {"en-ca", "en-ca/generate-test.txt", f"en-ca/{MADE}"}
     assert started[0][-2:] == ["--max-len-b", "5"]
-    translate.main([str(folder / "data"), str(folder / "run")])
+    translate.main([str(folder / "data"), str(folder / "run"), "--", "--max-tokens=9", "--max-len-b", "5", "--cpu"])
     assert "en-ca: translated before" in capsys.readouterr().out and len(started) == 2
+    refused(folder, "en-ca was translated with the options --max-len-b 5, now there are no options of translating")
+    refused(folder, "now there are the options --max-len-b 5 --beam 1", "--", "--max-len-b", "5", "--beam", "1")
     checkpoint = folder / "run/checkpoints/checkpoint_best.pt"
     made = json.loads((folder / "run/generate/en-ca" / MADE).read_text())
     assert made == {
@@ -121,9 +122,47 @@ def test_finished_directions_are_of_one_checkpoint(folder: Path, started: list[A
     refused(folder, "en-ca was translated with another checkpoint")
     (folder / "run/generate/en-ca" / MADE).unlink()  # of before
     check_made(folder / "run/generate/en-ca", checkpoint)
-    shutil.rmtree(folder / "run/generate/ca-en")
-    translate.main([str(folder / "data"), str(folder / "run")])
-    assert len(started) == 3
+    translate.main([str(folder / "data"), str(folder / "run"), "--overwrite", "--", "--beam", "1"])
+    assert len(started) == 4 and files(folder / "run/generate") == {
+        f"{pair}{name}" for pair in ("en-ca", "ca-en") for name in ("", "/generate-test.txt", f"/{MADE}")
+    }
+
+
+def test_a_folder_without_translations_is_none_that_is_finished(folder: Path, started: list[Any]) -> None:
+    (folder / "run/generate/en-ca").mkdir()
+    refused(folder, "run/generate/en-ca is there, but holds no translations: remove it, or give --overwrite")
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--subset"], "--subset needs a value, such as test1"),
+        (["--subset", "../test"], "--subset '../test' is refused: give test, valid, or a numbered one"),
+        (["--", "--gen-subset", "test1"], "--gen-subset after the -- is refused: give --subset before the --"),
+        (["--", "--results-path=here"], "--results-path after the -- is refused"),
+    ],
+)
+def test_words_that_are_refused(words: list[str], message: str, folder: Path, started: list[Any]) -> None:
+    refused(folder, message, *words)
+    assert not started
+
+
+def test_another_set_has_a_folder_of_its_own(folder: Path, started: list[list[str]]) -> None:
+    with pytest.raises(UserError, match="holds no translations"):  # the stand-in writes those of test
+        translate.main([str(folder / "data"), str(folder / "run"), "en-ca", "--subset", "test1"])
+        translate.main([str(folder / "data"), str(folder / "run"), "en-ca", "--subset", "test1"])
+    assert (folder / "run/generate-test1/en-ca" / MADE).is_file() and not (folder / "run/generate/en-ca").exists()
+    assert started[0][started[0].index("--gen-subset") + 1] == "test1"
+
+
+@pytest.mark.parametrize("place", ["checkpoints/checkpoint_last.pt", "checkpoint_best.pt", "checkpoint_last.pt"])
+def test_checkpoints_are_found_where_the_readme_and_the_scripts_put_them(
+    place: str, folder: Path, started: list[list[str]]
+) -> None:
+    (folder / "run/checkpoints/checkpoint_best.pt").rename(folder / "run" / place)
+    translate.main([str(folder / "data"), str(folder / "run"), "en-ca"])
+    assert started[0][started[0].index("--path") + 1] == str(folder / "run" / place)
 
 
 def test_two_do_not_translate_into_one_folder(folder: Path, started: list[Any], monkeypatch: Any) -> None:

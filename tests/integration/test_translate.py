@@ -74,7 +74,7 @@ def test_wrong_arguments_are_one_line(trained: Path) -> None:
     for arguments, message in (
         (["data"], "give DATA and RUN"),
         (["nowhere", "run"], "there is no nowhere/MANIFEST.json"),
-        (["data", "empty"], "there is no checkpoint empty/checkpoints/checkpoint_best.pt"),
+        (["data", "empty"], "there is no checkpoint empty/checkpoints/checkpoint_best.pt or empty/checkpoint"),
         (["data", "run", "cat-nso"], "there is no direction 'cat-nso': choose from eng-cat, cat-eng"),
     ):
         failed = translate(trained, *arguments)

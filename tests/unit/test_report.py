@@ -16,9 +16,10 @@ from xmoe_fairseq import benchmarks
 from xmoe_fairseq.checkpoints.summary import Summary
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.outputs import write_lines
+from xmoe_fairseq.evaluation.run_folder import find_checkpoint
 from xmoe_fairseq.evaluation.usage import LayerUsage
 from xmoe_fairseq.report import command
-from xmoe_fairseq.report.gather import Model, find_checkpoint, find_directions
+from xmoe_fairseq.report.gather import Model, find_directions
 from xmoe_fairseq.report.picture import DOTS_PER_INCH, WIDTH_INCHES
 from xmoe_fairseq.report.results import Sample, Token, TracedSample
 from xmoe_fairseq.report.settings import Settings
@@ -193,7 +194,7 @@ def put(path: str, text: str) -> Callable[[Path], object]:
         (lambda run: (run / f"generate/en-{XX}").rename(run / "gone"), f"lacks en-{XX} of multilingual_demo4"),
         (lambda run: (run / "generate/en-xx").mkdir(), "has en-xx, not a direction of multilingual_demo4"),
         (lambda run: (run / "generate/logs").mkdir(), "generate/logs is not named SRC-TGT"),
-        (lambda run: (run / "checkpoints").rename(run / "gone"), "no checkpoint .*: train first, or give --checkpoint"),
+        (lambda run: (run / "checkpoints").rename(run / "gone"), "no checkpoint .*: train first, or give the path"),
     ],
 )
 def test_faults_are_named_and_leave_the_old_report(run: Path, spoil: Callable[[Path], object], expected: str) -> None:

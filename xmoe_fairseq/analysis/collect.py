@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,11 +182,13 @@ class Counts:
         directions: source and target of each.
         sentences: read in each direction.
         layers: in the order in which they run.
+        untrained: directions that the model was not trained on.
     """
 
     directions: Sequence[tuple[str, str]]
     sentences: list[int]
     layers: dict[str, LayerCounts]
+    untrained: Collection[str] = ()
 
     def stack(self, name: str) -> list[LayerCounts]:
         """The layers of ``encoder`` or ``decoder``."""

@@ -12,13 +12,13 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import locks
-from ..arguments import CommandParser, bounded, file_path
+from ..arguments import CommandParser, bounded, comma_list, file_path
 from ..errors import UserError, printable
 from ..evaluation.outputs import check_writable
 from ..schema import json_text
 from .collect import INPUTS, Counts, collect, places, total_sentences
 from .results import Analysis, analysis, write
-from .text import load, origin, read
+from .text import directions, load, origin, read
 from .tokens import text_tokens
 
 _EPILOG = """\
@@ -62,12 +62,14 @@ def _analyze(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # fairseq's, not the user's
     start = time.monotonic()
-    model, task = load(args.checkpoint, args.data, args.pairs)
+    chosen = directions(args.checkpoint, args.data, args.split, args.pairs)
+    model, task = load(args.checkpoint, args.data, chosen.pairs if chosen else ())
     if not places(model):
         raise UserError(f"the model of {args.checkpoint} is dense: there are no experts to analyse")
     texts = read(task, model, args.split, args.max_sentences, args.max_tokens)
     with tqdm(total=total_sentences(texts), desc="analyse", unit="sentence", disable=args.quiet) as progress:
         counts = collect(model, texts, task.source_dictionary.pad(), progress)
+    counts.untrained = chosen.untrained if chosen else ()
     found = analysis(counts, _words(model, counts), args.min_count, args.tokens)
     about = {
         "checkpoint": str(args.checkpoint),
@@ -96,8 +98,16 @@ def _parser() -> CommandParser:
         "--data", type=file_path, required=True, metavar="DATA", help="folder made by data_prep/prepare.sh, or its bin/"
     )
     parser.add_argument("--out", type=file_path, required=True, metavar="DIR", help="folder for figures and tables")
-    parser.add_argument("--pairs", metavar="A-B,...", help="directions, such as en-de,de-en (default: all)")
-    parser.add_argument("--split", default="test", metavar="NAME", help="train, valid or test (default: test)")
+    parser.add_argument(
+        "--pairs",
+        type=comma_list,
+        default=[],
+        metavar="A-B,...",
+        help="directions, such as en-de,de-en (default: all trained ones)",
+    )
+    parser.add_argument(
+        "--subset", "--split", dest="split", default="test", metavar="SET", help="train, valid, test, test1, ... (test)"
+    )
     parser.add_argument(
         "--max-sentences",
         type=bounded(int, 0, 10**9),

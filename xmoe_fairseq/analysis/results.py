@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..evaluation.directions import ZERO_SHOT
 from ..evaluation.outputs import check_no_folders, writing
 from ..schema import json_text
 from . import figures, heatmaps, tables, tokens
@@ -71,6 +72,7 @@ class Analysis:
         return {
             "capacity": self.capacity,
             "sentences": {f"{source}-{target}": count for (source, target), count in sentences},
+            "zero_shot": sorted(self.counts.untrained),
             "summary": self.summary(),
             "notes": list(self.notes),
             "tables": {name: table.records() for name, table in self.tables.items() if not name.startswith(_LONG)},
@@ -110,6 +112,8 @@ def analysis(counts: Counts, words: Mapping[str, Sequence[str | None]], min_coun
         notes.append("every token takes the same number of experts: there are no figures of who takes more")
     elif not found.tables["extremes"].rows:
         notes.append(f"no two tokens of a stack occur {min_count} times: none are compared (see --min-count)")
+    if counts.untrained:
+        notes.append(f"{ZERO_SHOT}, not trained, but part of all sums: {', '.join(sorted(counts.untrained))}")
     if not any(layer.has_entropy for layer in counts.layers.values()):
         notes.append("the router does not choose by probabilities: there is no entropy")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from fairseq import checkpoint_utils, utils
 from .. import identity
 from ..checkpoints.shards import fingerprint
 from ..errors import UserError
-from ..evaluation.usage import enough_tokens
+from ..evaluation.directions import Directions, choose_directions
+from ..tasks.lengths import Fitting
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,30 @@ class Text:
             yield self.dataset.collater([self.dataset[index] for index in batch])
 
 
-def load(checkpoint: Path, data: Path, pairs: str | None = None) -> tuple[Any, Any]:
+def directions(checkpoint: Path, data: Path, split: str, pairs: Sequence[str] = ()) -> Directions | None:
+    """Chooses the directions of a split, see `choose_directions`; None where the task of the checkpoint has to.
+
+    Args:
+        checkpoint, data: as `load` takes them.
+        split: such as ``test``.
+        pairs: by name; none for all that the model was trained on.
+
+    Raises:
+        UserError: as of `choose_directions`.
+    """
+    binarised = _binarised(data)
+    if binarised.name != "bin" or not (binarised / "lang_pairs.txt").is_file():
+        return Directions(pairs) if pairs else None
+    return choose_directions(binarised.parent, checkpoint, split, pairs)
+
+
+def load(checkpoint: Path, data: Path, pairs: Sequence[str] = ()) -> tuple[Any, Any]:
     """Loads a model for evaluation, on the GPU where there is one, and its task.
 
     Args:
         checkpoint: as written by ``fairseq-train``.
         data: the folder of ``data_prep/prepare.sh``, or its ``bin``.
-        pairs: directions, such as ``en-de,de-en``; none for all.
+        pairs: directions, such as ``en-de``; none for those of the checkpoint's task.
 
     Raises:
         UserError: a file is missing or damaged, or the data lack a direction.
@@ -63,8 +81,8 @@ def load(checkpoint: Path, data: Path, pairs: str | None = None) -> tuple[Any, A
     binarised = _binarised(data)
     # Only options that the checkpoint's task has are replaced.
     overrides: dict[str, Any] = {"data": str(binarised), "valid_lines": 0}
-    if pairs is not None:
-        overrides["lang_pairs"] = pairs
+    if pairs:
+        overrides["lang_pairs"] = ",".join(pairs)
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
     return models[0].to("cuda" if torch.cuda.is_available() else "cpu").eval(), task
 
@@ -84,7 +102,7 @@ def _binarised(data: Path) -> Path:
     return data / "bin" if (data / "bin").is_dir() else data
 
 
-def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int) -> list[Text]:
+def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int | None) -> list[Text]:
     """Opens a split; fairseq maps the files into memory and reads a sentence when it is used.
 
     Args:
@@ -92,7 +110,7 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int)
         model: what it can read bounds the length; longer sentences are left out.
         split: such as ``test``.
         max_sentences: the first ones of each direction; 0 for all.
-        max_tokens: the most tokens of a batch, padding included.
+        max_tokens: the most tokens of a batch, padding included; None for any number.
 
     Raises:
         UserError: the split is missing, or a direction has no usable sentence, or one of more than ``max_tokens``.
@@ -112,8 +130,8 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int)
             raise UserError(
                 f"no sentence of {source}-{target} in the split {split} is within the model's {longest} tokens"
             )
-        with enough_tokens(max_tokens):
-            batches = dataset.batch_by_size(indices, max_tokens=max_tokens)
+        lines = Fitting(dataset, split, [f"{source}-{target}"], "--max-tokens")
+        batches = lines.batch_by_size(indices, max_tokens=max_tokens)
         texts.append(Text(source, target, dataset, [list(map(int, batch)) for batch in batches]))
     return texts
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .bootstrap import corpus_score, draw_scores, read_seed, sentence_statistics
+from .directions import direction_sets
 from .result_folder import read_scores, read_texts
 from .score import METRICS, build_metric
 from .scores import Scores
@@ -43,7 +44,8 @@ class MetricComparison:
 
     Attributes:
         directions: by direction.
-        means: by set of directions, ``all``, ``en-xx`` and ``xx-en``: the mean of the directions' scores.
+        means: by set of directions, ``all``, ``en-xx`` and ``xx-en``, the most important first: the mean of the
+            directions' scores. Those that a system was not trained on (``zero-shot``) are a set of their own.
         all_sentences: as one text.
         win_ratio: by set of directions, the share of them in which the system is better than the first one.
     """
@@ -182,7 +184,8 @@ def _compare(systems: Sequence[System], name: str, samples: int, seed: int, bar:
         statistics.append(stats)
         bar.set_description(f"{METRICS[name]} {pair}")
         bar.update()
-    sets = _sets(list(scores), systems[0].scores.english)
+    untrained = {row.name for system in systems for row in system.scores.rows if row.zero_shot}
+    sets = direction_sets(list(scores), untrained, systems[0].scores.english)
     means = {
         # Sentence i is drawn in every direction at once: they are often translations of each other.
         group: _results(np.mean([scores[p] for p in pairs], axis=0), np.mean([draws[p] for p in pairs], axis=0))
@@ -224,16 +227,6 @@ def _results(scores: np.ndarray, draws: np.ndarray) -> list[Result]:
         p = _compute_p_value(apart - apart.mean(), abs(difference)) if apart.any() or difference else 1.0
         results.append(Result(float(score), float(estimate_ci(drawn)[1]), difference, float(p)))
     return results
-
-
-def _sets(pairs: Sequence[str], english: str) -> dict[str, list[str]]:
-    """Groups directions as the averages of ``xmoe score`` do; sets without a direction are left out."""
-    ways = {
-        "all": list(pairs),
-        f"{english}-xx": [pair for pair in pairs if pair.startswith(f"{english}-")],
-        f"xx-{english}": [pair for pair in pairs if not pair.startswith(f"{english}-")],
-    }
-    return {name: members for name, members in ways.items() if members}
 
 
 def _all_sentences(metric: Metric, statistics: Sequence[Sequence[np.ndarray]], samples: int, seed: int) -> list[Result]:

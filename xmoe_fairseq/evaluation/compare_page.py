@@ -46,9 +46,10 @@ def summary_table(comparison: Comparison) -> Table:
             number(system.scores.words_per_second, 0),
         ]
         for one in comparison.metrics.values():
-            result = one.means["all"][index]
+            overall = next(iter(one.means))
+            result = one.means[overall][index]
             row += [number(result.score, 2), number(result.interval, 2), *_difference(result)]
-            row.append(f"{one.win_ratio['all'][index]:.0%}" if index else NONE)
+            row.append(f"{one.win_ratio[overall][index]:.0%}" if index else NONE)
         rows.append(row)
     return header, rows
 

@@ -31,7 +31,7 @@ class Decoding:
     """How to translate; everything that translations, or the time they take, depend on beside model and text.
 
     Attributes:
-        subset: ``test`` or ``valid``.
+        subset: ``test``, ``valid``, or a numbered one such as ``test1``.
         lines: of each set, the first ones; 0 for all.
         beam: hypotheses in the search.
         lenpen: exponent of the length by which a hypothesis' score is divided.
@@ -59,7 +59,7 @@ class Translated:
     Attributes:
         hypotheses: plain text, in the order of the set; empty for a source that is too long for the model.
         seconds: spent in the search, without reading the data; None where the search was not run here.
-        too_long: sources that are too long for the model; None where the search was not run here.
+        too_long: sources that are too long for the model; None where that was not noted.
         usage: the use of experts by layer, references as decoder inputs; empty for a dense model.
     """
 

@@ -15,9 +15,16 @@ from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
-GENERATE_FILE = "generate-test.txt"
+
+def generate_file(subset: str) -> str:
+    """Names what ``fairseq-generate`` writes to its ``--results-path``."""
+    return f"generate-{subset}.txt"
+
+
+GENERATE_FILE = generate_file("test")
 
 _HYPOTHESIS = re.compile(r"D-(\d+)\t[^\t]*\t(.*)", re.DOTALL)
+_TOO_LONG = re.compile(r"D-\d+\t-inf\t")
 _OTHER_LINE = re.compile(r"[A-Z]-\d+(_\d+)?\t")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _WORD_START = "▁"
@@ -152,7 +159,7 @@ def find_raw(data: Path, subset: str, source: str, target: str) -> tuple[Path, P
 
     Args:
         data: the folder made by data_prep/prepare.sh.
-        subset: ``test`` or ``valid``.
+        subset: ``test``, ``valid``, or a numbered one such as ``test1``.
 
     Raises:
         UserError: there is no such reference.
@@ -163,7 +170,11 @@ def find_raw(data: Path, subset: str, source: str, target: str) -> tuple[Path, P
         if reference_file.is_file():
             return source_file, reference_file
     tried = " or ".join(f"{stem}.{target}" for stem in stems)
-    raise UserError(f"no raw reference {tried}: give the folder made by data_prep/prepare.sh")
+    if any(stem.with_name(f"{stem.name}.{source}").is_file() for stem in stems):
+        advice = f"{subset} has no references of {source}-{target}, only scripts/translate.sh can take it"
+    else:
+        advice = "give the folder made by data_prep/prepare.sh"
+    raise UserError(f"no raw reference {tried}: {advice}")
 
 
 def read_hypotheses(path: Path, count: int) -> list[str]:
@@ -201,6 +212,11 @@ def read_hypotheses(path: Path, count: int) -> list[str]:
     hypotheses = [text for _, text in sorted(found)]
     _check_detokenised(path, hypotheses)
     return hypotheses
+
+
+def count_too_long(path: Path) -> int:
+    """Counts the sources that were too long for the model in an output of ``fairseq-generate`` with this plugin."""
+    return sum(bool(_TOO_LONG.fullmatch(line)) for line in read_lines(path, "output of fairseq-generate"))
 
 
 def _check_ids(path: Path, ids: list[int], count: int) -> None:

@@ -15,7 +15,9 @@ from ..arguments import CommandParser, bounded, comma_list, file_path, quiet_lib
 from ..errors import UserError, printable
 from ..schema import json_text
 from .decoding import Decoding
+from .directions import subset_name
 from .outputs import check_writable
+from .run_folder import generated_folder, scores_folder, seek_checkpoint
 from .score import METRICS
 from .score_job import ScoreJob, read_benchmark
 from .score_page import render_markdown
@@ -97,9 +99,9 @@ def _parser() -> CommandParser:
 def add_set_options(parser: argparse.ArgumentParser) -> None:
     """Adds what is translated."""
     parser.add_argument(
-        "--pairs", type=comma_list, default=[], metavar="SRC-TGT,...", help="directions (default: all of the data)"
+        "--pairs", type=comma_list, default=[], metavar="SRC-TGT,...", help="directions (default: all trained ones)"
     )
-    parser.add_argument("--subset", choices=("test", "valid"), help="(default: test)")
+    parser.add_argument("--subset", type=subset_name, metavar="SET", help="test, valid, test1, ... (default: test)")
     parser.add_argument("--lines", type=bounded(int, 1, 10**9), metavar="N", help="only the first N lines of each set")
 
 
@@ -134,18 +136,22 @@ def _job(args: argparse.Namespace) -> tuple[ScoreJob, Path]:
             )
         job = ScoreJob(args.folder, args.checkpoint, decoding_options(args, args.folder), **common)
         return job, default_out(args.checkpoint, "scores")
-    if not (args.folder / "generate").is_dir():
+    subset = args.subset or Decoding.subset
+    generated = generated_folder(args.folder, subset)
+    if not generated.is_dir():
         raise UserError(
             f"{args.folder} is neither a data folder (it has no MANIFEST.json) nor a run that was translated (it has "
-            "no folder generate): give DATA with --checkpoint, or translate first"
+            f"no folder {generated.name}): give DATA with --checkpoint, or translate first"
         )
     if args.data is None:
         raise UserError(f"{args.folder} is a run: give --data, the folder whose test sets it translated")
-    given = [name for name in _TRANSLATING if getattr(args, name) is not None]
+    given = [name for name in _TRANSLATING if name != "subset" and getattr(args, name) is not None]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} goes with a data folder: {args.folder} was translated before")
-    job = ScoreJob(args.data, args.checkpoint, Decoding(), generated=args.folder / "generate", **common)
-    return job, args.folder / "scores"
+    trained_by = args.checkpoint or seek_checkpoint(args.folder)
+    decoding = Decoding(subset=subset)
+    job = ScoreJob(args.data, args.checkpoint, decoding, generated=generated, trained_by=trained_by, **common)
+    return job, scores_folder(args.folder, subset)
 
 
 def default_out(checkpoint: Path, kind: str) -> Path:

@@ -20,20 +20,22 @@ from ..checkpoints.summary import summarize
 from ..errors import UserError
 from ..tasks.data_folder import read_groups
 from .decoding import Decoding, Translated, Translator
+from .directions import choose_directions, group_of, has_set, known_pairs, pivot_of
 from .language import MISSING, LanguageDetector, find_detector
 from .outputs import (
-    GENERATE_FILE,
     check_no_folders,
+    count_too_long,
     find_raw,
+    generate_file,
+    is_pair,
     read_lines,
     replacing_all,
-    split_pair,
 )
 from .result_folder import SCORES, ResultFolder, read_json
 from .score import build_metric
 from .score_page import render_markdown, render_tsv
 from .scores import Row, Scores, average, score_lines, words_per_second
-from .test_sets import check_binarised, read_generated, texts_checksum
+from .test_sets import check_binarised, check_made_alike, read_generated, texts_checksum
 from .usage import LayerUsage, add_up
 from .versions import read_versions
 
@@ -54,10 +56,12 @@ class ScoreJob:
         data: folder made by data_prep/prepare.sh.
         checkpoint: to translate with; None where the translations are there.
         decoding: how to translate.
-        pairs: directions, such as ``en-ca``; all of the data folder where there are none.
+        pairs: directions, such as ``en-ca``; where there are none, those that the model was trained on, or that were
+            translated.
         metrics: names of `METRICS`.
         tokenizer: BLEU's, whatever the language.
         generated: folder of what fairseq-generate wrote; None to translate.
+        trained_by: the checkpoint that says what was trained, where ``checkpoint`` is None.
 
     Raises:
         UserError: a direction is unknown, or a metric cannot be had.
@@ -72,20 +76,31 @@ class ScoreJob:
         metrics: Sequence[str] = ("bleu", "chrf"),
         tokenizer: str | None = None,
         generated: Path | None = None,
+        trained_by: Path | None = None,
     ) -> None:
         self.data, self.checkpoint, self.decoding = data, checkpoint, decoding
         self.metrics, self.tokenizer, self.generated = metrics, tokenizer, generated
         self.benchmark = read_benchmark(data)
-        self.pairs = choose_pairs(_generated_pairs(data, generated) if generated else known_pairs(data), pairs)
+        if checkpoint is not None and not checkpoint.is_file():
+            raise UserError(f"there is no checkpoint {checkpoint}: check --checkpoint")
+        of_model = trained_by or checkpoint
+        wanted = _generated_pairs(data, generated, decoding.subset, pairs) if generated else pairs
+        chosen = choose_directions(data, of_model, decoding.subset, wanted)
+        self.pairs, self.untrained = chosen.pairs, chosen.untrained
         for pair in self.pairs:  # what cannot be had is said before anything is translated
             for metric in metrics:
                 build_metric(metric, pair.partition("-")[2], tokenizer)
             find_raw(data, decoding.subset, *pair.split("-"))
-        if checkpoint is not None and not checkpoint.is_file():
-            raise UserError(f"there is no checkpoint {checkpoint}: check --checkpoint")
+        if generated is not None:
+            check_made_alike([generated / pair for pair in self.pairs], checkpoint)
         self.settings = {"checkpoint": fingerprint(str(checkpoint)) if checkpoint else None, **asdict(decoding)}
         self._translator: Translator | None = None
         self._same: set[frozenset[Path]] = set()
+
+    @property
+    def pivot(self) -> str | None:
+        """The language that all directions are out of or into, if there is one; untrained ones do not matter."""
+        return pivot_of([pair for pair in self.pairs if pair not in self.untrained], self.benchmark.english)
 
     @property
     def translator(self) -> Translator:
@@ -116,14 +131,15 @@ class ScoreJob:
         if detector is None and not bar.disable:
             _say_once(MISSING)
         groups = read_groups_of(self.data, self.benchmark)
-        rows, usages = [], []
+        rows: list[Row] = []
+        usages: dict[bool, list[list[LayerUsage]]] = {False: [], True: []}
         for pair in self.pairs:
             bar.set_description(pair)
             row, usage = self._direction(folder, pair, groups, detector)
             rows.append(row)
-            usages.append(usage)
+            usages[row.zero_shot].append(usage)
             bar.update()
-        scores = self._scores(out, rows, add_up(usages), detector, test_set)
+        scores = self._scores(out, rows, add_up(usages[False] or usages[True]), detector, test_set)
         with replacing_all(files) as (page, table, data):
             page.write_text(render_markdown(scores), encoding="utf-8")
             table.write_text(render_tsv(scores), encoding="utf-8")
@@ -145,11 +161,12 @@ class ScoreJob:
         row = Row(
             source=source,
             target=target,
-            group=groups.get(target if source == self.benchmark.english else source, "all"),
+            group=group_of(pair, groups, self.pivot),
             **score_lines(sources, references, found.hypotheses, target, self.metrics, self.tokenizer, detector),
             too_long=found.too_long,
             seconds=found.seconds,
             experts_per_token=_experts(found.usage) if self.checkpoint is not None else None,
+            zero_shot=pair in self.untrained,
         )
         return row, list(found.usage)
 
@@ -173,7 +190,8 @@ class ScoreJob:
         source, _, target = pair.partition("-")
         if self.generated is not None:
             usage = self.translator.usage(source, target) if self.checkpoint is not None else []
-            return Translated(self._generated(pair, sources), None, None, usage)
+            too_long = count_too_long(self._output(pair))
+            return Translated(self._generated(pair, sources), None, too_long, usage)
         found = self.translator.translate(source, target)
         if len(found.hypotheses) != len(sources):
             raise UserError(
@@ -182,9 +200,12 @@ class ScoreJob:
             )
         return found
 
-    def _generated(self, pair: str, sources: Sequence[str]) -> list[str]:
+    def _output(self, pair: str) -> Path:
         assert self.generated is not None
-        return read_generated(self.generated / pair, self.data, sources, self.checkpoint)
+        return self.generated / pair / generate_file(self.decoding.subset)
+
+    def _generated(self, pair: str, sources: Sequence[str]) -> list[str]:
+        return read_generated(self._output(pair), self.data, sources)
 
     def _scores(
         self,
@@ -243,42 +264,18 @@ def read_benchmark(data: Path) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def choose_pairs(known: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Gives the wanted directions, or all known ones where none is named.
-
-    Raises:
-        UserError: a direction is unknown or named twice.
-    """
-    for number, pair in enumerate(wanted):
-        if pair not in known:
-            raise UserError(
-                f"there is no direction {pair!r}: choose from {', '.join(known[:8])}{' ...' if len(known) > 8 else ''}"
-            )
-        if pair in wanted[:number]:
-            raise UserError(f"--pairs names {pair} twice: name each direction once")
-    return list(wanted or known)
-
-
-def known_pairs(data: Path) -> list[str]:
-    """Reads the directions of a data folder.
-
-    Raises:
-        UserError: the list is missing, or one of them is no name of a direction.
-    """
-    file = data / "bin" / "lang_pairs.txt"
-    known = read_lines(file, "list of directions")
-    if not known:
-        raise UserError(f"{file} names no direction: prepare the data again")
-    for pair in known:
-        split_pair(pair, str(file))
-    return known
-
-
-def _generated_pairs(data: Path, generated: Path) -> list[str]:
-    found = [pair for pair in known_pairs(data) if (generated / pair / GENERATE_FILE).is_file()]
+def _generated_pairs(data: Path, generated: Path, subset: str, wanted: Sequence[str]) -> list[str]:
+    """Gives the directions that were translated, those of the data first, or the wanted ones of them."""
+    known, file = known_pairs(data), generate_file(subset)
+    there = sorted(path.parent.name for path in generated.glob(f"*/{file}"))
+    others = [pair for pair in there if pair not in known and is_pair(pair) and has_set(data, subset, pair)]
+    found = [*(pair for pair in known if pair in there), *others]
     if not found:
-        raise UserError(f"{generated} has no folder SRC-TGT/{GENERATE_FILE} of a direction of {data}: translate first")
-    return found
+        raise UserError(f"{generated} has no folder SRC-TGT/{file} of a direction of {data}: translate first")
+    for pair in wanted:
+        if pair not in found:
+            raise UserError(f"there is no direction {pair!r}: choose from {', '.join(found)}")
+    return list(wanted or found)
 
 
 def read_groups_of(data: Path, benchmark: Benchmark) -> dict[str, str]:

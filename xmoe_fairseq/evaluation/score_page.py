@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from .directions import ZERO_SHOT
 from .score import METRICS
 from .scores import Row, Scores
-from .tables import code, markdown, number, percent, plain, short, tsv
+from .tables import NONE, code, markdown, number, percent, plain, short, tsv
 
 
 def render_markdown(scores: Scores) -> str:
@@ -45,12 +46,15 @@ def directions(scores: Scores, digits: int = 2, short_names: bool = True) -> tup
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("direction", lambda row: row.name),
         ("group", lambda row: row.group),
+        (ZERO_SHOT, lambda row: "yes" if row.zero_shot else NONE),
         ("sentences", lambda row: str(row.sentences)),
         *((METRICS[name], lambda row, name=name: number(row.scores[name], digits)) for name in scores.metrics),
         ("length ratio", lambda row: number(row.length_ratio, digits + 1)),
         ("empty", lambda row: str(row.empty)),
         ("copies", lambda row: str(row.copies)),
     ]
+    if any(row.too_long for row in scores.rows):
+        columns.append(("too long", lambda row: NONE if row.too_long is None else str(row.too_long)))
     if scores.detector is not None:
         columns.append(("wrong language", lambda row: percent(row.wrong_language)))
         columns.append(("(references)", lambda row: percent(row.wrong_references)))
@@ -58,6 +62,8 @@ def directions(scores: Scores, digits: int = 2, short_names: bool = True) -> tup
         columns.append(("words/s", lambda row: number(row.source_words / row.seconds if row.seconds else None, 0)))
     if any(row.experts_per_token for row in scores.rows):
         columns.append(("experts a token", lambda row: number(row.experts_per_token, digits)))
+    if not any(row.zero_shot for row in scores.rows):
+        del columns[2]
     if short_names and len({row.group for row in scores.rows}) == 1:
         del columns[1]
     header = [name for name, _ in columns]

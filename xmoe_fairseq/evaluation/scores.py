@@ -10,6 +10,7 @@ from typing import Any
 
 from .bootstrap import corpus_score, sentence_statistics
 from .decoding import ModelSize
+from .directions import ZERO_SHOT, direction_sets
 from .language import LanguageDetector
 from .score import build_bleu, build_metric
 
@@ -20,7 +21,7 @@ class Row:
 
     Attributes:
         source, target: the languages.
-        group: of the language that is not English, by the amount of its training text.
+        group: of the language that is not the pivot, by the amount of its training text.
         sentences: in the set.
         scores: by the name of the metric.
         signatures: sacreBLEU's, by the name of the metric.
@@ -33,6 +34,7 @@ class Row:
         source_words: of the sources, as white space separates them.
         seconds: that the search took; None where it was not run by this command.
         experts_per_token: in an MoE layer; None where it was not measured, 0 for a dense model.
+        zero_shot: whether the model was not trained on this direction.
     """
 
     source: str
@@ -50,6 +52,7 @@ class Row:
     source_words: int
     seconds: float | None
     experts_per_token: float | None
+    zero_shot: bool = False
 
     @property
     def name(self) -> str:
@@ -61,7 +64,8 @@ class Average:
     """Means over several directions, each with the same weight.
 
     Attributes:
-        name: which directions: ``all``, ``en-xx``, ``xx-en``, or those of a group of languages, ``high en-xx``.
+        name: which directions: ``all`` that were trained, ``en-xx``, ``xx-en``, those of a group of languages,
+            ``high en-xx``, or ``zero-shot``.
         directions: how many they are.
         scores: by the name of the metric.
         length_ratio: as for a direction.
@@ -153,16 +157,17 @@ def score_lines(
 
 
 def average(rows: Sequence[Row], english: str) -> list[Average]:
-    """Averages over all directions, those out of and into English, and the same for each group where there are some."""
-    sets: dict[str, list[Row]] = defaultdict(list)
-    several = len({row.group for row in rows}) > 1
-    for row in rows:
-        way = f"{english}-xx" if row.source == english else f"xx-{english}"
-        for name in ("all", way, *((f"{row.group}", f"{row.group} {way}") if several else ())):
-            sets[name].append(row)
-    order = ["all", f"{english}-xx", f"xx-{english}"]
-    names = sorted(sets, key=lambda name: order.index(name) if name in order else len(order))
-    return [_average(name, sets[name]) for name in names]
+    """Averages over the sets of `direction_sets`, and the trained ones of each group where there are several groups."""
+    by_name = {row.name: row for row in rows}
+    sets = direction_sets(list(by_name), {row.name for row in rows if row.zero_shot}, english)
+    grouped: dict[str, list[str]] = defaultdict(list)
+    if len({row.group for row in rows if not row.zero_shot}) > 1:
+        ways = [way for way in sets if way not in ("all", ZERO_SHOT)]
+        for name in sets.get("all", ()):
+            group = by_name[name].group
+            for one in (group, *(f"{group} {way}" for way in ways if name in sets[way])):
+                grouped[one].append(name)
+    return [_average(name, [by_name[pair] for pair in pairs]) for name, pairs in {**sets, **grouped}.items()]
 
 
 def _average(name: str, rows: Sequence[Row]) -> Average:

@@ -48,6 +48,7 @@ class Sweep:
         sentences, directions: that each point was measured on.
         signatures: sacreBLEU's, by metric, each one once.
         max_moe_flops: most FLOPs of a token in experts that the chosen threshold may take; None for any.
+        zero_shot: directions that were translated too, but not trained, and are in no mean of scores.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Sweep:
     directions: int
     signatures: Mapping[str, Sequence[str]]
     max_moe_flops: float | None = None
+    zero_shot: Sequence[str] = ()
 
     @property
     def chosen(self) -> Point:
@@ -184,7 +186,8 @@ def render_markdown(sweep: Sweep) -> str:
                 f"the best{limit} ({best.scores['bleu']:.2f} at {best.threshold:g}): {chosen.scores['bleu']:.2f} BLEU "
                 f"with {chosen.computation_saved:.0%} of the MoE computation saved.",
                 f"Means of {sweep.directions} directions, {sweep.sentences:,} sentences; FLOPs a token with the "
-                f"experts that tokens took, references as decoder inputs; source words/s on {plain(sweep.device)}.",
+                f"experts that tokens took, references as decoder inputs; source words/s on {plain(sweep.device)}."
+                + _left_out(sweep),
                 "\n".join(
                     f"- {METRICS[name]}: {', '.join(map(code, signatures))}"
                     for name, signatures in sweep.signatures.items()
@@ -193,6 +196,10 @@ def render_markdown(sweep: Sweep) -> str:
         )
         + "\n"
     )
+
+
+def _left_out(sweep: Sweep) -> str:
+    return f" In no mean of scores, since not trained: {', '.join(sweep.zero_shot)}." if sweep.zero_shot else ""
 
 
 def render_tsv(sweep: Sweep) -> str:

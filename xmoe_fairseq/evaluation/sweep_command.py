@@ -12,6 +12,7 @@ from .. import locks
 from ..arguments import CommandParser, bounded, file_path, quiet_libraries
 from ..errors import printable
 from ..schema import json_text
+from .directions import ZERO_SHOT
 from .outputs import check_no_folders, check_writable, replacing_all
 from .score import METRICS
 from .score_command import (
@@ -122,6 +123,7 @@ def _score(jobs: dict[float, ScoreJob], out: Path, quiet: bool) -> dict[float, S
 
 def _sweep(name: str, found: dict[float, Scores], lose: float, max_moe_flops: float | None) -> Sweep:
     first = next(iter(found.values()))
+    meant = [row for row in first.rows if row.zero_shot == (first.averages[0].name == ZERO_SHOT)]
     signatures = {
         metric: sorted({row.signatures[metric] for row in first.rows}) for metric in METRICS if metric in _METRICS
     }
@@ -130,10 +132,11 @@ def _sweep(name: str, found: dict[float, Scores], lose: float, max_moe_flops: fl
         points=[make_point(threshold, scores) for threshold, scores in found.items()],
         lose=lose,
         device=first.device or "",
-        sentences=sum(row.sentences for row in first.rows),
-        directions=len(first.rows),
+        sentences=sum(row.sentences for row in meant),
+        directions=len(meant),
         signatures=signatures,
         max_moe_flops=max_moe_flops,
+        zero_shot=[row.name for row in first.rows if row not in meant],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ from ..errors import UserError
 from ..identity import checksum
 from ..subword import ID_SHIFT, Subword
 from ..tasks.data_folder import check_split
-from .outputs import GENERATE_FILE, read_hypotheses, read_lines
+from .outputs import read_hypotheses, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,13 @@ _SOURCE = re.compile(r"S-(\d+)\t(.*)")
 _LOST = re.compile(r"[^ ]<0x[0-9A-F]{2}>|<0x[0-9A-F]{2}>[^ ]|<unk>")
 # Beside the translations of a direction.
 MADE = "made.json"
+_AGAIN = "translate again with scripts/translate.sh --overwrite"
+# Options of fairseq-generate that change no translation: with a value, and without.
+_SPEED_VALUES = frozenset(
+    "--max-tokens --batch-size --max-sentences --num-workers --required-batch-size-multiple --data-buffer-size "
+    "--log-format --log-interval --log-file --tensorboard-logdir".split()
+)
+_SPEED = frozenset(("--cpu", "--no-progress-bar"))
 
 
 @dataclass(frozen=True)
@@ -133,33 +141,91 @@ def check_generated(output: Path, data: Path, sources: Sequence[str]) -> None:
             )
 
 
-def check_made(folder: Path, checkpoint: Path) -> None:
-    """Makes sure that the translations of a direction were made with a checkpoint, where they say with which.
+def read_made(folder: Path) -> Made | None:
+    """Reads what the translations of a direction were made with; None where scripts/translate.sh did not make them.
 
     Raises:
-        UserError: they were made with another one.
+        UserError: the file is damaged.
     """
     file = folder / MADE
     if not file.is_file():
-        return
+        return None
     advice = f"remove {folder} and translate again"
-    made = schema.build(Made, schema.read_json(file, advice), str(file), advice)
+    return schema.build(Made, schema.read_json(file, advice), str(file), advice)
+
+
+def check_made(folder: Path, checkpoint: Path, options: Sequence[str] | None = None) -> None:
+    """Makes sure that the translations of a direction were made with a checkpoint, where they say with which.
+
+    Args:
+        folder: of the translations.
+        checkpoint: that they should be of.
+        options: that they should be made with; None for any.
+
+    Raises:
+        UserError: they were made with another one, or with other options.
+    """
+    made = read_made(folder)
+    if made is None:
+        return
     if made.checkpoint != fingerprint(str(checkpoint)):
         raise UserError(
             f"{folder} was translated with another checkpoint ({made.file}, or what it was before) than {checkpoint}: "
-            f"give that one, or {advice}"
+            f"give that one, or {_AGAIN}"
+        )
+    if options is not None and (old := that_matter(made.options)) != (new := that_matter(options)):
+        raise UserError(
+            f"{folder} was translated with {_words(old)}, now there are {_words(new)}: give the same, or {_AGAIN}"
         )
 
 
-def read_generated(folder: Path, data: Path, sources: Sequence[str], checkpoint: Path | None) -> list[str]:
+def check_made_alike(folders: Sequence[Path], checkpoint: Path | None) -> None:
+    """Makes sure that the translations of several directions are of one system, as far as they say of which.
+
+    Args:
+        folders: of the directions.
+        checkpoint: that they should be of; None for any.
+
+    Raises:
+        UserError: they are of several checkpoints, of other options, or of another checkpoint than the one given.
+    """
+    known = [(folder, made) for folder in folders if (made := read_made(folder)) is not None]
+    for folder, made in known:
+        first_folder, first = known[0]
+        if checkpoint is not None:
+            check_made(folder, checkpoint)
+        if made.checkpoint != first.checkpoint:
+            how = f"another checkpoint ({made.file}) than {first_folder} ({first.file}, or what it was before)"
+        elif (new := that_matter(made.options)) != (old := that_matter(first.options)):
+            how = f"{_words(new)}, {first_folder} with {_words(old)}"
+        else:
+            continue
+        raise UserError(f"{folder} was translated with {how}: they are of two systems, translate one of them again")
+
+
+def that_matter(options: Sequence[str]) -> list[str]:
+    """Leaves out options of ``fairseq-generate`` that change how fast it translates, and not what."""
+    kept, words = [], iter(options)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name in _SPEED_VALUES:
+            if not equals:
+                next(words, None)
+        elif name not in _SPEED:
+            kept.append(word)
+    return kept
+
+
+def _words(options: Sequence[str]) -> str:
+    return f"the options {shlex.join(options)}" if options else "no options of translating"
+
+
+def read_generated(output: Path, data: Path, sources: Sequence[str]) -> list[str]:
     """Reads the translations that ``fairseq-generate`` wrote for a direction, in the order of the test set.
 
     Raises:
-        UserError: they are incomplete, of another test set, or of another checkpoint if one is given.
+        UserError: they are incomplete, or of another test set.
     """
-    if checkpoint is not None:
-        check_made(folder, checkpoint)
-    output = folder / GENERATE_FILE
     check_generated(output, data, sources)
     return read_hypotheses(output, len(sources))
 

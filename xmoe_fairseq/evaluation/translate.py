@@ -1,14 +1,16 @@
-"""Translates the test sets of all directions, or of some, with a trained model. Run again, it goes on where it stopped.
+"""Translates a test set in all directions of a model, or in some. Run again, it goes on where it stopped.
 
 .. code-block:: bash
 
-    python -m xmoe_fairseq.evaluation.translate DATA RUN [CHECKPOINT] [SRC-TGT ...] [-- OPTION ...]
+    python -m xmoe_fairseq.evaluation.translate DATA RUN [CHECKPOINT] [--subset SET] [--overwrite] [SRC-TGT ...] \
+        [-- OPTION ...]
 
 ``scripts/translate.sh`` says what the words mean.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -18,13 +20,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import locks
+from ..arguments import file_path
 from ..benchmarks import Benchmark
 from ..checkpoints.shards import fingerprint
 from ..errors import UserError
-from .outputs import writing
+from .directions import ZERO_SHOT, Directions, choose_directions, subset_name
+from .outputs import generate_file, writing
 from .result_folder import write_json
-from .score_job import choose_pairs, known_pairs, read_benchmark
-from .test_sets import MADE, Made, check_made
+from .run_folder import find_checkpoint, generated_folder
+from .score_job import read_benchmark
+from .test_sets import MADE, check_made, read_made
+
+logger = logging.getLogger(__name__)
+
+# Options of fairseq-generate that the words before ``--`` decide.
+_OURS = {
+    "--gen-subset": "--subset before the --",
+    "--results-path": "RUN",
+    "--path": "CHECKPOINT",
+    "--source-lang": "SRC-TGT",
+    "--target-lang": "SRC-TGT",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,8 @@ class Translation:
         checkpoint: of the model.
         benchmark: that the data was prepared for.
         options: further words of ``fairseq-generate``.
+        subset: ``test``, ``valid``, or a numbered one such as ``test1``.
+        overwrite: whether finished directions are translated again.
     """
 
     data: Path
@@ -44,12 +62,14 @@ class Translation:
     checkpoint: Path
     benchmark: Benchmark
     options: Sequence[str]
+    subset: str = "test"
+    overwrite: bool = False
 
     def words(self, pair: str, results: Path) -> list[str]:
         """Gives the command for one direction."""
         source, target = pair.split("-")
         return [
-            *(sys.executable, "-m", "fairseq_cli.generate", str(self.data / "bin")),
+            *(sys.executable, "-m", "fairseq_cli.generate", str(self.data / "bin"), "--gen-subset", self.subset),
             *("--user-dir", str(Path(__file__).parents[1]), "--task", f"multilingual_{self.benchmark.name}"),
             *("--source-lang", source, "--target-lang", target, "--path", str(self.checkpoint)),
             *("--bpe", "sentencepiece_bytes", "--sentencepiece-model", str(self.data / "bin" / "spm.model")),
@@ -58,33 +78,56 @@ class Translation:
         ]
 
 
-def translate(translation: Translation, pairs: Sequence[str]) -> None:
+def translate(translation: Translation, directions: Directions) -> None:
     """Translates the directions that are not finished: a folder under its final name is complete.
 
     Raises:
         UserError: another program translates there, fairseq-generate failed, or a finished direction is of another
-            checkpoint.
+            checkpoint or of other options.
     """
-    made = Made(str(translation.checkpoint), fingerprint(str(translation.checkpoint)), translation.options)
     with locks.held(translation.out) as lock:
-        for pair in pairs:
-            folder, part = translation.out / pair, translation.out / f"{pair}.part"
-            if folder.exists():
-                check_made(folder, translation.checkpoint)
-                print(f"== {pair}: translated before", flush=True)
-                continue
-            print(f"== {pair}", flush=True)
-            with writing(translation.out):
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir()
-            # The program holds the lock as well: where this one is killed, it may go on.
-            words = translation.words(pair, part)
-            code = subprocess.run(words, stdin=subprocess.DEVNULL, pass_fds=(lock,), check=False).returncode
-            if code:
-                raise UserError(f"{pair} is not translated: fairseq-generate ended with code {code}, see above")
-            write_json(part / MADE, {"file": made.file, "checkpoint": made.checkpoint, "options": list(made.options)})
-            with writing(translation.out):
-                part.rename(folder)
+        finished = [] if translation.overwrite else [pair for pair in directions.pairs if _finished(translation, pair)]
+        for pair in directions.pairs:
+            mark = f" ({ZERO_SHOT}: the model was not trained on it)" if pair in directions.untrained else ""
+            if pair in finished:
+                print(f"== {pair}{mark}: translated before", flush=True)
+            else:
+                print(f"== {pair}{mark}", flush=True)
+                _translate(translation, pair, lock)
+
+
+def _finished(translation: Translation, pair: str) -> bool:
+    """Tells whether a direction is translated, by the same checkpoint with the same options."""
+    folder = translation.out / pair
+    if not folder.exists():
+        return False
+    if not (folder / generate_file(translation.subset)).is_file():
+        raise UserError(f"{folder} is there, but holds no translations: remove it, or give --overwrite")
+    check_made(folder, translation.checkpoint, translation.options)
+    if read_made(folder) is None:
+        logger.warning(f"{folder} does not say which checkpoint it was translated with: whether it was this is unknown")
+    return True
+
+
+def _translate(translation: Translation, pair: str, lock: int) -> None:
+    folder, part = translation.out / pair, translation.out / f"{pair}.part"
+    old = translation.out / f"{pair}.old"
+    with writing(translation.out):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+    # The program holds the lock as well: where this one is killed, it may go on.
+    words = translation.words(pair, part)
+    code = subprocess.run(words, stdin=subprocess.DEVNULL, pass_fds=(lock,), check=False).returncode
+    if code:
+        raise UserError(f"{pair} is not translated: fairseq-generate ended with code {code}, see above")
+    made = {"file": str(translation.checkpoint), "checkpoint": fingerprint(str(translation.checkpoint))}
+    write_json(part / MADE, {**made, "options": list(translation.options)})
+    with writing(translation.out):
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,14 +139,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     options, words = words[end + 1 :], words[:end]
+    overwrite = _take(words, "--overwrite", 0) is not None
+    subset = subset_name((_take(words, "--subset", 1) or ["test"])[0])
     if len(words) < 2:
         raise UserError("give DATA and RUN, the folders of the data and of the run; scripts/translate.sh says more")
+    for word in options:
+        if (name := word.partition("=")[0]) in _OURS:
+            raise UserError(f"{name} after the -- is refused: give {_OURS[name]}")
     data, run, *wanted = words
-    checkpoint = Path(run) / "checkpoints" / "checkpoint_best.pt"
-    if wanted and wanted[0].endswith(".pt"):
-        checkpoint, wanted = Path(wanted[0]), wanted[1:]
+    named = file_path(wanted.pop(0)) if wanted and wanted[0].endswith(".pt") else None
     benchmark = read_benchmark(Path(data))
-    pairs = choose_pairs(known_pairs(Path(data)), wanted)
+    checkpoint = named or find_checkpoint(Path(run))
+    directions = choose_directions(Path(data), checkpoint, subset, wanted)
     if not checkpoint.is_file():
         raise UserError(f"there is no checkpoint {checkpoint}: train first, or give its path")
     if os.pathsep in str(checkpoint):
@@ -111,7 +158,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"the path of {checkpoint} has a {os.pathsep!r}, where fairseq takes it for several checkpoints: give the "
             "folder or the file another name"
         )
-    translate(Translation(Path(data), Path(run) / "generate", checkpoint, benchmark, options), pairs)
+    out = generated_folder(Path(run), subset)
+    translation = Translation(Path(data), out, checkpoint, benchmark, options, subset, overwrite)
+    translate(translation, directions)
+
+
+def _take(words: list[str], option: str, values: int) -> list[str] | None:
+    """Takes an option and its values out of the words; None where it is not among them."""
+    if option not in words:
+        return None
+    place = words.index(option)
+    taken = words[place : place + 1 + values]
+    if len(taken) <= values:
+        raise UserError(f"{option} needs a value, such as test1")
+    del words[place : place + 1 + values]
+    return taken[1:]
 
 
 if __name__ == "__main__":

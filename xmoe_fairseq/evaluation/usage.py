@@ -127,7 +127,7 @@ def _layer_usage(layer: str, total: Mapping[str, Tensor]) -> LayerUsage:
     )
 
 
-def measure(checkpoint: Path, bin_dir: Path, max_tokens: int = 4096) -> list[LayerUsage]:
+def measure(checkpoint: Path, bin_dir: Path, max_tokens: int = 4096, pairs: Sequence[str] = ()) -> list[LayerUsage]:
     """Runs a model over its binarised test set, references as decoder inputs, and adds up its routing.
 
     The model and its task come from the checkpoint; ``xmoe_fairseq`` registered them when it was imported. Where the
@@ -137,6 +137,7 @@ def measure(checkpoint: Path, bin_dir: Path, max_tokens: int = 4096) -> list[Lay
         checkpoint: as written by ``fairseq-train``.
         bin_dir: the folder made by ``fairseq-preprocess``, with the dictionary.
         max_tokens: the most tokens in a batch.
+        pairs: the directions; none for all that the task of the checkpoint has.
 
     Raises:
         UserError: the checkpoint, the folder or its test set is missing, or no sentence of the test set is usable.
@@ -145,9 +146,8 @@ def measure(checkpoint: Path, bin_dir: Path, max_tokens: int = 4096) -> list[Lay
         raise UserError(f"no checkpoint {checkpoint}")
     if not bin_dir.is_dir():
         raise UserError(f"no folder of binarised data {bin_dir}")
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(checkpoint)], arg_overrides={"data": str(bin_dir)}
-    )
+    overrides = {"data": str(bin_dir)} | ({"lang_pairs": ",".join(pairs)} if pairs else {})
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
     model = models[0].to("cuda" if torch.cuda.is_available() else "cpu").eval()
     try:
         task.load_dataset("test")

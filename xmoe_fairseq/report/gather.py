@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .. import benchmarks, schema
 from ..errors import UserError
-from ..evaluation.outputs import GENERATE_FILE, find_raw, is_pair, read_hypotheses, read_lines, write_lines
+from ..evaluation.directions import choose_directions, group_of, known_pairs, pivot_of, trained_pairs
+from ..evaluation.outputs import (
+    GENERATE_FILE,
+    count_too_long,
+    find_raw,
+    is_pair,
+    read_hypotheses,
+    read_lines,
+    write_lines,
+)
 from ..evaluation.result_folder import read_scores, read_texts
 from ..evaluation.score_command import default_out
 from ..evaluation.score_job import read_benchmark, read_groups_of
 from ..evaluation.scores import Row, Scores, average, score_lines
-from ..evaluation.test_sets import check_generated, check_made
+from ..evaluation.test_sets import check_generated, check_made_alike
 from ..evaluation.usage import LayerUsage, measure
 from ..evaluation.versions import read_versions
 from .drawings import read_drawings
@@ -44,26 +53,19 @@ class Model:
         """Reads what it was trained with."""
         return read_settings(self.checkpoint)
 
+    def trained(self, translated: Sequence[str]) -> list[str]:
+        """Gives the directions that it was trained on, among them those of ``translated`` if it does not say."""
+        named = (self.data / "bin" / "lang_pairs.txt").is_file()
+        return trained_pairs(self.checkpoint, known_pairs(self.data) if named else translated)
+
     def usage(self) -> list[LayerUsage]:
-        """Measures the use of experts on the whole test set."""
-        return measure(self.checkpoint, self.data / "bin", self.max_tokens)
+        """Measures the use of experts on the test sets of the directions that it was trained on."""
+        pairs = choose_directions(self.data, self.checkpoint, "test").pairs
+        return measure(self.checkpoint, self.data / "bin", self.max_tokens, pairs)
 
     def trace(self, samples: Sequence[Sample]) -> list[TracedSample]:
         """Counts the experts of each token of translated sentences."""
         return trace(self.checkpoint, self.data, samples)
-
-
-def find_checkpoint(run: Path) -> Path:
-    """Finds a run's best checkpoint, or its last one where none was the best.
-
-    Raises:
-        UserError: there is neither.
-    """
-    names = [folder / f"checkpoint_{kind}.pt" for kind in ("best", "last") for folder in (run / "checkpoints", run)]
-    found = next((path for path in names if path.is_file()), None)
-    if found is None:
-        raise UserError(f"no checkpoint {names[0]}: train first, or give --checkpoint")
-    return found
 
 
 def find_directions(run: Path, task: str | None) -> list[str]:
@@ -79,6 +81,7 @@ def find_directions(run: Path, task: str | None) -> list[str]:
     """
     generate = run / "generate"
     found = sorted(path.name for path in generate.iterdir() if path.is_dir()) if generate.is_dir() else []
+    found = [name for name in found if not name.endswith((".part", ".old"))]  # of translate.sh at work, or killed
     wrong = [name for name in found if not is_pair(name)]
     if wrong:
         raise UserError(f"{generate}/{wrong[0]} is not named SRC-TGT")
@@ -122,8 +125,16 @@ def read_scored(folder: Path, data: Path) -> tuple[Scores, list[Direction]]:
     return scores, directions
 
 
-def score_generated(run: Path, data: Path, names: Sequence[str]) -> tuple[Scores, list[Direction]]:
+def score_generated(
+    run: Path, data: Path, names: Sequence[str], untrained: Collection[str]
+) -> tuple[Scores, list[Direction]]:
     """Scores what ``fairseq-generate`` wrote, and puts the translations beside it as plain text.
+
+    Args:
+        run: the folder of the run.
+        data: folder made by data_prep/prepare.sh.
+        names: the directions.
+        untrained: those of them that the model was not trained on.
 
     Raises:
         UserError: a file is missing, incomplete or of another length.
@@ -131,11 +142,12 @@ def score_generated(run: Path, data: Path, names: Sequence[str]) -> tuple[Scores
     benchmark = read_benchmark(data) if (data / "MANIFEST.json").is_file() else None
     english = benchmark.english if benchmark else "en"
     groups = read_groups_of(data, benchmark) if benchmark else {}
+    pivot = pivot_of([name for name in names if name not in untrained], english)
     directions = []
     for name in tqdm(names, desc="score", unit="direction"):
-        source, _, target = name.partition("-")
-        group = groups.get(target if source == english else source, "all")
-        directions.append(_score_direction(run / "generate" / name, data, source, target, group))
+        scored = _score_direction(run / "generate" / name, data, *name.split("-"))
+        row = replace(scored.row, group=group_of(name, groups, pivot), zero_shot=name in untrained)
+        directions.append(replace(scored, row=row))
     rows = [direction.row for direction in directions]
     scores = Scores(
         name=run.resolve().name,
@@ -153,7 +165,7 @@ def score_generated(run: Path, data: Path, names: Sequence[str]) -> tuple[Scores
     return scores, directions
 
 
-def _score_direction(generated: Path, data: Path, source: str, target: str, group: str) -> Direction:
+def _score_direction(generated: Path, data: Path, source: str, target: str) -> Direction:
     source_file, reference_file = find_raw(data, "test", source, target)
     references = read_lines(reference_file, "reference")
     hypotheses = read_hypotheses(generated / GENERATE_FILE, len(references))
@@ -164,7 +176,8 @@ def _score_direction(generated: Path, data: Path, source: str, target: str, grou
     plain = generated / f"hyp.{target}"
     write_lines(plain, hypotheses)
     measured = score_lines(sources, references, hypotheses, target, METRICS, None, None)
-    row = Row(source, target, group, too_long=None, seconds=None, experts_per_token=None, **measured)
+    too_long = count_too_long(generated / GENERATE_FILE)
+    row = Row(source, target, "all", too_long=too_long, seconds=None, experts_per_token=None, **measured)
     return Direction(row, reference_file, plain, sources, references, hypotheses)
 
 
@@ -235,6 +248,6 @@ def _scored(run: Path, task: str | None, model: Model) -> tuple[Scores | None, l
     if folder is not None:
         return read_scored(folder, model.data)
     names = find_directions(run, task)
-    for name in names:
-        check_made(run / "generate" / name, model.checkpoint)
-    return score_generated(run, model.data, names) if names else (None, [])
+    check_made_alike([run / "generate" / name for name in names], model.checkpoint)
+    untrained = set(names) - set(model.trained(names))
+    return score_generated(run, model.data, names, untrained) if names else (None, [])

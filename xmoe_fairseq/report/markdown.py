@@ -43,7 +43,7 @@ def _translation(report: Report) -> list[str]:
     if not report.directions:
         return []
     rows = [
-        (_arrow(direction.source, direction.target), f"{direction.score.sentences:,}",
+        (plain(direction.name), f"{direction.score.sentences:,}",
          f"{direction.score.bleu:.1f}", f"{direction.score.chrf:.1f}")
         for direction in report.directions
     ]  # fmt: skip

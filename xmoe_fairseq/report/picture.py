@@ -60,7 +60,7 @@ def draw_report(report: Report, path: Path) -> None:
 def _draw_directions(half: SubFigure, rows: int, report: Report) -> None:
     bleu = [direction.score.bleu for direction in report.directions]
     chrf = [direction.score.chrf for direction in report.directions]
-    names = [f"{direction.source} → {direction.target}" for direction in report.directions]
+    names = [direction.name for direction in report.directions]
     axes = _panel(half, rows, f"{report.mean_bleu:.1f} BLEU on average", names)
     places = range(len(names))
     bars = axes.barh(places, bleu, height=_BAR, color=_BLUE)

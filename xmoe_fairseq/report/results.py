@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..evaluation.directions import ZERO_SHOT
 from ..evaluation.score import Score, score
 from ..evaluation.scores import Row, Scores
 from ..evaluation.usage import LayerUsage, computation_saved
@@ -39,7 +40,7 @@ class Direction:
     @property
     def name(self) -> str:
         """How it is shown."""
-        return arrow(self.source, self.target)
+        return arrow(self.source, self.target) + f" ({ZERO_SHOT})" * self.row.zero_shot
 
     @cached_property
     def score(self) -> Score:
@@ -111,13 +112,18 @@ class Report:
 
     @property
     def mean_bleu(self) -> float | None:
-        """BLEU averaged over the directions, each with the same weight; None where nothing was translated."""
-        return fmean(direction.score.bleu for direction in self.directions) if self.directions else None
+        """BLEU averaged over the directions that were trained, or over all if none was, each with the same weight;
+        None where nothing was translated."""
+        return fmean(direction.score.bleu for direction in self._meant) if self.directions else None
 
     @property
     def mean_chrf(self) -> float | None:
         """The same for chrF++."""
-        return fmean(direction.score.chrf for direction in self.directions) if self.directions else None
+        return fmean(direction.score.chrf for direction in self._meant) if self.directions else None
+
+    @property
+    def _meant(self) -> Sequence[Direction]:
+        return [direction for direction in self.directions if not direction.row.zero_shot] or self.directions
 
     @property
     def computation_saved(self) -> float | None:
@@ -137,7 +143,12 @@ class Report:
             "mean_chrf": self.mean_chrf,
             "moe_computation_saved": self.computation_saved,
             "directions": [
-                {"source": direction.source, "target": direction.target, **asdict(direction.score)}
+                {
+                    "source": direction.source,
+                    "target": direction.target,
+                    "zero_shot": direction.row.zero_shot,
+                    **asdict(direction.score),
+                }
                 for direction in self.directions
             ],
             "layers": [

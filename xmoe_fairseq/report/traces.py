@@ -16,8 +16,6 @@ from ..moe import TokenRouting
 from ..subword import Subword
 from .results import Sample, Token, TracedSample
 
-_MAX_TOKENS = 4096  # reading batches needs a number; each sentence is run alone
-
 
 def trace(checkpoint: Path, data: Path, samples: Sequence[Sample]) -> list[TracedSample]:
     """Runs a model over sources and its own translations of them, which it reads as it did when it wrote them.
@@ -35,10 +33,11 @@ def trace(checkpoint: Path, data: Path, samples: Sequence[Sample]) -> list[Trace
     """
     if not samples:
         return []
-    model, task = load(checkpoint, data)
+    pairs = dict.fromkeys(f"{sample.source_language}-{sample.target_language}" for sample in samples)
+    model, task = load(checkpoint, data, list(pairs))
     if not any(hasattr(module, "moe_name") for module in model.modules()):
         return []
-    texts = {text.name: text for text in read(task, model, "test", 0, _MAX_TOKENS)}
+    texts = {text.name: text for text in read(task, model, "test", 0, None)}
     subword = Subword(data / "bin" / "spm.model")
     traced = []
     for sample in tqdm(samples, desc="trace samples", unit="sentence"):

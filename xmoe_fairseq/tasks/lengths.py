@@ -41,10 +41,11 @@ class Fitting:
         name: of the dataset, for messages.
         directions: whose lines follow each other in it; empty where no sentence can be longer than a batch, since
             fairseq left those out.
+        option: that says how long a batch may be.
     """
 
-    def __init__(self, dataset: Any, name: str, directions: Sequence[str] = ()) -> None:
-        self.dataset, self.name, self.directions = dataset, name, directions
+    def __init__(self, dataset: Any, name: str, directions: Sequence[str] = (), option: str = _MAX_TOKENS) -> None:
+        self.dataset, self.name, self.directions, self.option = dataset, name, directions, option
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.dataset, name)
@@ -59,13 +60,13 @@ class Fitting:
             lengths = self._lengths(slice(None))
             raise UserError(
                 f"no line of {self.name} is left: they have {lengths.min()} to {lengths.max()} pieces, more than the "
-                f"model's positions, or than {_MAX_TOKENS}, which is {max_tokens}: give more, or shorter lines"
+                f"model's positions, or than {self.option}, which is {max_tokens}: give more, or shorter lines"
             )
         if self.directions and max_tokens is not None:
             lengths = self._lengths(indices)
             if lengths.max() > max_tokens:
                 raise UserError(
-                    f"{_MAX_TOKENS} is {max_tokens}, but {self.place(indices[lengths.argmax()])} has {lengths.max()} "
+                    f"{self.option} is {max_tokens}, but {self.place(indices[lengths.argmax()])} has {lengths.max()} "
                     f"pieces: give at least {lengths.max()}"
                 )
         return self.dataset.batch_by_size(indices, max_tokens=max_tokens, **limits)
@@ -79,7 +80,7 @@ class Fitting:
         """Says which line of which file a sentence is."""
         if not self.directions:
             return f"a line of {self.name}"
-        ends = list(accumulate(map(len, self.dataset.datasets)))
+        ends = list(accumulate(map(len, getattr(self.dataset, "datasets", [self.dataset]))))
         number = bisect_right(ends, index)
         line = index - (ends[number - 1] if number else 0) + 1
         return f"line {line} of {self.name}, {self.directions[number]},"

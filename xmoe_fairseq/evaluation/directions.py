@@ -1,0 +1,162 @@
+"""The directions of a model, which all commands agree on: those that it was trained on, unless others are named.
+
+A direction that a model was not trained on, between languages that it knows, is zero-shot: it is translated and scored
+where it is asked for by name, marked where it is shown, and in no mean over the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import identity
+from ..checkpoints import options, reading
+from ..errors import UserError
+from .outputs import is_pair, read_lines, split_pair
+
+ZERO_SHOT = "zero-shot"
+# What a set is called in the names of its files; fairseq numbers further ones.
+SUBSET = re.compile(r"(test|valid)\d*")
+_SET_FILE = re.compile(rf"({SUBSET.pattern}|train\d*)\.[^.]+\.[^.]+(\.idx)?")
+# Directions that a message names.
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What a command works on.
+
+    Attributes:
+        pairs: such as ``en-ca``, in the order of the data.
+        untrained: those of them that the model was not trained on.
+    """
+
+    pairs: Sequence[str]
+    untrained: frozenset[str] = frozenset()
+
+
+def choose_directions(data: Path, checkpoint: Path | None, subset: str, wanted: Sequence[str] = ()) -> Directions:
+    """Chooses the directions of a set: those that are named, or all that the model was trained on.
+
+    Args:
+        data: folder made by data_prep/prepare.sh.
+        checkpoint: of the model; None takes every direction of the data for trained.
+        subset: ``test``, ``valid``, or a numbered one such as ``test1``.
+        wanted: directions by name.
+
+    Raises:
+        UserError: a direction is unknown, named twice or not in the set, or no direction has the set.
+    """
+    known = known_pairs(data)
+    trained = trained_pairs(checkpoint, known)
+    check_subset(data, subset)
+    for number, pair in enumerate(wanted):
+        if pair not in known and not (is_pair(pair) and has_set(data, subset, pair)):
+            rest = " ..." if len(known) > _SHOWN else ""
+            raise UserError(f"there is no direction {pair!r}: choose from {', '.join(known[:_SHOWN])}{rest}")
+        if pair in wanted[:number]:
+            raise UserError(f"--pairs names {pair} twice: name each direction once")
+    # Where no direction has the set, what reads it names the files that are missing.
+    pairs = wanted or [pair for pair in trained if has_set(data, subset, pair)] or trained
+    return Directions(list(pairs), frozenset(pairs) - set(trained))
+
+
+def known_pairs(data: Path) -> list[str]:
+    """Reads the directions of a data folder.
+
+    Raises:
+        UserError: the list is missing, or one of them is no name of a direction.
+    """
+    file = data / "bin" / "lang_pairs.txt"
+    known = read_lines(file, "list of directions")
+    if not known:
+        raise UserError(f"{file} names no direction: prepare the data again")
+    for pair in known:
+        split_pair(pair, str(file))
+    return known
+
+
+def trained_pairs(checkpoint: Path | None, known: Sequence[str]) -> list[str]:
+    """Gives the directions that a model was trained on, in the order of the data.
+
+    Args:
+        checkpoint: of the model; where it does not say (None, or a file that fairseq will refuse), they are all.
+        known: directions of the data, which the model was trained on unless ``--lang-pairs`` said otherwise.
+    """
+    if checkpoint is None:
+        return list(known)
+    try:
+        state = reading.peek(str(checkpoint))
+        named = identity.trained_pairs(state) or options.sections(state).get("task", {}).get("lang_pairs")
+    except (UserError, OSError):
+        return list(known)
+    words = named.split(",") if isinstance(named, str) else list(named or ())
+    trained = [word for word in words if isinstance(word, str) and is_pair(word)]
+    order = {pair: number for number, pair in enumerate(known)}
+    return sorted(trained, key=lambda pair: order.get(pair, len(order))) or list(known)
+
+
+def has_set(data: Path, subset: str, pair: str) -> bool:
+    """Tells whether a data folder has sources of a direction in a set; references may be missing."""
+    source, _, target = pair.partition("-")
+    stems = [f"{subset}.{one}.{source}" for one in (f"{source}-{target}", f"{target}-{source}")]
+    return any((data / "raw" / stem).is_file() or (data / "bin" / f"{stem}.idx").is_file() for stem in stems)
+
+
+def subset_name(text: str) -> str:
+    """Reads the name of a set that can be translated.
+
+    Raises:
+        UserError: it is no such name.
+    """
+    if not SUBSET.fullmatch(text):
+        raise UserError(f"--subset {text[:40]!r} is refused: give test, valid, or a numbered one such as test1")
+    return text
+
+
+def check_subset(data: Path, subset: str) -> None:
+    """Makes sure that a data folder has a set, if it has any.
+
+    Raises:
+        UserError: it has others only.
+    """
+    names = (path.name for folder in ("raw", "bin") for path in (data / folder).glob("*.*"))
+    sets = {match[1] for name in names if (match := _SET_FILE.fullmatch(name))}
+    if sets and subset not in sets:
+        raise UserError(f"{data} has no set {subset!r}: choose from {', '.join(sorted(sets))}")
+
+
+def pivot_of(pairs: Sequence[str], english: str) -> str | None:
+    """Finds the language that all directions are out of or into: English, or another one where it is the only one.
+
+    Args:
+        pairs: directions.
+        english: the code of English.
+    """
+    common = set.intersection(*(set(pair.split("-")) for pair in pairs)) if pairs else set()
+    if english in common:
+        return english
+    return common.pop() if len(common) == 1 else None
+
+
+def direction_sets(pairs: Sequence[str], untrained: Collection[str], english: str) -> dict[str, list[str]]:
+    """Gives the sets of directions that have a mean, by their names, the most important first.
+
+    ``all`` are those that were trained, ``en-xx`` and ``xx-en`` those out of and into the pivot of these, if there is
+    one, and ``zero-shot`` the others.
+    """
+    trained = [pair for pair in pairs if pair not in untrained]
+    sets = {"all": trained}
+    if (pivot := pivot_of(trained, english)) is not None:
+        sets[f"{pivot}-xx"] = [pair for pair in trained if pair.startswith(f"{pivot}-")]
+        sets[f"xx-{pivot}"] = [pair for pair in trained if not pair.startswith(f"{pivot}-")]
+    sets[ZERO_SHOT] = [pair for pair in pairs if pair in untrained]
+    return {name: members for name, members in sets.items() if members}
+
+
+def group_of(pair: str, groups: Mapping[str, str], pivot: str | None) -> str:
+    """Names the group of a direction: of its language that is not the pivot, or of both; ``all`` if there is none."""
+    found = dict.fromkeys(groups[one] for one in pair.split("-") if one != pivot and one in groups)
+    return "-".join(found) or "all"
