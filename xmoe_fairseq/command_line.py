@@ -8,13 +8,16 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from .checkpoints import reading
+from .checkpoints import language_tokens, reading
 from .errors import UserError
 
 _CHOICE = re.compile(r"argument (?P<option>[^:]+): invalid choice: '?(?P<value>.*?)'? \(choose from (?P<choices>.*)\)")
+# Values of --post-process that leave no space between pieces.
+_JOINS = ("sentencepiece", "wordpiece", "letter", "_EOW")
 _UNKNOWN = "unrecognized arguments: "
 # A message that lists more names is not read.
 _FEW = 12
@@ -26,16 +29,42 @@ def checked(parse_args_and_arch: Any) -> Any:
     has loaded the data; options that the checkpoint does not have change nothing."""
 
     @functools.wraps(parse_args_and_arch)
-    def parse(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+    def parse(
+        parser: argparse.ArgumentParser, input_args: Sequence[str] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         parser.error = functools.partial(refuse, parser)  # type: ignore[method-assign]
-        result = parse_args_and_arch(parser, *args, **kwargs)
+        result = parse_args_and_arch(parser, input_args, *args, **kwargs)
         parsed = result[0] if isinstance(result, tuple) else result
+        _check_pieces(parsed)
+        _check_results_path(parsed)
         overrides = {name: _dictionary(parsed, name) for name in ("model_overrides", "optimizer_overrides")}
         if overrides["model_overrides"] and getattr(parsed, "path", None):
             _check_overrides(parsed.path, overrides["model_overrides"])
+        if not kwargs.get("suppress_defaults"):
+            language_tokens.adopt(parser, parsed, input_args)
         return result
 
     return parse
+
+
+def _check_pieces(parsed: argparse.Namespace) -> None:
+    """Refuses to join pieces twice: fairseq joins them, and ``--bpe`` would take the words for pieces."""
+    bpe, join = getattr(parsed, "bpe", None), getattr(parsed, "post_process", None)
+    joined = bpe == "sentencepiece_bytes" and join not in (None, "none")
+    if joined or (bpe == "sentencepiece" and join in _JOINS):
+        raise UserError(
+            f"--post-process (or --remove-bpe) {join.strip()} with --bpe {bpe} would join the pieces twice, and no space "
+            "would be left: leave it out, the D- lines are plain text without it"
+        )
+
+
+def _check_results_path(parsed: argparse.Namespace) -> None:
+    folder = getattr(parsed, "results_path", None)
+    if folder:
+        from .evaluation.outputs import check_no_folders, check_writable, generate_file
+
+        check_writable(Path(folder), "--results-path")
+        check_no_folders([Path(folder) / generate_file(parsed.gen_subset)])
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

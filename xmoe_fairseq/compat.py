@@ -82,7 +82,7 @@ def install() -> None:
     from fairseq.trainer import Trainer
     from fairseq_cli import train
 
-    from . import adam, interactive, literals
+    from . import adam, generate, interactive, literals
     from .checkpoints import loading
     from .processes import batches, gradients, launch, state
 
@@ -121,6 +121,7 @@ def install() -> None:
         (NanDetector, "add_hooks", _looks_forward),
         (FastaDataset, "_build_index", _plain_names),
         (options, "add_interactive_args", interactive.whole_lines),
+        (options, "add_generation_args", generate.whole_files),
     ):
         stock = getattr(module, name)
         if not stock.__globals__["__name__"].startswith(__package__):

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Where a checkpoint keeps it, in what fairseq saves of the task.
 KEY = "xmoe_data"
 # Beside it, the directions that the model was trained on.
-PAIRS = "xmoe_lang_pairs"
+PAIRS = "xmoe_directions"
 # The file that was read last, for messages.
 checkpoint_read: ContextVar[str] = ContextVar("checkpoint_read", default="the checkpoint")
 # Hexadecimal digits of a checksum.

@@ -13,7 +13,6 @@ from .errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_COMMAND = "fairseq_cli.interactive"
 # Bytes of a line that are read; what has more is no sentence, and too long for any model.
 _LONGEST_LINE = 1 << 20
 
@@ -24,14 +23,19 @@ def whole_lines(add_interactive_args: Any) -> Any:
 
     @functools.wraps(add_interactive_args)
     def add(*args: Any, **kwargs: Any) -> Any:
-        # Under `python -m` the command's module has another name.
-        for name in (_COMMAND, "__main__"):
-            module = sys.modules.get(name)
-            if module is not None and getattr(module.__spec__, "name", None) == _COMMAND:
-                module.buffered_read = buffered_read  # type: ignore[attr-defined]
+        for module in running("fairseq_cli.interactive"):
+            module.buffered_read = buffered_read
         return add_interactive_args(*args, **kwargs)
 
     return add
+
+
+def running(command: str) -> Iterator[Any]:
+    """Gives the module of a command of fairseq, which has another name under ``python -m``."""
+    for name in (command, "__main__"):
+        module = sys.modules.get(name)
+        if module is not None and getattr(module.__spec__, "name", None) == command:
+            yield module
 
 
 def buffered_read(path: str, size: int) -> Iterator[list[str]]:

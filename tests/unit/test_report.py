@@ -210,7 +210,7 @@ def test_faults_are_named_and_leave_the_old_report(run: Path, spoil: Callable[[P
 def test_task_must_be_known_and_local_takes_any_direction(run: Path) -> None:
     with pytest.raises(UserError, match="unknown --task 'translation': choose from multilingual_demo4"):
         make_report(run, task="translation")
-    assert find_directions(run, "multilingual_local") == sorted(DIRECTIONS)
+    assert find_directions(run, "multilingual_local", run.parent / "data") == sorted(DIRECTIONS)
 
 
 def test_out_and_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

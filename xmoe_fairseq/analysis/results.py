@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..evaluation.directions import ZERO_SHOT
+from ..evaluation.model_directions import ZERO_SHOT
 from ..evaluation.outputs import check_no_folders, writing
 from ..schema import json_text
 from . import figures, heatmaps, tables, tokens

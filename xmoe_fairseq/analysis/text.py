@@ -12,8 +12,9 @@ from fairseq import checkpoint_utils, utils
 
 from .. import identity
 from ..checkpoints.shards import fingerprint
+from ..directions import readings
 from ..errors import UserError
-from ..evaluation.directions import Directions, choose_directions
+from ..evaluation.model_directions import Chosen, choose_directions
 from ..tasks.lengths import Fitting
 
 
@@ -46,7 +47,7 @@ class Text:
             yield self.dataset.collater([self.dataset[index] for index in batch])
 
 
-def directions(checkpoint: Path, data: Path, split: str, pairs: Sequence[str] = ()) -> Directions | None:
+def directions(checkpoint: Path, data: Path, split: str, pairs: Sequence[str] = ()) -> Chosen | None:
     """Chooses the directions of a split, see `choose_directions`; None where the task of the checkpoint has to.
 
     Args:
@@ -59,7 +60,7 @@ def directions(checkpoint: Path, data: Path, split: str, pairs: Sequence[str] = 
     """
     binarised = _binarised(data)
     if binarised.name != "bin" or not (binarised / "lang_pairs.txt").is_file():
-        return Directions(pairs) if pairs else None
+        return Chosen([one for name in pairs for one in readings(name)]) if pairs else None
     return choose_directions(binarised.parent, checkpoint, split, pairs)
 
 

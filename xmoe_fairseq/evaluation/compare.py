@@ -13,9 +13,10 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import _compute_p_value, estimate_ci
 from tqdm import tqdm
 
+from ..directions import Direction
 from ..errors import UserError
 from .bootstrap import corpus_score, draw_scores, read_seed, sentence_statistics
-from .directions import direction_sets
+from .model_directions import direction_sets
 from .result_folder import read_scores, read_texts
 from .score import METRICS, build_metric
 from .scores import Scores
@@ -63,9 +64,9 @@ class System:
     name: str
     scores: Scores
     folder: Path
-    pairs: Sequence[str]
+    pairs: Sequence[Direction]
 
-    def texts(self, pair: str) -> tuple[list[str], list[str], list[str]]:
+    def texts(self, pair: Direction) -> tuple[list[str], list[str], list[str]]:
         """Reads sources, references and translations of a direction, which together may not fit into memory."""
         return read_texts(self.folder, pair)
 
@@ -89,6 +90,7 @@ class Comparison:
         return {
             "systems": [_costs(system) for system in self.systems],
             "samples": self.samples,
+            "zero_shot": untrained(self.systems),
             "signatures": {row.name: row.signatures for row in self.systems[0].scores.rows},
             "metrics": {name: asdict(one) for name, one in self.metrics.items()},
         }
@@ -117,11 +119,12 @@ def read_systems(folders: Sequence[Path], pairs: Sequence[str] = ()) -> list[Sys
     systems = []
     for name, folder in zip(names, folders, strict=True):
         scores = read_scores(folder)
-        wanted = pairs or [row.name for row in scores.rows]
-        missing = set(wanted) - {row.name for row in scores.rows}
+        there = {str(row.name): row.name for row in scores.rows}
+        wanted = pairs or list(there)
+        missing = set(wanted) - there.keys()
         if missing:
             raise UserError(f"{folder} has no scores of {', '.join(sorted(missing))}: it has other directions")
-        systems.append(System(name, scores, folder, list(dict.fromkeys(wanted))))
+        systems.append(System(name, scores, folder, [there[pair] for pair in dict.fromkeys(wanted)]))
     for system in systems[1:]:
         _check_comparable(systems[0], system)
     return systems
@@ -169,9 +172,10 @@ def compare(systems: Sequence[System], samples: int, bar: tqdm) -> Comparison:
 def _compare(systems: Sequence[System], name: str, samples: int, seed: int, bar: tqdm) -> MetricComparison:
     signatures = {row.name: row.signatures[name] for row in systems[0].scores.rows}
     tokenizer = systems[0].scores.tokenize
-    directions, scores, draws, statistics = {}, {}, {}, []
+    directions: dict[str, list[Result]] = {}
+    scores, draws, statistics = {}, {}, []
     for pair in systems[0].pairs:
-        metric = build_metric(name, pair.partition("-")[2], tokenizer)
+        metric = build_metric(name, pair.target, tokenizer)
         stats = [sentence_statistics(metric, *system.texts(pair)[1:]) for system in systems]
         if str(metric.get_signature()) != signatures[pair]:
             raise UserError(
@@ -184,8 +188,7 @@ def _compare(systems: Sequence[System], name: str, samples: int, seed: int, bar:
         statistics.append(stats)
         bar.set_description(f"{METRICS[name]} {pair}")
         bar.update()
-    untrained = {row.name for system in systems for row in system.scores.rows if row.zero_shot}
-    sets = direction_sets(list(scores), untrained, systems[0].scores.english)
+    sets = direction_sets(list(scores), untrained(systems), systems[0].scores.english)
     means = {
         # Sentence i is drawn in every direction at once: they are often translations of each other.
         group: _results(np.mean([scores[p] for p in pairs], axis=0), np.mean([draws[p] for p in pairs], axis=0))
@@ -195,7 +198,15 @@ def _compare(systems: Sequence[System], name: str, samples: int, seed: int, bar:
     return MetricComparison(directions, means, _all_sentences(metric, statistics, samples, seed), wins)
 
 
-def mean_of_draws(texts: Mapping[str, tuple[Sequence[str], Sequence[str]]], name: str, samples: int) -> np.ndarray:
+def untrained(systems: Sequence[System]) -> list[Direction]:
+    """Gives the directions that are compared though one of the systems was not trained on them."""
+    found = {row.name for system in systems for row in system.scores.rows if row.zero_shot}
+    return [pair for pair in systems[0].pairs if pair in found]
+
+
+def mean_of_draws(
+    texts: Mapping[Direction, tuple[Sequence[str], Sequence[str]]], name: str, samples: int
+) -> np.ndarray:
     """Draws sets of sentences and scores one system on each: (samples,) means over the directions.
 
     Sentence i is drawn in every direction at once, and every system gets the same draws.
@@ -207,7 +218,7 @@ def mean_of_draws(texts: Mapping[str, tuple[Sequence[str], Sequence[str]]], name
     """
     draws, seed = [], read_seed()
     for pair, (references, hypotheses) in texts.items():
-        metric = build_metric(name, pair.partition("-")[2])
+        metric = build_metric(name, pair.target)
         draws.append(draw_scores(metric, [sentence_statistics(metric, references, hypotheses)], samples, seed)[0])
     return np.mean(draws, axis=0)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..errors import printable
-from .compare import Comparison, MetricComparison, Result
+from .compare import Comparison, MetricComparison, Result, untrained
+from .model_directions import ZERO_SHOT
 from .score import METRICS
 from .tables import NONE, code, latex, markdown, number, plain, short
 
@@ -58,7 +59,8 @@ def metric_table(comparison: Comparison, one: MetricComparison) -> Table:
     """Lays out the directions, then their means, and all sentences as one text."""
     names = [system.name for system in comparison.systems]
     header = ["direction", names[0], *(cell for name in names[1:] for cell in (name, "Δ", "p"))]
-    rows = [[pair, *_cells(results)] for pair, results in one.directions.items()]
+    marks: dict[str, str] = {pair: f" ({ZERO_SHOT})" for pair in untrained(comparison.systems)}
+    rows = [[f"{pair}{marks.get(pair, '')}", *_cells(results)] for pair, results in one.directions.items()]
     rows += [[f"mean of {group}", *_cells(results)] for group, results in one.means.items()]
     rows.append(["all sentences as one", *_cells(one.all_sentences)])
     for group, ratios in one.win_ratio.items():

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..directions import Direction
 from ..errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ _TOO_LONG = re.compile(r"D-\d+\t-inf\t")
 _OTHER_LINE = re.compile(r"[A-Z]-\d+(_\d+)?\t")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _WORD_START = "▁"
-_PAIR = re.compile(r"\w[\w.@+]*-\w[\w.@+]*")
+_PAIR = re.compile(r"\w[\w.@+]*(-\w[\w.@+]*)+")
 
 
 @contextmanager
@@ -143,9 +144,9 @@ def split_pair(name: str, where: str) -> tuple[str, str]:
     Raises:
         UserError: the name is no such, or would lead to another folder.
     """
-    if not is_pair(name):
+    if not is_pair(name) or not (isinstance(name, Direction) or name.count("-") == 1):
         raise UserError(f"{where} holds {name[:60]!r}, which is no direction SRC-TGT, such as en-ca: make it again")
-    source, _, target = name.partition("-")
+    source, target = name.split("-")
     return source, target
 
 

@@ -15,7 +15,7 @@ from ..arguments import CommandParser, bounded, comma_list, file_path, quiet_lib
 from ..errors import UserError, printable
 from ..schema import json_text
 from .decoding import Decoding
-from .directions import subset_name
+from .model_directions import subset_name
 from .outputs import check_writable
 from .run_folder import generated_folder, scores_folder, seek_checkpoint
 from .score import METRICS

@@ -17,17 +17,17 @@ from .. import schema
 from ..benchmarks import BENCHMARKS, Benchmark
 from ..checkpoints.shards import fingerprint
 from ..checkpoints.summary import summarize
+from ..directions import Direction
 from ..errors import UserError
 from ..tasks.data_folder import read_groups
 from .decoding import Decoding, Translated, Translator
-from .directions import choose_directions, group_of, has_set, known_pairs, pivot_of
 from .language import MISSING, LanguageDetector, find_detector
+from .model_directions import choose_directions, group_of, has_set, known_direction, known_pairs, pivot_of
 from .outputs import (
     check_no_folders,
     count_too_long,
     find_raw,
     generate_file,
-    is_pair,
     read_lines,
     replacing_all,
 )
@@ -89,7 +89,7 @@ class ScoreJob:
         self.pairs, self.untrained = chosen.pairs, chosen.untrained
         for pair in self.pairs:  # what cannot be had is said before anything is translated
             for metric in metrics:
-                build_metric(metric, pair.partition("-")[2], tokenizer)
+                build_metric(metric, pair.target, tokenizer)
             find_raw(data, decoding.subset, *pair.split("-"))
         if generated is not None:
             check_made_alike([generated / pair for pair in self.pairs], checkpoint)
@@ -147,9 +147,9 @@ class ScoreJob:
         return scores
 
     def _direction(
-        self, folder: ResultFolder, pair: str, groups: dict[str, str], detector: LanguageDetector | None
+        self, folder: ResultFolder, pair: Direction, groups: dict[str, str], detector: LanguageDetector | None
     ) -> tuple[Row, list[LayerUsage]]:
-        source, _, target = pair.partition("-")
+        source, target = pair.split("-")
         sources, references = self._texts(source, target)
         if not folder.finished(pair):
             folder.keep(pair, sources, references, self._translated(pair, sources))
@@ -186,8 +186,8 @@ class ScoreJob:
             self._same.add(frozenset(files))
         return sources, references
 
-    def _translated(self, pair: str, sources: Sequence[str]) -> Translated:
-        source, _, target = pair.partition("-")
+    def _translated(self, pair: Direction, sources: Sequence[str]) -> Translated:
+        source, target = pair.split("-")
         if self.generated is not None:
             usage = self.translator.usage(source, target) if self.checkpoint is not None else []
             too_long = count_too_long(self._output(pair))
@@ -200,11 +200,11 @@ class ScoreJob:
             )
         return found
 
-    def _output(self, pair: str) -> Path:
+    def _output(self, pair: Direction) -> Path:
         assert self.generated is not None
         return self.generated / pair / generate_file(self.decoding.subset)
 
-    def _generated(self, pair: str, sources: Sequence[str]) -> list[str]:
+    def _generated(self, pair: Direction, sources: Sequence[str]) -> list[str]:
         return read_generated(self._output(pair), self.data, sources)
 
     def _scores(
@@ -267,14 +267,15 @@ def read_benchmark(data: Path) -> Benchmark:
 def _generated_pairs(data: Path, generated: Path, subset: str, wanted: Sequence[str]) -> list[str]:
     """Gives the directions that were translated, those of the data first, or the wanted ones of them."""
     known, file = known_pairs(data), generate_file(subset)
-    there = sorted(path.parent.name for path in generated.glob(f"*/{file}"))
-    others = [pair for pair in there if pair not in known and is_pair(pair) and has_set(data, subset, pair)]
-    found = [*(pair for pair in known if pair in there), *others]
+    names = sorted(path.parent.name for path in generated.glob(f"*/{file}"))
+    there = [pair for name in names if (pair := known_direction(name, data, known)) is not None]
+    others = [pair for pair in there if pair not in known and has_set(data, subset, pair)]
+    found: list[str] = [*(pair for pair in known if pair in there), *others]
     if not found:
         raise UserError(f"{generated} has no folder SRC-TGT/{file} of a direction of {data}: translate first")
-    for pair in wanted:
-        if pair not in found:
-            raise UserError(f"there is no direction {pair!r}: choose from {', '.join(found)}")
+    for name in wanted:
+        if name not in found:
+            raise UserError(f"there is no direction {name!r}: choose from {', '.join(found)}")
     return list(wanted or found)
 
 

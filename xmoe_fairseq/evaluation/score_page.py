@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from .directions import ZERO_SHOT
+from .model_directions import ZERO_SHOT
 from .score import METRICS
 from .scores import Row, Scores
 from .tables import NONE, code, markdown, number, percent, plain, short, tsv

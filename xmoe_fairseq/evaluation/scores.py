@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from ..directions import Direction
 from .bootstrap import corpus_score, sentence_statistics
 from .decoding import ModelSize
-from .directions import ZERO_SHOT, direction_sets
 from .language import LanguageDetector
+from .model_directions import ZERO_SHOT, direction_sets
 from .score import build_bleu, build_metric
 
 
@@ -55,8 +56,8 @@ class Row:
     zero_shot: bool = False
 
     @property
-    def name(self) -> str:
-        return f"{self.source}-{self.target}"
+    def name(self) -> Direction:
+        return Direction(self.source, self.target)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def average(rows: Sequence[Row], english: str) -> list[Average]:
     """Averages over the sets of `direction_sets`, and the trained ones of each group where there are several groups."""
     by_name = {row.name: row for row in rows}
     sets = direction_sets(list(by_name), {row.name for row in rows if row.zero_shot}, english)
-    grouped: dict[str, list[str]] = defaultdict(list)
+    grouped: dict[str, list[Direction]] = defaultdict(list)
     if len({row.group for row in rows if not row.zero_shot}) > 1:
         ways = [way for way in sets if way not in ("all", ZERO_SHOT)]
         for name in sets.get("all", ()):

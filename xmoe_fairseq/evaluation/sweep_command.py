@@ -12,7 +12,7 @@ from .. import locks
 from ..arguments import CommandParser, bounded, file_path, quiet_libraries
 from ..errors import printable
 from ..schema import json_text
-from .directions import ZERO_SHOT
+from .model_directions import ZERO_SHOT
 from .outputs import check_no_folders, check_writable, replacing_all
 from .score import METRICS
 from .score_command import (

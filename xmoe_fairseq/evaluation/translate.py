@@ -23,8 +23,9 @@ from .. import locks
 from ..arguments import file_path
 from ..benchmarks import Benchmark
 from ..checkpoints.shards import fingerprint
+from ..directions import Direction
 from ..errors import UserError
-from .directions import ZERO_SHOT, Directions, choose_directions, subset_name
+from .model_directions import ZERO_SHOT, Chosen, choose_directions, subset_name
 from .outputs import generate_file, writing
 from .result_folder import write_json
 from .run_folder import find_checkpoint, generated_folder
@@ -65,7 +66,7 @@ class Translation:
     subset: str = "test"
     overwrite: bool = False
 
-    def words(self, pair: str, results: Path) -> list[str]:
+    def words(self, pair: Direction, results: Path) -> list[str]:
         """Gives the command for one direction."""
         source, target = pair.split("-")
         return [
@@ -78,7 +79,7 @@ class Translation:
         ]
 
 
-def translate(translation: Translation, directions: Directions) -> None:
+def translate(translation: Translation, directions: Chosen) -> None:
     """Translates the directions that are not finished: a folder under its final name is complete.
 
     Raises:
@@ -96,7 +97,7 @@ def translate(translation: Translation, directions: Directions) -> None:
                 _translate(translation, pair, lock)
 
 
-def _finished(translation: Translation, pair: str) -> bool:
+def _finished(translation: Translation, pair: Direction) -> bool:
     """Tells whether a direction is translated, by the same checkpoint with the same options."""
     folder = translation.out / pair
     if not folder.exists():
@@ -109,7 +110,7 @@ def _finished(translation: Translation, pair: str) -> bool:
     return True
 
 
-def _translate(translation: Translation, pair: str, lock: int) -> None:
+def _translate(translation: Translation, pair: Direction, lock: int) -> None:
     folder, part = translation.out / pair, translation.out / f"{pair}.part"
     old = translation.out / f"{pair}.old"
     with writing(translation.out):

@@ -9,13 +9,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import benchmarks, schema
+from ..directions import Direction
 from ..errors import UserError
-from ..evaluation.directions import choose_directions, group_of, known_pairs, pivot_of, trained_pairs
+from ..evaluation.model_directions import (
+    choose_directions,
+    group_of,
+    known_direction,
+    known_pairs,
+    pivot_of,
+    trained_pairs,
+)
 from ..evaluation.outputs import (
     GENERATE_FILE,
     count_too_long,
     find_raw,
-    is_pair,
     read_hypotheses,
     read_lines,
     write_lines,
@@ -29,7 +36,7 @@ from ..evaluation.usage import LayerUsage, measure
 from ..evaluation.versions import read_versions
 from .drawings import read_drawings
 from .logs import find_logs, read_training
-from .results import Direction, Report, Sample, TracedSample, pick_samples
+from .results import Report, Sample, ScoredSet, TracedSample, pick_samples
 from .settings import Settings, read_settings
 from .together import belongs, check_scored, choose_scores
 from .traces import trace
@@ -53,10 +60,10 @@ class Model:
         """Reads what it was trained with."""
         return read_settings(self.checkpoint)
 
-    def trained(self, translated: Sequence[str]) -> list[str]:
+    def trained(self, translated: Sequence[Direction]) -> list[Direction]:
         """Gives the directions that it was trained on, among them those of ``translated`` if it does not say."""
         named = (self.data / "bin" / "lang_pairs.txt").is_file()
-        return trained_pairs(self.checkpoint, known_pairs(self.data) if named else translated)
+        return trained_pairs(self.checkpoint, self.data, known_pairs(self.data) if named else translated)
 
     def usage(self) -> list[LayerUsage]:
         """Measures the use of experts on the test sets of the directions that it was trained on."""
@@ -68,11 +75,12 @@ class Model:
         return trace(self.checkpoint, self.data, samples)
 
 
-def find_directions(run: Path, task: str | None) -> list[str]:
+def find_directions(run: Path, task: str | None, data: Path) -> list[Direction]:
     """Lists the directions that were decoded, ``SRC-TGT``, each a folder of ``RUN/generate``.
 
     Args:
         run: the folder of the run; nothing was decoded where it has no such folders.
+        data: folder whose languages they are of.
         task: ``multilingual_NAME``; where the benchmark NAME fixes its languages, the folders must be its directions,
             no fewer and no more, and come in its order.
 
@@ -82,18 +90,18 @@ def find_directions(run: Path, task: str | None) -> list[str]:
     generate = run / "generate"
     found = sorted(path.name for path in generate.iterdir() if path.is_dir()) if generate.is_dir() else []
     found = [name for name in found if not name.endswith((".part", ".old"))]  # of translate.sh at work, or killed
-    wrong = [name for name in found if not is_pair(name)]
-    if wrong:
+    pairs = {name: known_direction(name, data) for name in found}
+    if wrong := [name for name, pair in pairs.items() if pair is None]:
         raise UserError(f"{generate}/{wrong[0]} is not named SRC-TGT")
     expected = _directions_of(task) if task else []
     if not expected:
-        return found
+        return [pair for pair in pairs.values() if pair is not None]
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
         raise UserError(f"{generate} lacks {', '.join(missing)} of {task}: decode them, or leave --task out")
     if extra:
         raise UserError(f"{generate} has {', '.join(extra)}, not a direction of {task}: leave --task out")
-    return expected
+    return [pair for name in expected if (pair := pairs[name]) is not None]
 
 
 def _directions_of(task: str) -> list[str]:
@@ -109,7 +117,7 @@ def find_scores(run: Path, checkpoint: Path) -> Path | None:
     return choose_scores((run / "scores", default_out(checkpoint, "scores")), checkpoint)
 
 
-def read_scored(folder: Path, data: Path) -> tuple[Scores, list[Direction]]:
+def read_scored(folder: Path, data: Path) -> tuple[Scores, list[ScoredSet]]:
     """Reads what ``xmoe score`` found and kept.
 
     Raises:
@@ -120,14 +128,14 @@ def read_scored(folder: Path, data: Path) -> tuple[Scores, list[Direction]]:
     for row in scores.rows:
         texts = read_texts(folder, row.name)
         files = (folder / row.name / f"ref.{row.target}", folder / row.name / f"hyp.{row.target}")
-        directions.append(Direction(row, *files, *texts))
+        directions.append(ScoredSet(row, *files, *texts))
     check_scored(folder, directions, data)
     return scores, directions
 
 
 def score_generated(
-    run: Path, data: Path, names: Sequence[str], untrained: Collection[str]
-) -> tuple[Scores, list[Direction]]:
+    run: Path, data: Path, names: Sequence[Direction], untrained: Collection[str]
+) -> tuple[Scores, list[ScoredSet]]:
     """Scores what ``fairseq-generate`` wrote, and puts the translations beside it as plain text.
 
     Args:
@@ -165,7 +173,7 @@ def score_generated(
     return scores, directions
 
 
-def _score_direction(generated: Path, data: Path, source: str, target: str) -> Direction:
+def _score_direction(generated: Path, data: Path, source: str, target: str) -> ScoredSet:
     source_file, reference_file = find_raw(data, "test", source, target)
     references = read_lines(reference_file, "reference")
     hypotheses = read_hypotheses(generated / GENERATE_FILE, len(references))
@@ -178,7 +186,7 @@ def _score_direction(generated: Path, data: Path, source: str, target: str) -> D
     measured = score_lines(sources, references, hypotheses, target, METRICS, None, None)
     too_long = count_too_long(generated / GENERATE_FILE)
     row = Row(source, target, "all", too_long=too_long, seconds=None, experts_per_token=None, **measured)
-    return Direction(row, reference_file, plain, sources, references, hypotheses)
+    return ScoredSet(row, reference_file, plain, sources, references, hypotheses)
 
 
 @dataclass(frozen=True)
@@ -242,12 +250,12 @@ def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path]
     )
 
 
-def _scored(run: Path, task: str | None, model: Model) -> tuple[Scores | None, list[Direction]]:
+def _scored(run: Path, task: str | None, model: Model) -> tuple[Scores | None, list[ScoredSet]]:
     """Gives what ``xmoe score`` found, or else the scores of what ``fairseq-generate`` wrote, or else nothing."""
     folder = find_scores(run, model.checkpoint)
     if folder is not None:
         return read_scored(folder, model.data)
-    names = find_directions(run, task)
+    names = find_directions(run, task, model.data)
     check_made_alike([run / "generate" / name for name in names], model.checkpoint)
     untrained = set(names) - set(model.trained(names))
     return score_generated(run, model.data, names, untrained) if names else (None, [])

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..evaluation.directions import ZERO_SHOT
+from ..evaluation.model_directions import ZERO_SHOT
 from ..evaluation.score import Score, score
 from ..evaluation.scores import Row, Scores
 from ..evaluation.usage import LayerUsage, computation_saved
@@ -19,7 +19,7 @@ from .settings import Settings
 
 
 @dataclass(frozen=True)
-class Direction:
+class ScoredSet:
     """One translated test set: its figures, its files and its lines, all in the order of the test set."""
 
     row: Row
@@ -101,7 +101,7 @@ class Report:
 
     name: str
     scores: Scores | None
-    directions: Sequence[Direction]
+    directions: Sequence[ScoredSet]
     layers: Sequence[LayerUsage]
     drawings: Sequence[Drawing]
     traced: Sequence[TracedSample]
@@ -122,7 +122,7 @@ class Report:
         return fmean(direction.score.chrf for direction in self._meant) if self.directions else None
 
     @property
-    def _meant(self) -> Sequence[Direction]:
+    def _meant(self) -> Sequence[ScoredSet]:
         return [direction for direction in self.directions if not direction.row.zero_shot] or self.directions
 
     @property
@@ -168,7 +168,7 @@ class Report:
         }
 
 
-def pick_samples(directions: Sequence[Direction], count: int) -> list[Sample]:
+def pick_samples(directions: Sequence[ScoredSet], count: int) -> list[Sample]:
     """Picks sentences by position: in turn from every direction, and evenly over the length of the test sets.
 
     Moving on in the test set with every pick shows different sentences where all languages share one test set.

@@ -14,7 +14,7 @@ from ..evaluation.outputs import find_raw, read_lines
 from ..evaluation.result_folder import SCORES, SETTINGS, read_scores
 from ..evaluation.scores import Scores
 from ..evaluation.test_sets import texts_checksum
-from .results import Direction
+from .results import ScoredSet
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def choose_scores(folders: Sequence[Path], checkpoint: Path) -> Path | None:
     return None
 
 
-def check_scored(folder: Path, directions: Sequence[Direction], data: Path) -> None:
+def check_scored(folder: Path, directions: Sequence[ScoredSet], data: Path) -> None:
     """Compares the texts that were scored with those of the data that the page is about.
 
     Raises:

@@ -13,31 +13,32 @@ from pathlib import Path
 
 from .. import identity
 from ..checkpoints import options, reading
+from ..directions import TRAINED, Direction, is_english, read_direction, readings
 from ..errors import UserError
-from .outputs import is_pair, read_lines, split_pair
+from .outputs import read_lines
 
 ZERO_SHOT = "zero-shot"
 # What a set is called in the names of its files; fairseq numbers further ones.
 SUBSET = re.compile(r"(test|valid)\d*")
-_SET_FILE = re.compile(rf"({SUBSET.pattern}|train\d*)\.[^.]+\.[^.]+(\.idx)?")
+_SET_FILE = re.compile(r"((?:test|valid|train)\d*)\.[^.]+\.[^.]+(\.idx)?")
 # Directions that a message names.
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Directions:
+class Chosen:
     """What a command works on.
 
     Attributes:
-        pairs: such as ``en-ca``, in the order of the data.
+        pairs: directions, in the order of the data.
         untrained: those of them that the model was not trained on.
     """
 
-    pairs: Sequence[str]
-    untrained: frozenset[str] = frozenset()
+    pairs: Sequence[Direction]
+    untrained: frozenset[Direction] = frozenset()
 
 
-def choose_directions(data: Path, checkpoint: Path | None, subset: str, wanted: Sequence[str] = ()) -> Directions:
+def choose_directions(data: Path, checkpoint: Path | None, subset: str, wanted: Sequence[str] = ()) -> Chosen:
     """Chooses the directions of a set: those that are named, or all that the model was trained on.
 
     Args:
@@ -47,42 +48,60 @@ def choose_directions(data: Path, checkpoint: Path | None, subset: str, wanted: 
         wanted: directions by name.
 
     Raises:
-        UserError: a direction is unknown, named twice or not in the set, or no direction has the set.
+        UserError: a direction is unknown, named twice or not in the set, or the data has other sets only.
     """
     known = known_pairs(data)
-    trained = trained_pairs(checkpoint, known)
+    trained = trained_pairs(checkpoint, data, known)
     check_subset(data, subset)
-    for number, pair in enumerate(wanted):
-        if pair not in known and not (is_pair(pair) and has_set(data, subset, pair)):
+    named: list[Direction] = []
+    for name in wanted:
+        pair = known_direction(name, data, known)
+        if pair is None or not (pair in known or has_set(data, subset, pair)):
             rest = " ..." if len(known) > _SHOWN else ""
-            raise UserError(f"there is no direction {pair!r}: choose from {', '.join(known[:_SHOWN])}{rest}")
-        if pair in wanted[:number]:
+            raise UserError(f"there is no direction {name!r}: choose from {', '.join(known[:_SHOWN])}{rest}")
+        if pair in named:
             raise UserError(f"--pairs names {pair} twice: name each direction once")
+        named.append(pair)
     # Where no direction has the set, what reads it names the files that are missing.
-    pairs = wanted or [pair for pair in trained if has_set(data, subset, pair)] or trained
-    return Directions(list(pairs), frozenset(pairs) - set(trained))
+    pairs = named or [pair for pair in trained if has_set(data, subset, pair)] or trained
+    return Chosen(pairs, frozenset(pairs) - frozenset(trained))
 
 
-def known_pairs(data: Path) -> list[str]:
-    """Reads the directions of a data folder.
+def known_pairs(data: Path) -> list[Direction]:
+    """Reads the directions that a data folder trains.
 
     Raises:
         UserError: the list is missing, or one of them is no name of a direction.
     """
-    file = data / "bin" / "lang_pairs.txt"
-    known = read_lines(file, "list of directions")
-    if not known:
+    file = data / "bin" / TRAINED
+    names = read_lines(file, "list of directions")
+    if not names:
         raise UserError(f"{file} names no direction: prepare the data again")
-    for pair in known:
-        split_pair(pair, str(file))
+    known = []
+    for name in names:
+        pair = known_direction(name, data)
+        if pair is None:
+            raise UserError(f"{file} holds {name[:60]!r}, which is no direction SRC-TGT, such as en-ca: make it again")
+        known.append(pair)
     return known
 
 
-def trained_pairs(checkpoint: Path | None, known: Sequence[str]) -> list[str]:
+def known_direction(name: str, data: Path, known: Sequence[Direction] = ()) -> Direction | None:
+    """Takes the name of a direction apart by the languages of the data, whose codes may hold hyphens."""
+    if name in known:
+        return known[known.index(name)]
+    file = data / "bin" / "langs.txt"
+    languages = read_lines(file, "list of languages") if file.is_file() else []
+    found = readings(name)
+    return read_direction(name, languages) if languages else found[0] if len(found) == 1 else None
+
+
+def trained_pairs(checkpoint: Path | None, data: Path, known: Sequence[Direction]) -> list[Direction]:
     """Gives the directions that a model was trained on, in the order of the data.
 
     Args:
         checkpoint: of the model; where it does not say (None, or a file that fairseq will refuse), they are all.
+        data: folder whose languages are the model's.
         known: directions of the data, which the model was trained on unless ``--lang-pairs`` said otherwise.
     """
     if checkpoint is None:
@@ -93,15 +112,15 @@ def trained_pairs(checkpoint: Path | None, known: Sequence[str]) -> list[str]:
     except (UserError, OSError):
         return list(known)
     words = named.split(",") if isinstance(named, str) else list(named or ())
-    trained = [word for word in words if isinstance(word, str) and is_pair(word)]
-    order = {pair: number for number, pair in enumerate(known)}
-    return sorted(trained, key=lambda pair: order.get(pair, len(order))) or list(known)
+    found = (known_direction(word, data, known) for word in words if isinstance(word, str))
+    trained = {pair for pair in found if pair is not None}
+    others = sorted(trained - set(known))
+    return [pair for pair in known if pair in trained] + others or list(known)
 
 
-def has_set(data: Path, subset: str, pair: str) -> bool:
+def has_set(data: Path, subset: str, pair: Direction) -> bool:
     """Tells whether a data folder has sources of a direction in a set; references may be missing."""
-    source, _, target = pair.partition("-")
-    stems = [f"{subset}.{one}.{source}" for one in (f"{source}-{target}", f"{target}-{source}")]
+    stems = [f"{subset}.{one}.{pair.source}" for one in (pair, pair.reverse)]
     return any((data / "raw" / stem).is_file() or (data / "bin" / f"{stem}.idx").is_file() for stem in stems)
 
 
@@ -128,20 +147,19 @@ def check_subset(data: Path, subset: str) -> None:
         raise UserError(f"{data} has no set {subset!r}: choose from {', '.join(sorted(sets))}")
 
 
-def pivot_of(pairs: Sequence[str], english: str) -> str | None:
+def pivot_of(pairs: Sequence[Direction], english: str) -> str | None:
     """Finds the language that all directions are out of or into: English, or another one where it is the only one.
 
     Args:
         pairs: directions.
-        english: the code of English.
+        english: the code of English in the data.
     """
-    common = set.intersection(*(set(pair.split("-")) for pair in pairs)) if pairs else set()
-    if english in common:
-        return english
-    return common.pop() if len(common) == 1 else None
+    shared = set.intersection(*(set(pair.pair) for pair in pairs)) if pairs else set()
+    of_english = {code for code in shared if code == english or is_english(code)}
+    return next(iter(of_english or shared)) if len(of_english or shared) == 1 else None
 
 
-def direction_sets(pairs: Sequence[str], untrained: Collection[str], english: str) -> dict[str, list[str]]:
+def direction_sets(pairs: Sequence[Direction], untrained: Collection[str], english: str) -> dict[str, list[Direction]]:
     """Gives the sets of directions that have a mean, by their names, the most important first.
 
     ``all`` are those that were trained, ``en-xx`` and ``xx-en`` those out of and into the pivot of these, if there is
@@ -150,13 +168,13 @@ def direction_sets(pairs: Sequence[str], untrained: Collection[str], english: st
     trained = [pair for pair in pairs if pair not in untrained]
     sets = {"all": trained}
     if (pivot := pivot_of(trained, english)) is not None:
-        sets[f"{pivot}-xx"] = [pair for pair in trained if pair.startswith(f"{pivot}-")]
-        sets[f"xx-{pivot}"] = [pair for pair in trained if not pair.startswith(f"{pivot}-")]
+        sets[f"{pivot}-xx"] = [pair for pair in trained if pair.source == pivot]
+        sets[f"xx-{pivot}"] = [pair for pair in trained if pair.source != pivot]
     sets[ZERO_SHOT] = [pair for pair in pairs if pair in untrained]
     return {name: members for name, members in sets.items() if members}
 
 
-def group_of(pair: str, groups: Mapping[str, str], pivot: str | None) -> str:
+def group_of(pair: Direction, groups: Mapping[str, str], pivot: str | None) -> str:
     """Names the group of a direction: of its language that is not the pivot, or of both; ``all`` if there is none."""
     found = dict.fromkeys(groups[one] for one in pair.split("-") if one != pivot and one in groups)
     return "-".join(found) or "all"
