@@ -64,7 +64,7 @@ class FakeTranslator:
         return Translated(hypotheses, 2.0, 0, self.usage(source, target))
 
     def usage(self, source: str, target: str) -> list[LayerUsage]:
-        tokens = 100 + 10 * PAIRS.index(f"{source}-{target}")
+        tokens = 100 + 10 * (*PAIRS, f"{source}-{target}").index(f"{source}-{target}")
         received = round(tokens * (1 + 3 * (self.decoding.moe_threshold or 0.5)))
         return [LayerUsage("encoder.2", tokens, received, received, 0, 50.0, (received,) + (0,) * 3, (0,) * 4, tokens)]
 
