@@ -53,8 +53,8 @@ def _check_pieces(parsed: argparse.Namespace) -> None:
     joined = bpe == "sentencepiece_bytes" and join not in (None, "none")
     if joined or (bpe == "sentencepiece" and join in _JOINS):
         raise UserError(
-            f"--post-process (or --remove-bpe) {str(join).strip()} with --bpe {bpe} joins the pieces twice, which loses "
-            "spaces: leave it out, the D- lines are plain text without it"
+            f"--post-process (or --remove-bpe) {str(join).strip()} with --bpe {bpe} joins the pieces twice, and spaces "
+            "are lost: leave it out, the D- lines are plain text without it"
         )
 
 
