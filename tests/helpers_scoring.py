@@ -58,7 +58,8 @@ class FakeTranslator:
     def translate(self, source: str, target: str) -> Translated:
         pair = f"{source}-{target}"
         type(self).asked.append(pair)
-        stem = next((self.data / "raw").glob(f"test.*.{target}" if target != "en" else f"test.en-{source}.en"))
+        name = f"*.{target}" if target != "en" else f"en-{source}.en"
+        stem = next((self.data / "raw").glob(f"{self.decoding.subset}.{name}"))
         lines = stem.read_text().split("\n")[:-1][: self.decoding.lines or None]
         hypotheses = [type(self).change(pair, number, line) for number, line in enumerate(lines)]
         return Translated(hypotheses, 2.0, 0, self.usage(source, target))
