@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Translates the test sets of all directions, or of some, with a trained model. Run again, it goes on where it stopped.
+# Translates a test set in all directions of a model, or in some. Run again, it goes on where it stopped.
 #
-#   bash scripts/translate.sh DATA RUN [CHECKPOINT] [SRC-TGT ...] [-- OPTION ...]
+#   bash scripts/translate.sh DATA RUN [CHECKPOINT] [--subset SET] [--overwrite] [SRC-TGT ...] [-- OPTION ...]
 #
-#   DATA        folder made by data_prep/prepare.sh
-#   RUN         folder of the run; RUN/generate/SRC-TGT is written for each direction
-#   CHECKPOINT  default: RUN/checkpoints/checkpoint_best.pt
-#   SRC-TGT     directions; default: all, in the order of DATA/bin/lang_pairs.txt
-#   OPTION      more for fairseq-generate, such as --max-tokens 12000 --fp16
+#   DATA         folder made by data_prep/prepare.sh
+#   RUN          folder of the run; RUN/generate/SRC-TGT is written for each direction
+#   CHECKPOINT   default: checkpoint_best.pt of RUN/checkpoints or of RUN, or else checkpoint_last.pt
+#   --subset     valid, or a further set such as test1, which may lack references: RUN/generate-SET/SRC-TGT is written
+#   --overwrite  translates again what is finished; each old folder stays until the new one is complete
+#   SRC-TGT      directions, also zero-shot ones; default: those that the model was trained on, in the order of
+#                DATA/bin/lang_pairs.txt
+#   OPTION       more for fairseq-generate, such as --max-tokens 12000 --fp16
 #
-# Beam and length penalty are those of the benchmark that DATA was prepared for. A folder under its final name is
-# complete and is skipped: remove it to translate again. PYTHON names the interpreter (default: python).
+# Beam and length penalty are those of the benchmark that DATA was prepared for, language tokens those that the model
+# was trained with. A folder under its final name is complete and is skipped; where it was translated with another
+# checkpoint or other options, that is an error. PYTHON names the interpreter (default: python).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -194,6 +194,7 @@ def _ends_when_trained(load_checkpoint: Any) -> Any:
 
     from . import locks
     from .processes import launch, state
+    from .tasks.lengths import check_valid_sets
 
     @functools.wraps(load_checkpoint)
     def load(cfg: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,6 +210,7 @@ def _ends_when_trained(load_checkpoint: Any) -> Any:
         if most and updates >= most:
             logger.info(f"nothing is left to train: the checkpoint has {updates} updates, --max-update is {most}")
             raise SystemExit(0)
+        check_valid_sets(trainer)
         return loaded
 
     return load

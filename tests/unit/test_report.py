@@ -16,13 +16,13 @@ from xmoe_fairseq import benchmarks
 from xmoe_fairseq.checkpoints.summary import Summary
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.outputs import write_lines
-from xmoe_fairseq.evaluation.run_folder import find_checkpoint
 from xmoe_fairseq.evaluation.usage import LayerUsage
 from xmoe_fairseq.report import command
 from xmoe_fairseq.report.gather import Model, find_directions
 from xmoe_fairseq.report.picture import DOTS_PER_INCH, WIDTH_INCHES
 from xmoe_fairseq.report.results import Sample, Token, TracedSample
 from xmoe_fairseq.report.settings import Settings
+from xmoe_fairseq.run_folder import find_checkpoint
 
 TASK = "multilingual_demo4"
 XX, YY = benchmarks.DEMO4[:2]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import identity
 from ..errors import UserError
+from ..run_folder import checkpoint_folders
 from . import reading, shards
 
 # fairseq's names: at the end of an epoch, and after an update within one.
@@ -23,7 +24,7 @@ def newest(folder: str, count: int, within_epochs: bool) -> list[str]:
     """Lists the newest checkpoints of a folder by their names, as fairseq's own script for averages does.
 
     Args:
-        folder: ``--save-dir`` of a training.
+        folder: of a run, or its ``--save-dir``.
         count: how many.
         within_epochs: those of ``--save-interval-updates`` rather than those of the ends of epochs.
 
@@ -31,12 +32,16 @@ def newest(folder: str, count: int, within_epochs: bool) -> list[str]:
         UserError: there are not so many.
     """
     pattern = _UPDATE if within_epochs else _EPOCH
-    matches = [match for path in Path(folder).glob("*.pt") if (match := pattern.fullmatch(path.name))]
+    named = {
+        place: [match for path in place.glob("*.pt") if (match := pattern.fullmatch(path.name))]
+        for place in checkpoint_folders(Path(folder))
+    }
+    place, matches = max(named.items(), key=lambda one: len(one[1]))
     if len(matches) < count:
         example = "checkpoint_EPOCH_UPDATES.pt" if within_epochs else "checkpointEPOCH.pt"
         raise UserError(f"{folder} has {len(matches)} checkpoints named like {example}: {count} were asked for")
     matches.sort(key=lambda match: int(match[1]), reverse=True)
-    return [str(Path(folder) / match[0]) for match in matches[:count]]
+    return [str(place / match[0]) for match in matches[:count]]
 
 
 def average(paths: Sequence[str]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from tqdm import tqdm
 from .. import locks
 from ..arguments import CommandParser, bounded, comma_list, file_path, quiet_libraries
 from ..errors import UserError, printable
+from ..run_folder import generated_folder, scores_folder, seek_checkpoint
 from ..schema import json_text
 from .decoding import Decoding
 from .model_directions import subset_name
 from .outputs import check_writable
-from .run_folder import generated_folder, scores_folder, seek_checkpoint
 from .score import METRICS
 from .score_job import ScoreJob, read_benchmark
 from .score_page import render_markdown

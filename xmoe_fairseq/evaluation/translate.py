@@ -25,10 +25,10 @@ from ..benchmarks import Benchmark
 from ..checkpoints.shards import fingerprint
 from ..directions import Direction
 from ..errors import UserError
+from ..run_folder import find_checkpoint, generated_folder
 from .model_directions import ZERO_SHOT, Chosen, choose_directions, subset_name
 from .outputs import generate_file, writing
 from .result_folder import write_json
-from .run_folder import find_checkpoint, generated_folder
 from .score_job import read_benchmark
 from .test_sets import MADE, check_made, read_made
 

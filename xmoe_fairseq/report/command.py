@@ -13,7 +13,7 @@ from .. import locks
 from ..arguments import CommandParser, bounded, file_path, quiet_libraries
 from ..errors import UserError, printable
 from ..evaluation.outputs import check_no_folders, check_writable, replacing_all
-from ..evaluation.run_folder import find_checkpoint
+from ..run_folder import find_checkpoint
 from ..schema import json_text
 from .gather import Model, build_report
 from .html import render_html

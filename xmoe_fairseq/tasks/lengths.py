@@ -33,6 +33,22 @@ def check_batch_sizes(max_tokens: int | None, max_sentences: int | None, multipl
             raise UserError(f"{option} is {size}: give at least 1")
 
 
+def check_valid_sets(trainer: Any) -> None:
+    """Cuts the batches of the development sets, so that what is wrong is said before the first update.
+
+    Raises:
+        UserError: a sentence of a set is longer than a batch may be, or all are too long for the model.
+    """
+    options = trainer.cfg.dataset
+    if options.disable_validation or not hasattr(trainer.task, "translates_all"):  # a stock task
+        return
+    dummy = trainer._dummy_batch  # of training, which fairseq replaces
+    for subset in options.valid_subset.split(","):
+        if subset in trainer.task.datasets:
+            trainer.get_valid_iterator(subset)
+    trainer._dummy_batch = dummy
+
+
 class Fitting:
     """A dataset whose batches are cut of the sentences that fit; all else is its own.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UserError
+from .errors import UserError
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -15,19 +15,19 @@ def find_checkpoint(run: Path) -> Path:
     """
     found = seek_checkpoint(run)
     if found is None:
-        names = " or ".join(str(folder / "checkpoint_best.pt") for folder in _folders(run))
+        names = " or ".join(str(folder / "checkpoint_best.pt") for folder in checkpoint_folders(run))
         raise UserError(f"there is no checkpoint {names}: train first, or give the path of one")
     return found
 
 
 def seek_checkpoint(run: Path) -> Path | None:
     """Does the same, but gives None where there is neither."""
-    names = (folder / f"checkpoint_{kind}.pt" for kind in ("best", "last") for folder in _folders(run))
+    names = (folder / f"checkpoint_{kind}.pt" for kind in ("best", "last") for folder in checkpoint_folders(run))
     return next((path for path in names if path.is_file()), None)
 
 
-def _folders(run: Path) -> tuple[Path, Path]:
-    """``--save-dir`` is one of these: the first in the scripts, the second in the README."""
+def checkpoint_folders(run: Path) -> tuple[Path, Path]:
+    """Names what ``--save-dir`` may have been: the first in the scripts, the second in the README."""
     return run / "checkpoints", run
 
 
