@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .checkpoints import language_tokens, reading
+from .directions import read_file
 from .errors import UserError
 
 _CHOICE = re.compile(r"argument (?P<option>[^:]+): invalid choice: '?(?P<value>.*?)'? \(choose from (?P<choices>.*)\)")
@@ -35,6 +36,7 @@ def checked(parse_args_and_arch: Any) -> Any:
         parser.error = functools.partial(refuse, parser)  # type: ignore[method-assign]
         result = parse_args_and_arch(parser, input_args, *args, **kwargs)
         parsed = result[0] if isinstance(result, tuple) else result
+        _read_lang_pairs(parsed)
         _check_pieces(parsed)
         _check_results_path(parsed)
         overrides = {name: _dictionary(parsed, name) for name in ("model_overrides", "optimizer_overrides")}
@@ -45,6 +47,13 @@ def checked(parse_args_and_arch: Any) -> Any:
         return result
 
     return parse
+
+
+def _read_lang_pairs(options: Any) -> None:
+    """Reads the file that ``--lang-pairs`` may name, as stock fairseq does: a checkpoint keeps what is in it."""
+    value = getattr(options, "lang_pairs", None)
+    if isinstance(value, str):
+        options.lang_pairs = read_file(value)
 
 
 def _check_pieces(parsed: argparse.Namespace) -> None:
@@ -126,6 +135,7 @@ def checked_yaml(add_defaults: Any) -> Any:
         if HydraConfig.initialized():
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra itself prints tracebacks, and guard.py sees none
         _check_names(cfg)
+        _read_lang_pairs(cfg.get("task"))
         try:
             add_defaults(cfg)
         except OmegaConfBaseException as error:

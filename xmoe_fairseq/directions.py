@@ -99,6 +99,22 @@ def read_direction(name: str, languages: Collection[str]) -> Direction | None:
     return found[0] if found and found[0].source != found[0].target else None
 
 
+def read_file(value: str) -> str:
+    """Gives what ``--lang-pairs`` stands for where it names a file: its lines, with commas between them.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not os.path.isfile(value):
+        return value
+    try:
+        lines = Path(value).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--lang-pairs {value[:100]} cannot be read: {reason}") from error
+    return ",".join(stripped for line in lines if (stripped := line.strip(", \t\r")))
+
+
 def read_option(value: str, languages: Collection[str], where: str, known: Sequence[str]) -> list[Direction]:
     """Reads ``--lang-pairs``: names of directions with commas between them, or a file of them, also one a line.
 
@@ -112,13 +128,7 @@ def read_option(value: str, languages: Collection[str], where: str, known: Seque
         UserError: it names no direction between two of the languages, or one twice, or is no file that can be read.
     """
     option = f"--lang-pairs {value[:100]}"
-    text = value
-    if os.path.isfile(value):
-        try:
-            text = Path(value).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{option} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    names = re.split(r"\s*,\s*|\s+", text.strip(", \t\r\n"))
+    names = re.split(r"\s*,\s*|\s+", read_file(value).strip(", \t\r\n"))
     found = []
     for name in names:
         direction = read_direction(name, languages)

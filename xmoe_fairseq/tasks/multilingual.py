@@ -155,7 +155,6 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         known = read_trained(args.data, cls.benchmark, languages)
         if args.lang_pairs:
             known = read_option(args.lang_pairs, languages, f"the data in {args.data}", known)
-            cfg.lang_pairs = ",".join(known)  # a checkpoint keeps the directions, and not the name of a file
         args.lang_pairs = known
         cls._check_languages(args)
         return super().setup_task(args, **kwargs)
