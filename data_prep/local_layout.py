@@ -86,8 +86,8 @@ def _check_taught(folder: Path, texts: Sequence[LocalText], languages: Collectio
     for text in texts:
         for code in sorted(text.pair.difference(languages)):
             raise UserError(
-                f"--input {folder}: there is no training text in {code}, of which {text.paths[0].name} is: add some, "
-                "take the file out, or name the directions that are trained with --lang-pairs"
+                f"--input {folder}: there is no training text in {code}, of which {text.split}.{text.name} is: add "
+                "some, take the file out, or name the directions that are trained with --lang-pairs"
             )
 
 
@@ -122,7 +122,9 @@ def _say_missing(folder: Path, texts: Sequence[LocalText], trained: Sequence[Dir
     Raises:
         UserError: there is no development set at all.
     """
-    names = {one.pair: one for one in reversed(trained)}
+    names: dict[frozenset[str], Direction] = {}
+    for one in trained:
+        names.setdefault(one.pair, one)
     for kind, lack in (("valid", "its loss is not in the validation loss"), ("test", "it is not scored")):
         there = {text.pair for text in texts if text.kind == kind}
         lacking = [one for pair, one in names.items() if pair not in there]

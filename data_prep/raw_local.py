@@ -19,7 +19,7 @@ PACKED = "|".join(map(re.escape, SUFFIXES))
 NAME = re.compile(rf"(?P<split>({'|'.join(SPLITS)})\d*)\.(?P<pair>{CODE}-{CODE})\.(?P<side>{CODE})({PACKED})?")
 # Names that must be as above, and others that may be meant so.
 OURS = re.compile(rf"({'|'.join(SPLITS)})\d*\.")
-_UNNAMED = "the names of texts begin with train, valid or test, which a number may follow"
+UNNAMED = "the names of texts begin with train, valid or test, which a number may follow"
 ALIKE = re.compile(rf"(?i)(train|valid?|dev|test|eval).*|.*\.{CODE}-{CODE}\..*")
 
 
@@ -137,20 +137,22 @@ def _read_pairs(matches: Iterable[re.Match[str]], known: Collection[str]) -> dic
     return {name: _read_pair(name, found, languages) for name, found in sides.items()}
 
 
-def _read_pair(name: str, sides: Collection[str], languages: Collection[str]) -> Direction | None:
-    found = [one for one in readings(name) if one.source != one.target and set(sides) <= set(one.split("-"))]
-    for wanted in (languages, None):
-        # A file's own language is known. A script or a country, such as Hans or BR, begins with a capital.
-        better = [
-            one
-            for one in found
-            if all(code in wanted if wanted is not None else code[0].islower() for code in one.split("-"))
-        ]
-        if len(found) > 1 and better:
-            found = better
+def _read_pair(name: str, sides: set[str], languages: Collection[str]) -> Direction | None:
+    options = [one for one in readings(name) if one.source != one.target]
+    # Where no reading has all sides, some of them are misnamed.
+    found = [one for one in options if sides <= one.pair] or [one for one in options if sides & one.pair]
+    for rank in (
+        lambda one: sum(code in languages for code in one.pair),
+        # A country or a script, such as BR or Hans, is no language and begins with a capital.
+        lambda one: sum(code[0].islower() for code in one.pair),
+    ):
+        best = max(map(rank, found), default=0)
+        found = [one for one in found if rank(one) == best]
     if len(found) > 1:
         ways = " or as ".join(f"{one.source} and {one.target}" for one in found)
-        raise UserError(f"--input: the pair {name} can be read as {ways}: write '_' for the hyphens inside codes")
+        raise UserError(
+            f"--input: the pair {name} can be read as {ways}: write '_' for hyphens inside codes, or give --english"
+        )
     return found[0] if found else None
 
 
@@ -194,7 +196,7 @@ def missing(folder: Path, name: str) -> UserError:
 def say_unused(
     folder: Path,
     names: Sequence[str],
-    why: str = "the names of texts begin with train, valid or test, and may go on with a number",
+    why: str = UNNAMED,
 ) -> None:
     """Names the files that are left out although they look like text of a split."""
     for name in names:

@@ -1,0 +1,167 @@
+"""The tasks with any directions: codes with hyphens, sets that some directions lack, zero-shot, --lang-pairs FILE."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import TINY_ARGS, TRAIN_ARGS, batches, build, write_toy_data
+from helpers_commands import run_warm
+
+from xmoe_fairseq.errors import UserError
+
+PAIRS = ["en-pt-BR", "pt-BR-en", "en-zh-Hans", "zh-Hans-en"]
+
+
+@pytest.fixture(scope="module")
+def hyphens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codes with hyphens, a test set between two languages that are not trained together, and one with one side."""
+    data = write_toy_data(tmp_path_factory.mktemp("hyphens") / "bin", ("pt-BR", "zh-Hans"))
+    (data / "lang_pairs.txt").write_text("".join(f"{pair}\n" for pair in PAIRS))
+    for end in ("bin", "idx"):
+        for side in ("pt-BR", "zh-Hans"):
+            shutil.copy(data / f"test.en-{side}.{side}.{end}", data / f"test.zh-Hans-pt-BR.{side}.{end}")
+        shutil.copy(data / f"test.en-pt-BR.en.{end}", data / f"test1.en-pt-BR.en.{end}")
+        for side in ("en", "pt-BR"):
+            shutil.copy(data / f"valid.en-pt-BR.{side}.{end}", data / f"valid1.en-pt-BR.{side}.{end}")
+    return data
+
+
+def task_of(data: Path, *more: str) -> Any:
+    return build(data, *TINY_ARGS, *more).task
+
+
+def translation(data: Path, source: str, target: str) -> Any:
+    return task_of(data, "--source-lang", source, "--target-lang", target)
+
+
+def test_codes_with_hyphens_are_trained(hyphens: Path) -> None:
+    task = task_of(hyphens)
+    assert task.lang_pairs == PAIRS and task.langs == ["en", "pt-BR", "zh-Hans"]
+    assert task.source_langs == ["en", "pt-BR", "en", "zh-Hans"]
+    tags = {task.source_dictionary.index(f"__{code}__"): code for code in task.langs}
+    firsts = {tags[int(row[row != 1][0])] for one in batches(task) for row in one["net_input"]["src_tokens"]}
+    assert firsts == set(task.langs)
+    task.load_dataset("train")
+    assert len(task.dataset("train")) > 0
+
+
+def test_directions_of_the_folder_are_the_listed_ones(hyphens: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(hyphens, tmp_path / "bin"))
+    (data / "lang_pairs.txt").write_text("en-zh-Hans\npt-BR-en\n")
+    assert task_of(data).lang_pairs == ["en-zh-Hans", "pt-BR-en"]
+    for content, message in (("en-xx\n", "holds 'en-xx', which is no direction"), ("\n", "names no direction")):
+        (data / "lang_pairs.txt").write_text(content)
+        with pytest.raises(UserError, match=message):
+            task_of(data)
+
+
+def test_a_direction_that_is_not_trained_can_be_translated(hyphens: Path) -> None:
+    for source, target in (("zh-Hans", "pt-BR"), ("pt-BR", "zh-Hans")):
+        task = translation(hyphens, source, target)
+        task.load_dataset("test")
+        assert task.lang_pairs == [f"{source}-{target}"] and len(task.dataset("test")) == 20
+        same = translation(hyphens, source, "en")
+        same.load_dataset("test")
+        one, other = (each.dataset("test")[3]["source"].tolist() for each in (task, same))
+        assert one[1:] == other[1:] and one[0] != other[0]  # the target's language token
+        assert task.dataset("test")[3]["target"] is not None
+    with pytest.raises(UserError, match="has no valid text of pt-BR-zh-Hans: its splits are test, test1, train, valid"):
+        task.load_dataset("valid")
+
+
+def test_a_set_without_references_can_be_translated_and_not_validated(hyphens: Path) -> None:
+    task = translation(hyphens, "en", "pt-BR")
+    task.load_dataset("test1")
+    (sample, *_) = list(task.get_batch_iterator(task.dataset("test1"), max_tokens=200).next_epoch_itr(shuffle=False))
+    assert sample["target"] is None and len(task.dataset("test1")) == 20
+    with pytest.raises(UserError, match=r"test1\.en-pt-BR\.pt-BR\.idx is missing"):
+        translation(hyphens, "pt-BR", "en").load_dataset("test1")
+    with pytest.raises(UserError, match=r"test1\.en-pt-BR\.pt-BR\.idx is missing"):
+        task_of(hyphens).load_dataset("test1")
+
+
+def test_validation_leaves_out_directions_that_lack_a_set(hyphens: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = task_of(hyphens, "--valid-lines", "7")
+    with caplog.at_level(logging.WARNING):
+        for subset in ("valid", "valid1"):
+            task.load_dataset(subset)
+    assert len(task.dataset("valid")) == 4 * 7 and len(task.dataset("valid1")) == 2 * 20
+    assert "valid1 leaves out what has no text in it: en-zh-Hans, zh-Hans-en" in caplog.text
+    with pytest.raises(UserError, match="has no valid2 text of en-pt-BR, pt-BR-en, en-zh-Hans, zh-Hans-en"):
+        task.load_dataset("valid2")
+
+
+def test_either_order_of_a_pair_is_found(hyphens: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(hyphens, tmp_path / "bin"))
+    for path in data.glob("*.en-pt-BR.*"):
+        path.rename(path.with_name(path.name.replace("en-pt-BR", "pt-BR-en")))
+    task, before = task_of(data), task_of(hyphens)
+    for each in (task, before):
+        each.load_dataset("valid")
+    for i in range(80):
+        assert task.dataset("valid")[i]["source"].equal(before.dataset("valid")[i]["source"])
+
+
+@pytest.mark.parametrize("text", ["en-zh-Hans,pt-BR-en", "en-zh-Hans\npt-BR-en\n", "\ufeffen-zh-Hans,\r\npt-BR-en"])
+def test_lang_pairs_from_a_file(text: str, hyphens: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.txt"
+    file.write_text(text, newline="")
+    built = build(hyphens, *TINY_ARGS, "--lang-pairs", str(file))
+    assert built.task.lang_pairs == ["en-zh-Hans", "pt-BR-en"]
+    assert built.cfg.task.lang_pairs == "en-zh-Hans,pt-BR-en"  # what a checkpoint keeps
+    assert translation(hyphens, "en", "pt-BR").lang_pairs == ["en-pt-BR"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"--lang-pairs \S*pairs\.txt is no file and no list of directions: the data in \S* has no direction"),
+        (b"en-xx\n", "has no direction en-xx: it has en-pt-BR, pt-BR-en"),
+        (b"en-pt-BR\nen-pt-BR\n", "names a direction twice, en-pt-BR"),
+        (b"en-pt-BR\xff\n", r"--lang-pairs \S*pairs\.txt cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("words", [(), ("--source-lang", "en", "--target-lang", "pt-BR")])
+def test_wrong_lang_pairs_are_one_line(
+    content: bytes | None, message: str, words: tuple[str, ...], hyphens: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "pairs.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        build(hyphens, *TINY_ARGS, "--lang-pairs", str(file), *words)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_readings_of_a_direction_are_refused(tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "bin", ("b-c", "c"), lines=4, english_code="a")
+    (data / "langs.txt").write_text("a\nb-c\na-b\nc\n")
+    with pytest.raises(UserError, match=re.escape("a-b-c can be read as a to b-c or a-b to c")):
+        build(data, *TINY_ARGS, "--lang-pairs", "a-b-c")
+
+
+def test_training_and_translation_with_hyphens(hyphens: Path, tmp_path: Path) -> None:
+    """Also from a file of directions, which is gone when the checkpoint is read."""
+    file = tmp_path / "pairs.txt"
+    file.write_text("en-pt-BR\nzh-Hans-en\n")
+    run_warm(
+        *("fairseq-train", hyphens, "--user-dir", "xmoe_fairseq", *TRAIN_ARGS, *TINY_ARGS, "--max-update", "3"),
+        *("--valid-subset", "valid,valid1", "--lang-pairs", file, "--save-dir", tmp_path, "--no-epoch-checkpoints"),
+    )
+    file.unlink()
+    state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)
+    assert state["cfg"]["task"]["lang_pairs"] == "en-pt-BR,zh-Hans-en"
+    for source, target, subset, count in (("zh-Hans", "pt-BR", "test", 20), ("en", "pt-BR", "test1", 20)):
+        said = run_warm(
+            *("fairseq-generate", hyphens, "--user-dir", "xmoe_fairseq", "--task", "multilingual_local", "--cpu"),
+            *("--source-lang", source, "--target-lang", target, "--gen-subset", subset, "--beam", "1"),
+            *("--path", tmp_path / "checkpoint_last.pt", "--max-len-b", "9", "--num-workers", "0"),
+        ).stdout
+        assert len(re.findall("^D-", said, re.MULTILINE)) == count
+        assert len(re.findall("^T-", said, re.MULTILINE)) == (0 if subset == "test1" else count)
