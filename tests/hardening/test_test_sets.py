@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.analysis.text import origin
+from xmoe_fairseq.directions import Direction
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.outputs import read_lines, write_lines
 from xmoe_fairseq.evaluation.test_sets import check_binarised, texts_checksum
@@ -116,7 +117,7 @@ def test_binary_text_of_other_data_is_refused(changed: Path, run: Path, tmp_path
 def test_every_changed_line_is_found(seed: int, kind: str, data: Path) -> None:
     raw = data / "raw/test.en-de.de"
     lines = read_lines(raw, "text")
-    check_binarised(data, "test", "en-de", "en", {raw: lines})
+    check_binarised(data, "test", Direction("en", "de"), {raw: lines})
     draw = random.Random(seed)
     one, other = draw.sample(range(len(lines)), 2)
     made = list(lines)
@@ -130,7 +131,7 @@ def test_every_changed_line_is_found(seed: int, kind: str, data: Path) -> None:
         made[one] = f"{made[one][:place]}{new}{made[one][place:]}"
     if made != lines:
         with pytest.raises(UserError, match=r"test.en-de.de"):
-            check_binarised(data, "test", "en-de", "en", {raw: made})
+            check_binarised(data, "test", Direction("en", "de"), {raw: made})
 
 
 def test_any_text_is_found_again(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_any_text_is_found_again(tmp_path: Path) -> None:
     prepare.main(["--benchmark", "local", "--input", str(text), "--out", str(out), "--vocab-size", "310"])
     for side in ("en", "de"):
         raw = out / f"raw/test.en-de.{side}"
-        check_binarised(out, "test", "en-de", "en", {raw: read_lines(raw, "text")})
+        check_binarised(out, "test", Direction("en", "de"), {raw: read_lines(raw, "text")})
 
 
 def test_translations_of_another_test_set_are_refused(data: Path, changed: Path, tmp_path: Path) -> None:

@@ -180,9 +180,9 @@ class ScoreJob:
         lines = self.decoding.lines or len(references)
         sources, references = sources[:lines], references[:lines]
         if frozenset(files) not in self._same:  # both directions are of the same files
-            pair = f"{source}-{target}"
             texts = dict(zip(files, (sources, references), strict=True))
-            check_binarised(self.data, self.decoding.subset, pair, self.benchmark.english, texts, self.decoding.lines)
+            pair = Direction(source, target)
+            check_binarised(self.data, self.decoding.subset, pair, texts, self.decoding.lines)
             self._same.add(frozenset(files))
         return sources, references
 

@@ -15,6 +15,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset
 
 from .. import schema
 from ..checkpoints.shards import fingerprint
+from ..directions import Direction
 from ..errors import UserError
 from ..identity import checksum
 from ..subword import ID_SHIFT, Subword
@@ -63,7 +64,7 @@ def texts_checksum(texts: Iterable[tuple[str, Sequence[str], Sequence[str]]]) ->
 
 
 def check_binarised(
-    data: Path, subset: str, pair: str, english: str, texts: Mapping[Path, Sequence[str]], first: int = 0
+    data: Path, subset: str, pair: Direction, texts: Mapping[Path, Sequence[str]], first: int = 0
 ) -> None:
     """Compares raw lines with the binarised ones that are translated.
 
@@ -71,7 +72,6 @@ def check_binarised(
         data: folder made by data_prep/prepare.sh.
         subset: ``test`` or ``valid``.
         pair: a direction.
-        english: the code of English in the data.
         texts: lines of both sides, by the raw files, whose names the binarised ones have too.
         first: how many the lines are at most; 0 if they are all.
 

@@ -101,7 +101,7 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
 
     def state_dict(self) -> dict[str, Any]:
         """Gives what a checkpoint keeps of the task."""
-        kept = {identity.KEY: self.identity.as_plain(), identity.PAIRS: list(self.lang_pairs)}
+        kept = {identity.KEY: self.identity.as_plain(), identity.PAIRS: [str(pair) for pair in self.lang_pairs]}
         return {**super().state_dict(), **kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
