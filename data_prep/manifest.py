@@ -53,10 +53,12 @@ class RawRecord(StageRecord):
 
 @dataclass(frozen=True)
 class SpmRecord(StageRecord):
-    """The vocabulary; see `learn_spm.write`."""
+    """The vocabulary; see `learn_spm.write` and, of one that is taken, `vocabulary.write`."""
 
     pieces: int
     lines_used: Counts
+    taken_from: str = ""
+    unknown_pieces: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def run_stage(
     (out / MANIFEST).unlink(missing_ok=True)
     with new_folder(out / name) as temporary:
         details = write(temporary)
-        files = {path.name: fingerprint(path) for path in sorted(temporary.iterdir())}
+        made = sorted(path for path in temporary.rglob("*") if not path.is_dir())
+        files = {str(path.relative_to(temporary)): fingerprint(path) for path in made}
         record = {"parameters": dict(parameters), **details, "files": files}
         write_lines(temporary / RECORD, [json.dumps(record, ensure_ascii=False)])
     print(f"{name}: {len(files)} files written", flush=True)

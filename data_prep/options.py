@@ -12,6 +12,7 @@ from typing import NoReturn
 import learn_spm
 import raw_local
 import raw_nllb
+import vocabulary
 from filters import Limits
 from io_utils import SPLITS
 
@@ -28,6 +29,8 @@ SCHEMES = ("https", "http", "ftp", "file")
 MOST_PIECES = 10_000_000
 # Of the demos: generating more would take hours.
 MOST_DEMO_LINES = 1_000_000
+# Each part of a pair is two files that are open at once.
+MOST_PARTS = 200
 # Of other numbers: more than any text has lines.
 MOST = 10**12
 
@@ -69,6 +72,12 @@ def _parser() -> OneLineParser:
         help=f"opus: names and versions (default: {','.join(raw_nllb.OPUS_CORPORA)})",
     )
     parser.add_argument("--vocab-size", type=int, metavar="N", help="SentencePiece pieces (default: the benchmark's)")
+    parser.add_argument(
+        "--vocabulary", metavar="DIR", help="take the vocabulary of a prepared folder, or spm.model and dict.txt in DIR"
+    )
+    parser.add_argument(
+        "--add-languages", metavar="XX,YY", help="languages of the text that are new to langs.txt of --vocabulary"
+    )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="the same seed gives the same files")
     for split in SPLITS:
         parser.add_argument(f"--{split}", type=int, metavar="N", help=f"demos: lines a pair in {split}")
@@ -84,6 +93,9 @@ def _parser() -> OneLineParser:
         help=f"lines over R times the length of the other side are {no_limit}",
     )
     parser.add_argument("--max-pieces", type=int, default=0, metavar="N", help=f"lines of more pieces are {no_limit}")
+    parser.add_argument(
+        "--parts", type=int, default=0, metavar="N", help="cut train into bin/part0 and so on, one for each epoch"
+    )
     parser.add_argument(
         "--dedup", action="store_true", help="leave repetitions and what is in valid or test out of train"
     )
@@ -106,8 +118,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _check_texts(parser, given)
     benchmark = BENCHMARKS[given.benchmark]
     given.sizes = {split: getattr(given, split) for split in SPLITS if getattr(given, split) is not None}
-    if given.vocab_size is None:
-        given.vocab_size = benchmark.vocab_size
+    _read_vocabulary(parser, given, benchmark)
     _check_numbers(parser, given)
     _check_meaning(parser, given, benchmark)
     given.sources, given.local = _sources(parser, given, benchmark)
@@ -116,6 +127,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     given.sizes = {**benchmark.sizes, **given.sizes}
     given.limits = Limits(given.max_chars, given.max_ratio, given.dedup)
     return given
+
+
+def _read_vocabulary(parser: OneLineParser, given: argparse.Namespace, benchmark: Benchmark) -> None:
+    """Finds the vocabulary that is taken, if one is."""
+    if given.vocabulary is None:
+        if given.add_languages is not None:
+            parser.error("--add-languages has no meaning without --vocabulary")
+        if given.vocab_size is None:
+            given.vocab_size = benchmark.vocab_size
+        return
+    if given.vocab_size is not None:
+        parser.error("--vocab-size has no meaning with --vocabulary: nothing is learned")
+    added = given.add_languages.split(",") if given.add_languages else []
+    given.vocabulary = vocabulary.find(Path(given.vocabulary), added)
 
 
 def _check_texts(parser: OneLineParser, given: argparse.Namespace) -> None:
@@ -134,7 +159,8 @@ def _check_numbers(parser: OneLineParser, given: argparse.Namespace) -> None:
     ranges = {
         **{split: (1, MOST_DEMO_LINES, "") for split in given.sizes},
         **{name: (1, MOST, ", or 0 for no limit") for name in ("max_chars", "max_pieces") if getattr(given, name)},
-        "vocab_size": (learn_spm.LEAST_PIECES, MOST_PIECES, ""),
+        **({"vocab_size": (learn_spm.LEAST_PIECES, MOST_PIECES, "")} if given.vocabulary is None else {}),
+        **({"parts": (2, MOST_PARTS, ", or 0 for no parts")} if given.parts else {}),
         "seed": (-MOST, MOST, ""),
     }
     if given.max_ratio:

@@ -12,10 +12,12 @@ from typing import Any
 import binarize
 import learn_spm
 import local_layout
+import parts
 import raw_local
 import raw_nllb
 import raw_opus100
 import raw_text
+import vocabulary
 from io_utils import DISK_FULL, SPLITS, SourceText, fingerprint, lock, write_lines
 from layout import Layout, centred, lists
 from manifest import check_contents, finished_stage, run_stage, tool_versions, write_manifest
@@ -56,7 +58,8 @@ def prepare(given: argparse.Namespace) -> None:
         records = run_stages(given, benchmark, parameters, layout, local)
         write_groups(given.out, benchmark, layout, records["raw"]["lines"])
         write_manifest(given.out, records)
-    print(f"{given.out} is ready: train from {given.out / 'bin'}")
+    where = f"{given.out / 'bin'}" + (f", in {given.parts} parts" if given.parts else "")
+    print(f"{given.out} is ready: train from {where}")
 
 
 def arrange(given: argparse.Namespace, benchmark: Benchmark) -> tuple[Layout, Corpus]:
@@ -88,10 +91,15 @@ def run_stages(
         layout: what is made.
         local: the user's files.
     """
-    out = given.out
+    out, taken = given.out, given.vocabulary
+    whole = vocabulary.join_languages(taken, layout, fixed=bool(benchmark.languages)) if taken else layout
     # The text does not depend on these: where a first try shows that N is too large, it need not be made again.
-    vocabulary = {"vocab_size": given.vocab_size, "sampling_temperature": benchmark.sampling_temperature}
-    every = {**parameters, **vocabulary}
+    every = {
+        **parameters,
+        "vocab_size": taken.pieces if taken else given.vocab_size,
+        "sampling_temperature": benchmark.sampling_temperature,
+        "vocabulary": taken.decisive if taken else {},
+    }
 
     def write_raw(folder: Path) -> dict[str, Any]:
         if benchmark.sizes:
@@ -102,18 +110,20 @@ def run_stages(
         return write_text(given, layout, local, folder)
 
     def write_spm(folder: Path) -> dict[str, Any]:
+        if taken:
+            return vocabulary.write(taken, whole.directions, folder)
         return learn_spm.write(out / "raw", records["raw"]["lines"], layout, every, folder)
 
     def write_bin(folder: Path) -> dict[str, Any]:
-        return binarize.write(out / "raw", out / "spm", layout, given.max_pieces, folder)
+        return binarize.write(out / "raw", out / "spm", whole, given.max_pieces, given.parts, folder)
 
     stages = {
         "raw": (parameters, write_raw),
         "spm": (every, write_spm),
-        "bin": ({**every, "max_pieces": given.max_pieces}, write_bin),
+        "bin": ({**every, "max_pieces": given.max_pieces, "parts": given.parts}, write_bin),
     }
     # All are checked before the first is made, so that a refused run changes nothing.
-    files = stage_files(layout)
+    files = stage_files(whole, given.parts)
     finished = {name: finished_stage(out, name, decisive, files[name]) for name, (decisive, _) in stages.items()}
     # What is made now is made of what was finished then.
     made = [name for name, record in finished.items() if record is None]
@@ -126,18 +136,23 @@ def run_stages(
     return records
 
 
-def stage_files(layout: Layout) -> dict[str, list[str]]:
-    """Names the files that each stage makes."""
+def stage_files(layout: Layout, cut: int) -> dict[str, list[str]]:
+    """Names the files that each stage makes.
+
+    Args:
+        layout: what is made.
+        cut: into how many parts train is cut; 0 for none.
+    """
     texts = list(layout.files())
     vocabulary = [*binarize.VOCABULARY, *lists(layout.directions)]
+    binary = [f"{text}.{kind}" for text in texts for kind in ("bin", "idx")]
+    train = [name for name in binary if name.startswith("train.")]
+    dictionaries = [f"dict.{language}.txt" for language in layout.languages]
+    common = [*vocabulary, *dictionaries, *(name for name in binary if name not in train)]
     return {
         "raw": texts,
         "spm": [*vocabulary, "spm.vocab"],
-        "bin": [
-            *vocabulary,
-            *(f"dict.{language}.txt" for language in layout.languages),
-            *(f"{text}.{kind}" for text in texts for kind in ("bin", "idx")),
-        ],
+        "bin": parts.files(common, train, cut),
     }
 
 

@@ -13,7 +13,10 @@ from .errors import UserError
 # By command: the module under this package, imported when the command runs, and a line for the help.
 COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("info", "Parameters and FLOPs a token of an architecture."),
-    "checkpoint": ("checkpoints.command", "Says what a checkpoint holds; splits, joins and averages checkpoints."),
+    "checkpoint": (
+        "checkpoints.command",
+        "Says what a checkpoint holds; splits, joins, averages checkpoints; adds languages.",
+    ),
     "score": ("evaluation.score_command", "Translates the test sets with a checkpoint and scores them."),
     "compare": ("evaluation.compare_command", "Compares scored systems, with paired bootstrap."),
     "sweep": ("evaluation.sweep_command", "Measures quality against computation at many thresholds."),

@@ -112,16 +112,25 @@ def check_trained_on(state: Mapping[str, Any], data: DataIdentity) -> DataIdenti
         UserError: dictionary, languages or SentencePiece model differ, or the entry is damaged.
     """
     checkpoint = checkpoint_read.get()
-    trained = _recorded({"task_state": state}, checkpoint)
+    trained = recorded({"task_state": state}, checkpoint)
     if trained is None:
         _warn_once(f"{checkpoint} does not say which dictionary it was trained with: {data.folder} cannot be checked")
         return data
-    for what, old, new in _differences(trained, data):
+    for what, old, new in differences(trained, data):
         raise UserError(
             f"{checkpoint} was trained with the {what} {old} of {trained.folder}, but {data.folder} has {new}: its "
-            "tokens would stand for other text. Give the data that it was trained on, or train from nothing"
+            f"tokens would stand for other text. {_advice(trained, data)}"
         )
     return replace(data, sentencepiece=data.sentencepiece or trained.sentencepiece)
+
+
+def _advice(trained: DataIdentity, data: DataIdentity) -> str:
+    more = set(trained.languages) < set(data.languages)
+    if trained.dictionary == data.dictionary and more:
+        other = "add the new languages to it with xmoe checkpoint add-languages"
+    else:
+        other = f"prepare this text with data_prep/prepare.sh --vocabulary {trained.folder}"
+    return f"Give the data that it was trained on, or {other}"
 
 
 def trained_pairs(state: Mapping[str, Any]) -> Sequence[Any]:
@@ -137,24 +146,29 @@ def check_same(states: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         UserError: two of them differ.
     """
-    known = [(path, found) for path, state in states.items() if (found := _recorded(state, path)) is not None]
+    known = [(path, found) for path, state in states.items() if (found := recorded(state, path)) is not None]
     for (first, one), (second, other) in pairwise(known):
-        for what, old, new in _differences(one, other):
+        for what, old, new in differences(one, other):
             raise UserError(
                 f"{first} was trained with the {what} {old} of {one.folder}, but {second} with {new} of "
                 f"{other.folder}: their tokens stand for other text"
             )
 
 
-def _recorded(state: Mapping[str, Any], path: str) -> DataIdentity | None:
+def recorded(state: Mapping[str, Any], path: str) -> DataIdentity | None:
+    """Gives what a checkpoint was trained on; None where an older version wrote it.
+
+    Raises:
+        UserError: the entry is damaged.
+    """
     kept = state.get("task_state")
     if not isinstance(kept, dict) or KEY not in kept:
         return None
     return schema.build(DataIdentity, kept[KEY], f"{KEY} of checkpoint {path}", "take the file from where it was made")
 
 
-def _differences(one: DataIdentity, other: DataIdentity) -> Iterator[tuple[str, str, str]]:
-    """Gives what differs, and how; what one of them does not know is no difference."""
+def differences(one: DataIdentity, other: DataIdentity) -> Iterator[tuple[str, str, str]]:
+    """Gives what differs, and how: name, value of one, value of the other; what one does not know is no difference."""
     for name, what in (("dictionary", "dictionary"), ("languages", "languages"), ("sentencepiece", "spm.model")):
         old, new = getattr(one, name), getattr(other, name)
         if old != new and None not in (old, new):

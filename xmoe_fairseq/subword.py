@@ -9,6 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 from fairseq import file_utils
+from fairseq.data import Dictionary
 from fairseq.data.encoders import register_bpe
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 
@@ -16,8 +17,8 @@ from .errors import UserError
 
 # SentencePiece writes a space as this character, so it would read the character itself as a space.
 META_SPACE = "\u2581"
-# dict.txt has the pieces in the model's order, but four special symbols before them where the model has three.
-ID_SHIFT = 1
+# fairseq's <unk>, the last of its four special symbols.
+UNKNOWN_ID = 3
 # What fairseq may put among the pieces beside <unk>: it is no text.
 FAIRSEQ_SYMBOL = re.compile(r"<s>|</s>|<pad>|__[A-Za-z]\w*__|madeupword\d+")
 UNKNOWN = {"<unk>", "<<unk>>"}
@@ -31,14 +32,21 @@ def byte_pieces(character: str) -> list[str]:
 class Subword:
     """A SentencePiece model for which ``decode_pieces(encode_pieces(line)) == line`` holds for any line.
 
+    A model that ``data_prep/prepare.sh`` did not learn may normalise text, as SentencePiece does by default.
+
     Args:
         model: the file ``spm.model`` that ``data_prep/prepare.sh`` wrote.
+        dictionary: the ``dict.txt`` that goes with it, for the ids; by default one that has the pieces in the model's
+            order.
+
+    Attributes:
+        ids: what each piece of the model has in the dictionary.
 
     Raises:
         UserError: where the file is missing, no SentencePiece model, or one without byte pieces.
     """
 
-    def __init__(self, model: str | Path) -> None:
+    def __init__(self, model: str | Path, dictionary: str | Path | None = None) -> None:
         if not Path(model).is_file():
             raise UserError(f"SentencePiece model {model}: no such file; give the spm.model of the prepared data")
         try:
@@ -54,6 +62,14 @@ class Subword:
                 f"{model} was trained without byte_fallback and would lose characters: "
                 "use the spm.model of the prepared data, or --bpe sentencepiece"
             )
+        self.ids = self._ids(dictionary)
+
+    def _ids(self, dictionary: str | Path | None) -> list[int]:
+        pieces = range(self.processor.get_piece_size())
+        if dictionary is None:  # which has four special symbols before the pieces, where the model has three
+            return [i + 1 for i in pieces]
+        known = Dictionary.load(str(dictionary))
+        return [known.index(self.processor.id_to_piece(i)) for i in pieces]
 
     def encode_pieces(self, line: str, enable_sampling: bool = False, alpha: float | None = None) -> list[str]:
         """Splits a line into pieces, none of which holds white space.
@@ -70,13 +86,23 @@ class Subword:
         return pieces if stand_in == META_SPACE else _replace(pieces, byte_pieces(stand_in), byte_pieces(META_SPACE))
 
     def encode_ids(self, lines: Sequence[str]) -> list[list[int]]:
-        """Encodes lines into the ids that their pieces have in dict.txt, without the end of sentence."""
+        """Encodes lines into the ids that their pieces have in the dictionary, without the end of sentence."""
         # One thread: for short lines, handing them to several costs more than it gains.
         encoded = self.processor.encode(list(lines), num_threads=1)
         for number, line in enumerate(lines):
             if META_SPACE in line:
                 encoded[number] = self.processor.piece_to_id(self.encode_pieces(line))
-        return [[i + ID_SHIFT for i in ids] for ids in encoded]
+        return [[self.ids[i] for i in ids] for ids in encoded]
+
+    def decode_ids(self, lines: Iterable[Sequence[int]]) -> list[str]:
+        """Joins the pieces of lines that `encode_ids` gives; an unknown token becomes "⁇".
+
+        Raises:
+            KeyError: an id is of no piece.
+        """
+        pieces = {one: i for i, one in enumerate(self.ids)} | {UNKNOWN_ID: self.processor.unk_id()}
+        texts: list[str] = self.processor.decode([[pieces[i] for i in line] for line in lines])
+        return texts
 
     def decode_pieces(self, pieces: Iterable[str]) -> str:
         """Joins pieces to text.

@@ -23,7 +23,7 @@ from xmoe_fairseq.benchmarks import BENCHMARKS
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.subword import Subword
 from xmoe_fairseq.tasks.binary_text import check_text
-from xmoe_fairseq.tasks.data_folder import count_symbols, read_groups, read_languages
+from xmoe_fairseq.tasks.data_folder import count_symbols, read_groups
 
 NAME = "train.en-xx.xx"
 HEAD = 26
@@ -120,10 +120,6 @@ def test_a_dictionary_of_stock_fairseq_is_read(tmp_path: Path) -> None:
 def test_damaged_groups_are_named(text: bytes, part: str, data: Path) -> None:
     (data.parent / "groups.tsv").write_bytes(text)
     refusal(lambda: read_groups(str(data), BENCHMARKS["local"]), part)
-
-
-def test_several_folders_are_one_line(data: Path) -> None:
-    refusal(lambda: read_languages(f"{data}:{data}", BENCHMARKS["local"]), "several folders, which are not supported")
 
 
 @pytest.mark.parametrize("pairs", ["abc", "en", "en-", "-", "en-xx-yy", "en-xx,,xx-en", "../x-en"])

@@ -1,4 +1,4 @@
-"""``xmoe checkpoint info|consolidate|shard|average``."""
+"""``xmoe checkpoint info|consolidate|shard|average|add-languages``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import locks
 from ..arguments import CommandParser
 from ..errors import UserError
-from . import reading, saving, shards
+from . import languages, reading, saving, shards
 from .average import average, newest
 from .summary import summarize
 
@@ -29,11 +29,12 @@ examples:
   fairseq-generate ... --path parts/demo4.pt
   xmoe checkpoint consolidate parts/demo4.pt --out whole.pt
   xmoe checkpoint average runs/demo4/checkpoints --num-update-checkpoints 5 --out mean.pt
+  xmoe checkpoint add-languages runs/local/checkpoint_best.pt --data data/more --out more.pt
 """
 
 
 def main(argv: Sequence[str]) -> None:
-    """Says what a checkpoint holds; splits, joins and averages checkpoints.
+    """Says what a checkpoint holds; splits, joins and averages checkpoints; adds languages to one.
 
     Args:
         argv: the words after ``xmoe checkpoint``.
@@ -53,10 +54,10 @@ def main(argv: Sequence[str]) -> None:
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="xmoe checkpoint",
-        description="Says what a checkpoint holds; splits, joins and averages checkpoints.",
+        description="Says what a checkpoint holds; splits, joins and averages checkpoints; adds languages.",
         epilog=_EPILOG,
     )
-    actions = parser.add_subparsers(required=True, metavar="info|consolidate|shard|average")
+    actions = parser.add_subparsers(required=True, metavar="info|consolidate|shard|average|add-languages")
 
     def action(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=text, description=text)
@@ -84,6 +85,9 @@ def _parser() -> CommandParser:
     newest_ones.add_argument(
         "--num-update-checkpoints", type=int, metavar="N", help="the folder's newest checkpoint_EPOCH_UPDATES.pt"
     )
+    more = action("add-languages", _add_languages, "Gives a model tokens of the languages that data has and it lacks.")
+    more.add_argument("file")
+    more.add_argument("--data", required=True, metavar="DIR", help="prepared with --vocabulary and --add-languages")
     return parser
 
 
@@ -173,3 +177,14 @@ def _average(args: argparse.Namespace) -> None:
         paths = newest(paths[0], count, within_epochs)
     saving.write({args.out: partial(torch.save, average(paths))})
     print("\n".join(("averaged:", *paths, f"written: {args.out}")))
+
+
+def _add_languages(args: argparse.Namespace) -> None:
+    data = os.path.join(args.data, "bin")
+    data = data if os.path.isdir(data) else args.data
+    state = reading.read(args.file)
+    shards.join(state, args.file, partial(_join_on_disk, os.path.dirname(args.out) or "."))
+    added = languages.add(state, args.file, data)
+    saving.write({args.out: partial(torch.save, state)})
+    print(f"added: {', '.join(added)}; without the optimizer's state: train on with --finetune-from-model {args.out}")
+    print(f"written: {args.out}")

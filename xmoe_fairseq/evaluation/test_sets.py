@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -18,7 +18,7 @@ from ..checkpoints.shards import fingerprint
 from ..directions import Direction
 from ..errors import UserError
 from ..identity import checksum
-from ..subword import ID_SHIFT, Subword
+from ..subword import Subword
 from ..tasks.data_folder import check_split
 from .outputs import read_hypotheses, read_lines
 
@@ -83,7 +83,7 @@ def check_binarised(
         _warn_once(f"{model} is missing: whether raw/ and bin/ are of one text cannot be checked")
         return
     check_split(str(data / "bin"), subset, [pair])
-    subword = Subword(model)
+    subword = Subword(model, model.with_name("dict.txt"))
     for raw, lines in texts.items():
         _check_text(subword, raw, data / "bin" / raw.name, lines, first)
 
@@ -95,8 +95,9 @@ def _check_text(subword: Subword, raw: Path, prefix: Path, lines: Sequence[str],
     ids = (held[number].tolist() for number in range(len(lines)))
     number = 0
     while batch := list(islice(ids, _BATCH)):
-        for text in _decoded(subword, batch, prefix):
-            if text != lines[number]:
+        for text, pieces in zip(_decoded(subword, batch, prefix), batch, strict=True):
+            # A vocabulary from elsewhere may normalise what it encodes.
+            if text != lines[number] and subword.encode_ids([lines[number]]) != [pieces[:-1]]:
                 raise UserError(
                     f"{raw}, line {number + 1} is {_brief(lines[number])}, but {prefix} has {_brief(text)}: one of "
                     "them was changed after the data was prepared; prepare it again"
@@ -106,9 +107,8 @@ def _check_text(subword: Subword, raw: Path, prefix: Path, lines: Sequence[str],
 
 def _decoded(subword: Subword, batch: Sequence[Sequence[int]], prefix: Path) -> list[str]:
     try:
-        texts: list[str] = subword.processor.decode([[one - ID_SHIFT for one in line[:-1]] for line in batch])
-        return texts
-    except (IndexError, ValueError, OverflowError) as error:
+        return subword.decode_ids(line[:-1] for line in batch)
+    except (KeyError, ValueError) as error:
         raise UserError(f"{prefix} holds pieces that spm.model does not have: prepare the data again") from error
 
 
@@ -134,11 +134,17 @@ def check_generated(output: Path, data: Path, sources: Sequence[str]) -> None:
         if number >= len(sources) or _LOST.search(pieces):
             continue
         text = subword.decode_pieces(piece for piece in pieces.split(" ") if piece)
-        if "".join(text.split()) != "".join(sources[number].split()):
+        if not any("".join(text.split()) == "".join(source.split()) for source in _forms(subword, sources[number])):
             raise UserError(
                 f"{output} translates {_brief(text)} as sentence {number}, but {data}/raw has "
                 f"{_brief(sources[number])}: it is of another test set; translate again, or give the data that it is of"
             )
+
+
+def _forms(subword: Subword, line: str) -> Iterator[str]:
+    """Gives a line, and what is left of it where the vocabulary, one from elsewhere, normalises what it encodes."""
+    yield line
+    yield subword.decode_pieces(subword.encode_pieces(line))
 
 
 def read_made(folder: Path) -> Made | None:

@@ -13,7 +13,7 @@ from ..errors import UserError
 # The head of fairseq's memory-mapped index: magic, version, code of the type of tokens, number of lines; then follow
 # the lines' lengths in 32 bits and their places in the other file in 64.
 _MAGIC = MMapIndexedDataset.Index._HDR_MAGIC
-_HEADER = struct.Struct(f"<{len(_MAGIC)}sQBQ")
+HEADER = struct.Struct(f"<{len(_MAGIC)}sQBQ")
 _VERSION = 1
 # fairseq numbers <s>, <pad>, </s> and <unk> first.
 SPECIAL_SYMBOLS = 4
@@ -55,14 +55,14 @@ def check_text(prefix: str, symbols: int) -> int:
 def _read_index(index: str) -> tuple[np.dtype, np.ndarray]:
     """Gives the type of the tokens and the length of each line."""
     with open(index, "rb") as file:
-        header = file.read(_HEADER.size)
-    magic, version, code, length = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0)
+        header = file.read(HEADER.size)
+    magic, version, code, length = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0)
     kind = np.dtype(_code_to_dtype.get(code, np.float64))
     size = os.path.getsize(index)
-    if magic != _MAGIC or version != _VERSION or kind.kind not in "iu" or size != _HEADER.size + 12 * length:
+    if magic != _MAGIC or version != _VERSION or kind.kind not in "iu" or size != HEADER.size + 12 * length:
         raise UserError(f"{index} is truncated, damaged or no index file: {AGAIN}")
-    sizes = np.fromfile(index, np.int32, length, offset=_HEADER.size)
-    places = np.fromfile(index, np.int64, length, offset=_HEADER.size + sizes.nbytes)
+    sizes = np.fromfile(index, np.int32, length, offset=HEADER.size)
+    places = np.fromfile(index, np.int64, length, offset=HEADER.size + sizes.nbytes)
     starts = np.cumsum(sizes, dtype=np.int64) - sizes
     wrong = (sizes < 1) | (places != starts * kind.itemsize)
     if wrong.any():

@@ -42,11 +42,6 @@ def read_languages(data: str, benchmark: Benchmark) -> list[str]:
     Raises:
         UserError: the folder is missing or incomplete, or its languages are not the benchmark's.
     """
-    if os.pathsep in data:
-        raise UserError(
-            f"the data folder {data} has a {os.pathsep!r} in its path, where fairseq would take it for several "
-            "folders, which are not supported: give one, under another name"
-        )
     if not os.path.isdir(data):
         raise UserError(f"there is no data folder {data}: make it with data_prep/prepare.sh")
     for name in ("langs.txt", "dict.txt"):

@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from fairseq import utils
 from fairseq.data import BaseWrapperDataset
 from fairseq.data.multilingual.multilingual_data_manager import MultilingualDatasetManager
 
+from ..directions import Direction
+from .data_parts import count_lines, sources
+
 VALID = "valid"
+# fairseq's name of what is not --extra-data.
+_MAIN = "main"
 
 
 def split_name(subset: str) -> tuple[str, str | None]:
@@ -35,7 +41,7 @@ class FirstLines(BaseWrapperDataset):
 
 
 class DataManager(MultilingualDatasetManager):
-    """fairseq's manager of the files of all directions, for subsets of directions and of lines.
+    """fairseq's manager of the files of all directions, for subsets of directions and of lines, and for text in parts.
 
     Attributes:
         lines_of: by split, the lines that are read of each file; 0, or none given, for all.
@@ -51,7 +57,44 @@ class DataManager(MultilingualDatasetManager):
         """Lists what is to be loaded for a subset, in the files of its split."""
         wanted = self.directions_of[split]
         every = super().get_split_data_param_list(split_name(split)[0], epoch, shard_epoch=shard_epoch)
-        return [one for one in every if f"{one['src']}-{one['tgt']}" in wanted]
+        chosen = [one for one in every if f"{one['src']}-{one['tgt']}" in wanted]
+        for one in chosen:
+            if (
+                self.has_sharded_data(split) and one["data_category"] == _MAIN
+            ):  # stock fairseq takes it to be in the first folders
+                found = self.folders_of(split, Direction(one["src"], one["tgt"]))
+                one["data_path"] = found[self.get_shard_id(len(found), epoch, shard_epoch)]
+        return chosen
+
+    @property
+    def folders(self) -> list[str]:
+        """The data folders, one for each epoch in turn."""
+        return list(utils.split_paths(self.args.data))
+
+    def has_sharded_data(self, split: str) -> bool:
+        """Says whether each epoch reads another folder of a split."""
+        return len(self.folders) > 1 and split == self.args.train_subset
+
+    def folders_of(self, split: str, pair: Direction) -> list[str]:
+        """Lists the folders that a direction of a split is read from: of all but train, the first."""
+        if not self.has_sharded_data(split):
+            return self.folders[:1]
+        return [folder for folder in self.folders if sources(folder, split, pair)]
+
+    def get_train_dataset_sizes(self, data_param_list: list[dict[str, Any]], *args: Any, **kwargs: Any) -> list[int]:
+        """Gives the lines of each direction in all folders, by which directions are sampled.
+
+        Stock fairseq knows those of the folders that it has read: a training that is resumed would sample otherwise.
+        """
+        for one in data_param_list:
+            if self.has_sharded_data(one["split"]) and one["data_category"] == _MAIN:
+                pair = Direction(one["src"], one["tgt"])
+                for number, folder in enumerate(self.folders_of(one["split"], pair)):
+                    first, *more = map(count_lines, sources(folder, one["split"], pair))
+                    lines = first * (self.args.upsample_primary if more else 1) + sum(more)
+                    self._training_data_sizes[one["key"]][number] = lines
+        sizes: list[int] = super().get_train_dataset_sizes(data_param_list, *args, **kwargs)
+        return sizes
 
     def get_split_num_data_shards(self, split: str) -> dict[str, int]:
         """Gives the number of files of each direction; one where there is no text, which is not loaded."""

@@ -31,6 +31,7 @@ from .data_folder import (
     read_trained,
 )
 from .data_manager import VALID, DataManager, split_name
+from .data_parts import check_alike, home, read_folders
 from .lengths import Fitting, Whole, check_batch_sizes, nothing
 from .stock_options import stock_dataclass, stock_namespace
 
@@ -49,7 +50,12 @@ _StockOptions: Any = stock_dataclass(
 class MultilingualConfig(_StockOptions):
     """Options of ``multilingual_*``: those of stock ``translation_multi_simple_epoch`` that the data leaves open."""
 
-    data: str = dataclasses.field(default="???", metadata={"help": "folder bin/ made by data_prep/prepare.sh"})
+    data: str = dataclasses.field(
+        default="???",
+        metadata={
+            "help": "folder bin/ made by data_prep/prepare.sh; or several, PART0:PART1, one for each epoch in turn"
+        },
+    )
     batch_pool_size: int = dataclasses.field(
         default=8192,
         metadata={
@@ -97,7 +103,12 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
     @cached_property
     def identity(self) -> DataIdentity:
         """What the numbers of its tokens stand for."""
-        return identity.of_folder(self.args.data)
+        return identity.of_folder(self.folder)
+
+    @property
+    def folder(self) -> str:
+        """The data folder; of several the first, of parts the one that they are in."""
+        return home(self.data_manager.folders[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Gives what a checkpoint keeps of the task."""
@@ -137,8 +148,9 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
             UserError: the data folder is missing, incomplete, or made for other languages.
         """
         args = stock_namespace(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
-        languages = read_languages(args.data, cls.benchmark)
-        dictionary = os.path.join(args.data, "dict.txt")
+        folders = read_folders(args.data)
+        languages, *_ = [read_languages(folder, cls.benchmark) for folder in folders]
+        dictionary = os.path.join(folders[0], "dict.txt")
         for name, least in (
             ("batch_pool_size", 0),
             ("valid_lines", 0),
@@ -152,11 +164,20 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
             raise UserError(f"--sampling-temperature {args.sampling_temperature} is out of range: it must be above 0")
         args.langs = languages
         args.source_dict = args.target_dict = dictionary
-        known = read_trained(args.data, cls.benchmark, languages)
+        listed = (read_trained(folder, cls.benchmark, languages) for folder in folders)
+        known = list(dict.fromkeys(direction for trained in listed for direction in trained))
         if args.lang_pairs:
             known = read_option(args.lang_pairs, languages, f"the data in {args.data}", known)
         args.lang_pairs = known
         cls._check_languages(args)
+        if len(folders) > 1:
+            check_alike(folders)
+            if args.virtual_epoch_size is not None:
+                raise UserError(
+                    "--virtual-epoch-size does not go with several data folders, of which each is an epoch: prepare "
+                    "more of them with data_prep/prepare.sh --parts"
+                )
+        args.data = os.pathsep.join(folders)
         return super().setup_task(args, **kwargs)
 
     @classmethod
@@ -193,22 +214,32 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         if name != self.args.train_subset:
             wanted = self._with_text(split, name, wanted)
         self.data_manager.directions_of[split] = wanted
-        check_split(self.args.data, name, wanted, combine, references=self.training or self.measures_loss)
+        if split not in self.datasets or not self.has_sharded_data(split):
+            self._check_files(name, wanted, combine)
         super().load_dataset(split, epoch, combine, **kwargs)
 
+    def _check_files(self, name: str, wanted: list[Direction], combine: bool) -> None:
+        """Checks the files of all folders before the first of them is read, not when its epoch comes."""
+        manager = self.data_manager
+        places = {pair: manager.folders_of(name, pair) or manager.folders[:1] for pair in wanted}
+        for folder in manager.folders:
+            if pairs := [pair for pair in wanted if folder in places[pair]]:
+                check_split(folder, name, pairs, combine, references=self.training or self.measures_loss)
+
     def _with_text(self, split: str, name: str, pairs: list[Direction]) -> list[Direction]:
-        there = [pair for pair in pairs if find_text(self.args.data, name, pair)]
+        folder = self.data_manager.folders[0]
+        there = [pair for pair in pairs if find_text(folder, name, pair)]
         if not there:
             raise UserError(
-                f"{self.args.data} has no {name} text of {', '.join(pairs[:8])}: its splits are "
-                f"{', '.join(list_splits(self.args.data))}"
+                f"{folder} has no {name} text of {', '.join(pairs[:8])}: its splits are "
+                f"{', '.join(list_splits(folder))}"
             )
         if lacking := [pair for pair in pairs if pair not in there]:
             logger.warning(f"{split} leaves out what has no text in it: {', '.join(lacking)}")
         return there
 
     def _directions_of(self, split: str, group: str) -> list[Direction]:
-        groups = read_groups(self.args.data, self.benchmark)
+        groups = read_groups(self.folder, self.benchmark)
         if group not in groups:
             raise UserError(f"there is no group {group!r} for the subset {split}: choose from {', '.join(groups)}")
         found = [pair for pair in self.lang_pairs if not set(groups[group]).isdisjoint(pair.split("-"))]
