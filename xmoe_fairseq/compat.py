@@ -5,6 +5,7 @@ Some things of stock fairseq do not work today; `install` mends them, for this p
 * torch >= 2.6 reads checkpoints with an allow-list of classes, and fairseq's hold an ``argparse.Namespace``;
 * a checkpoint that cannot be read ends in a traceback;
 * a file named ``dummy`` in the folder of checkpoints is removed;
+* a further development set counts as forgotten although ``--valid-subset`` names it;
 * a run that is killed while it writes a checkpoint, or whose disk is full, may leave none that is whole;
 * a run that is resumed may differ from one that was not: it makes an update too many, samples other data, or starts
   from rounded parameters;
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from . import command_line
+from .benchmarks import BENCHMARKS
 from .checkpoints import reading, saving, shards
 from .errors import UserError
 
@@ -69,7 +71,7 @@ def check_versions() -> None:
 def install() -> None:
     """Mends what the module's description lists; calling it again changes nothing."""
     from fairseq import checkpoint_utils, options
-    from fairseq.data import FastaDataset, SampledMultiEpochDataset
+    from fairseq.data import FastaDataset, SampledMultiEpochDataset, data_utils
     from fairseq.data.iterators import EpochBatchIterator
     from fairseq.dataclass import initialize
     from fairseq.distributed import utils as distributed_utils
@@ -120,6 +122,7 @@ def install() -> None:
         (Trainer, "train_step", _ends_at_nan),
         (NanDetector, "add_hooks", _looks_forward),
         (FastaDataset, "_build_index", _plain_names),
+        (data_utils, "raise_if_valid_subsets_unintentionally_ignored", _further_sets_are_said),
         (options, "add_interactive_args", interactive.whole_lines),
         (options, "add_generation_args", generate.whole_files),
     ):
@@ -352,3 +355,24 @@ def _bf16_is_not_tpu(parse_args_and_arch: Any) -> Any:
         return result
 
     return parse
+
+
+def _further_sets_are_said(raise_if_ignored: Any) -> Any:
+    """Stock compares names of files with names of sets; in our tasks a set that is not read is no error."""
+    from fairseq.data import data_utils
+
+    ours = {f"multilingual_{name}" for name in BENCHMARKS}
+
+    @functools.wraps(raise_if_ignored)
+    def check(cfg: Any) -> None:
+        if getattr(cfg.task, "_name", None) not in ours:
+            raise_if_ignored(cfg)
+            return
+        named = {name.partition("@")[0] for name in cfg.dataset.valid_subset.split(",")}
+        there = {name.partition(".")[0] for name in data_utils._find_extra_valid_paths(cfg.task.data)}
+        known = cfg.dataset.ignore_unused_valid_subsets or cfg.dataset.combine_valid_subsets
+        if (others := sorted(there - named)) and not known and not cfg.dataset.disable_validation:
+            every = ",".join((cfg.dataset.valid_subset, *others))
+            logger.warning(f"the data also has {', '.join(others)}: --valid-subset {every} reads all of them")
+
+    return check

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fairseq import tasks
 from helpers import TINY_ARGS, TRAIN_ARGS, batches, build, write_toy_data
 from helpers_commands import run_warm
 
@@ -37,7 +38,8 @@ def task_of(data: Path, *more: str) -> Any:
 
 
 def translation(data: Path, source: str, target: str) -> Any:
-    return task_of(data, "--source-lang", source, "--target-lang", target)
+    """The task of ``fairseq-generate``, which builds no criterion."""
+    return tasks.setup_task(build(data, *TINY_ARGS, "--source-lang", source, "--target-lang", target).cfg.task)
 
 
 def test_codes_with_hyphens_are_trained(hyphens: Path) -> None:
@@ -82,8 +84,9 @@ def test_a_set_without_references_can_be_translated_and_not_validated(hyphens: P
     assert sample["target"] is None and len(task.dataset("test1")) == 20
     with pytest.raises(UserError, match=r"test1\.en-pt-BR\.pt-BR\.idx is missing"):
         translation(hyphens, "pt-BR", "en").load_dataset("test1")
+    trained = task_of(hyphens, "--lang-pairs", "en-pt-BR")
     with pytest.raises(UserError, match=r"test1\.en-pt-BR\.pt-BR\.idx is missing"):
-        task_of(hyphens).load_dataset("test1")
+        trained.load_dataset("test1")
 
 
 def test_validation_leaves_out_directions_that_lack_a_set(hyphens: Path, caplog: pytest.LogCaptureFixture) -> None:
