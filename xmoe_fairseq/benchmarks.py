@@ -183,3 +183,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark("opus100", OPUS100, 64_000, 5.0, groups=OPUS100_GROUPS, valid_lines=100, sources=OPUS100_SOURCES),
     )
 }
+
+# Of each benchmark, as ``--task`` takes it.
+BY_TASK = {f"multilingual_{name}": benchmark for name, benchmark in BENCHMARKS.items()}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .benchmarks import BY_TASK
 from .checkpoints import language_tokens, reading
 from .directions import read_file
 from .errors import UserError
@@ -36,7 +37,7 @@ def checked(parse_args_and_arch: Any) -> Any:
         parser.error = functools.partial(refuse, parser)  # type: ignore[method-assign]
         result = parse_args_and_arch(parser, input_args, *args, **kwargs)
         parsed = result[0] if isinstance(result, tuple) else result
-        _read_lang_pairs(parsed)
+        _read_files(parsed, getattr(parsed, "task", None))
         _check_pieces(parsed)
         _check_results_path(parsed)
         overrides = {name: _dictionary(parsed, name) for name in ("model_overrides", "optimizer_overrides")}
@@ -49,11 +50,15 @@ def checked(parse_args_and_arch: Any) -> Any:
     return parse
 
 
-def _read_lang_pairs(options: Any) -> None:
-    """Reads the file that ``--lang-pairs`` may name, as stock fairseq does: a checkpoint keeps what is in it."""
-    value = getattr(options, "lang_pairs", None)
-    if isinstance(value, str):
-        options.lang_pairs = read_file(value)
+def _read_files(options: Any, task: Any) -> None:
+    """Reads the files that DATA and ``--lang-pairs`` may name, as stock fairseq does: a checkpoint keeps what they
+    hold. The stock tasks read them themselves."""
+    if task not in BY_TASK:
+        return
+    for name in ("data", "lang_pairs"):
+        value = getattr(options, name, None)
+        if isinstance(value, str):
+            setattr(options, name, read_file(value))
 
 
 def _check_pieces(parsed: argparse.Namespace) -> None:
@@ -135,7 +140,7 @@ def checked_yaml(add_defaults: Any) -> Any:
         if HydraConfig.initialized():
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra itself prints tracebacks, and guard.py sees none
         _check_names(cfg)
-        _read_lang_pairs(cfg.get("task"))
+        _read_files(cfg.get("task"), getattr(cfg.get("task"), "_name", None))
         try:
             add_defaults(cfg)
         except OmegaConfBaseException as error:

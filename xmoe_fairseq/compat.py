@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from . import command_line
-from .benchmarks import BENCHMARKS
+from .benchmarks import BY_TASK
 from .checkpoints import reading, saving, shards
 from .errors import UserError
 
@@ -361,11 +361,9 @@ def _further_sets_are_said(raise_if_ignored: Any) -> Any:
     """Stock compares names of files with names of sets; in our tasks a set that is not read is no error."""
     from fairseq.data import data_utils
 
-    ours = {f"multilingual_{name}" for name in BENCHMARKS}
-
     @functools.wraps(raise_if_ignored)
     def check(cfg: Any) -> None:
-        if getattr(cfg.task, "_name", None) not in ours:
+        if getattr(cfg.task, "_name", None) not in BY_TASK:
             raise_if_ignored(cfg)
             return
         named = {name.partition("@")[0] for name in cfg.dataset.valid_subset.split(",")}

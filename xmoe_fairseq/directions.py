@@ -100,7 +100,7 @@ def read_direction(name: str, languages: Collection[str]) -> Direction | None:
 
 
 def read_file(value: str) -> str:
-    """Gives what ``--lang-pairs`` stands for where it names a file: its lines, with commas between them.
+    """Gives what an option stands for whose value may name a file: its lines, with commas between them.
 
     Raises:
         UserError: the file cannot be read.
@@ -111,7 +111,7 @@ def read_file(value: str) -> str:
         lines = Path(value).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--lang-pairs {value[:100]} cannot be read: {reason}") from error
+        raise UserError(f"the file {value[:100]} cannot be read: {reason}") from error
     return ",".join(stripped for line in lines if (stripped := line.strip(", \t\r")))
 
 

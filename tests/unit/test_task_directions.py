@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -28,6 +29,7 @@ def hyphens(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for side in ("pt-BR", "zh-Hans"):
             shutil.copy(data / f"test.en-{side}.{side}.{end}", data / f"test.zh-Hans-pt-BR.{side}.{end}")
         shutil.copy(data / f"test.en-pt-BR.en.{end}", data / f"test1.en-pt-BR.en.{end}")
+        shutil.copy(data / f"test.en-zh-Hans.zh-Hans.{end}", data / f"test1.zh-Hans-pt-BR.zh-Hans.{end}")
         for side in ("en", "pt-BR"):
             shutil.copy(data / f"valid.en-pt-BR.{side}.{end}", data / f"valid1.en-pt-BR.{side}.{end}")
     return data
@@ -127,7 +129,7 @@ def test_lang_pairs_from_a_file(text: str, hyphens: Path, tmp_path: Path) -> Non
         (None, r"--lang-pairs \S*pairs\.txt is no file and no list of directions: the data in \S* has no direction"),
         (b"en-xx\n", "has no direction en-xx: it has en-pt-BR, pt-BR-en"),
         (b"en-pt-BR\nen-pt-BR\n", "names a direction twice, en-pt-BR"),
-        (b"en-pt-BR\xff\n", r"--lang-pairs \S*pairs\.txt cannot be read"),
+        (b"en-pt-BR\xff\n", r"the file \S*pairs\.txt cannot be read"),
     ],
 )
 @pytest.mark.parametrize("words", [(), ("--source-lang", "en", "--target-lang", "pt-BR")])
@@ -160,11 +162,46 @@ def test_training_and_translation_with_hyphens(hyphens: Path, tmp_path: Path) ->
     file.unlink()
     state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)
     assert state["cfg"]["task"]["lang_pairs"] == "en-pt-BR,zh-Hans-en"
-    for source, target, subset, count in (("zh-Hans", "pt-BR", "test", 20), ("en", "pt-BR", "test1", 20)):
-        said = run_warm(
-            *("fairseq-generate", hyphens, "--user-dir", "xmoe_fairseq", "--task", "multilingual_local", "--cpu"),
-            *("--source-lang", source, "--target-lang", target, "--gen-subset", subset, "--beam", "1"),
-            *("--path", tmp_path / "checkpoint_last.pt", "--max-len-b", "9", "--num-workers", "0"),
-        ).stdout
-        assert len(re.findall("^D-", said, re.MULTILINE)) == count
-        assert len(re.findall("^T-", said, re.MULTILINE)) == (0 if subset == "test1" else count)
+    said = run_warm(
+        *("fairseq-generate", hyphens, "--user-dir", "xmoe_fairseq", "--task", "multilingual_local", "--cpu"),
+        *("--source-lang", "zh-Hans", "--target-lang", "pt-BR", "--gen-subset", "test1", "--beam", "1"),
+        *("--path", tmp_path / "checkpoint_last.pt", "--max-len-b", "9", "--num-workers", "0"),
+    ).stdout
+    assert len(re.findall("^D-", said, re.MULTILINE)) == 20 and not re.findall("^T-", said, re.MULTILINE)
+
+
+def test_data_from_a_file(hyphens: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text(f"{hyphens}\n")
+    built = build(tmp_path / "data.txt", *TINY_ARGS)
+    assert built.cfg.task.data == str(hyphens) and built.task.lang_pairs == PAIRS
+
+
+WEIGHTS = {f"main:{pair}": 0.25 for pair in PAIRS}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ('{"main:en-pt-BR": 1', "is no JSON"),
+        ("[1, 2]", "is no dictionary of weights"),
+        ('{"main:en-pt-BR": 1}', "has no weight of main:pt-BR-en, main:en-zh-Hans, main:zh-Hans-en: every"),
+        (json.dumps({**WEIGHTS, "main:en-pt-BR": "much"}), "the weight of main:en-pt-BR is 'much'"),
+        (json.dumps({**WEIGHTS, "main:en-pt-BR": -1}), "the weight of main:en-pt-BR is -1"),
+        (json.dumps(dict.fromkeys(WEIGHTS, 0)), "all weights are 0"),
+        (json.dumps(WEIGHTS), ""),
+    ],
+)
+def test_sampling_weights_from_a_file(content: str | None, message: str, hyphens: Path, tmp_path: Path) -> None:
+    file = tmp_path / "weights.json"
+    if content is not None:
+        file.write_text(content)
+    options = ["--sampling-weights-from-file", str(file)]
+    task = task_of(hyphens, *options)
+    if not message:
+        task.load_dataset("train")
+        assert len(task.dataset("train")) == 4 * 200
+        return
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        task.load_dataset("train")
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)

@@ -12,6 +12,7 @@ from fairseq.data.multilingual.multilingual_data_manager import MultilingualData
 
 from ..directions import Direction
 from .data_parts import count_lines, sources
+from .sampling import check_weights
 
 VALID = "valid"
 # fairseq's name of what is not --extra-data.
@@ -100,6 +101,15 @@ class DataManager(MultilingualDatasetManager):
         """Gives the number of files of each direction; one where there is no text, which is not loaded."""
         none = {self.get_dataset_key("main", *pair.split("-")): 1 for pair in self.lang_pairs}
         return {**none, **super().get_split_num_data_shards(split)}
+
+    def get_sampling_ratios(self, data_param_list: Any, datasets: Sequence[tuple[str, Any]], *args: Any) -> Any:
+        """Gives the weights of the texts.
+
+        Raises:
+            UserError: those of the user are refused.
+        """
+        check_weights(self.args, [key for key, _ in datasets])
+        return super().get_sampling_ratios(data_param_list, datasets, *args)
 
     def load_lang_dataset(self, data_path: str, split: str, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Loads both sides of one direction, or only their first lines."""
