@@ -20,7 +20,9 @@ META_SPACE = "\u2581"
 # fairseq's <unk>, the last of its four special symbols.
 UNKNOWN_ID = 3
 # What fairseq may put among the pieces beside <unk>: it is no text.
-FAIRSEQ_SYMBOL = re.compile(r"<s>|</s>|<pad>|__[A-Za-z]\w*__|madeupword\d+")
+FAIRSEQ_SYMBOL = re.compile(r"<s>|</s>|<pad>|__[A-Za-z][\w-]*__|madeupword\d+")
+# With --lang-tok-style mbart, languages look like a piece of text, which it is only if the model has it.
+_MBART_LANGUAGE = re.compile(r"\[[A-Za-z][\w-]*\]")
 UNKNOWN = {"<unk>", "<<unk>>"}
 
 
@@ -110,8 +112,13 @@ class Subword:
         Language tags and fairseq's other symbols are dropped, an unknown token becomes "⁇" between spaces,
         and bytes that are not UTF-8 become U+FFFD each.
         """
-        text = ["<unk>" if piece in UNKNOWN else piece for piece in pieces if not FAIRSEQ_SYMBOL.fullmatch(piece)]
+        text = ["<unk>" if piece in UNKNOWN else piece for piece in pieces if not self._is_symbol(piece)]
         return self.processor.decode(text) if text else ""
+
+    def _is_symbol(self, piece: str) -> bool:
+        if _MBART_LANGUAGE.fullmatch(piece):
+            return bool(self.processor.piece_to_id(piece) == self.processor.unk_id())
+        return FAIRSEQ_SYMBOL.fullmatch(piece) is not None
 
     def _stand_in(self, line: str) -> str:
         """Finds a private character that the line lacks and the vocabulary can only spell in bytes."""

@@ -73,22 +73,19 @@ def test_analyses_and_reports_are_of_the_trained_directions_and_mark_others(
 ) -> None:
     folder, data = trained / "run", trained / "data"
     words = ("analyze", "--checkpoint", folder / "checkpoint_last.pt", "--data", data, "--min-count", "3")
-    found = run(capsys, *words, "--out", tmp_path / "default")
-    assert (list(found["sentences"]), found["zero_shot"]) == (TRAINED, [])
     found = run(capsys, *words, "--out", tmp_path / "named", "--pairs", "fr-de,de-pt-BR")
     assert (list(found["sentences"]), found["zero_shot"]) == (["fr-de", "de-pt-BR"], ["de-pt-BR"])
     assert any("zero-shot" in note and "de-pt-BR" in note for note in found["notes"])
-    with pytest.raises(UserError, match=r"--max-tokens is 4, but line \d of test, fr-de, has \d pieces: give at least"):
+    with pytest.raises(UserError, match=r"--max-tokens is 4, but line \d+ of test, fr-de, has \d+ pieces: give at least"):
         run(capsys, *words, "--out", tmp_path / "short", "--max-tokens", "4")
 
-    for pair in ("fr-de", "de-pt-BR"):
-        translate.main([str(data), str(folder), pair, "--", "--cpu", *SEARCH])
+    translate.main([str(data), str(folder), "fr-de", "de-pt-BR", "--", "--cpu", *SEARCH])
     found = run(capsys, "report", folder, "--data", data)
     marked = {f"{one['source']}-{one['target']}": one["zero_shot"] for one in found["directions"]}
     assert marked == {"de-pt-BR": True, "fr-de": False}
     assert found["mean_bleu"] == next(one["bleu"] for one in found["directions"] if one["target"] == "de")
     assert "(zero-shot)" in (folder / "report.md").read_text() and "zero-shot" in (folder / "report.html").read_text()
-    with pytest.raises(UserError, match=r"is 4, but line \d of test, "):
+    with pytest.raises(UserError, match=r"is 4, but line \d+ of test, "):
         run(capsys, "report", folder, "--data", data, "--max-tokens", "4")
 
 

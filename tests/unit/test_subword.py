@@ -108,6 +108,7 @@ def test_model_output_of_all_kinds_stays_one_line(spm: Path) -> None:
     assert coder.decode("<0xE4> <0xBD> a") == "\ufffd\ufffda"
     assert coder.decode("<unk>").strip() == "⁇"
     assert coder.decode("__ca__") == coder.decode("") == ""
+    assert coder.decode("__pt-BR__ [zh-Hans] ▁the") == "the"
     assert not coder.is_beginning_of_word("a") and coder.is_beginning_of_word("▁a")
 
 

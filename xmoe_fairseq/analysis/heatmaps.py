@@ -114,7 +114,7 @@ def _draw_tree(axes: Axes, load: LanguageLoad) -> None:
     for height, place in zip(drawn["dcoord"], drawn["icoord"], strict=True):
         axes.plot(height, (np.array(place) - 5) / 10, color=GREY, linewidth=0.7)
     axes.set_ylim(len(load.languages) - 0.5, -0.5)
-    axes.set_xlim(max(map(max, drawn["dcoord"])) * 1.03, 0)
+    axes.set_xlim((max(map(max, drawn["dcoord"])) or 1) * 1.03, 0)
 
 
 def coselection(table: Table) -> Figure:
