@@ -2,7 +2,7 @@
 # Prepares a benchmark from nothing to binary files that training reads.
 #
 #   bash data_prep/prepare.sh --benchmark demo4 --out DIR
-#   bash data_prep/prepare.sh --benchmark local --input FOLDER --out DIR [--vocab-size N]
+#   bash data_prep/prepare.sh --benchmark local --input FOLDER --out DIR [--vocab-size N] [--lang-pairs fr-en,en-de]    see docs/data.md
 #   bash data_prep/prepare.sh --benchmark m4|m15|opus100 [--source NAME,...] --out DIR    see docs/benchmarks.md
 #
 # It may be started from any folder, and again with the same options after an interruption: what is finished stays.

@@ -73,11 +73,6 @@ class Directions:
     zero_shot: tuple[Direction, ...] = ()
     pivot: str | None = None
 
-    @property
-    def every(self) -> tuple[Direction, ...]:
-        """All that can be translated and scored."""
-        return self.trained + self.zero_shot
-
 
 def readings(name: str) -> list[Direction]:
     """Gives all ways to take a name such as ``en-pt-BR`` apart into two codes."""
@@ -151,19 +146,6 @@ def find_pivot(pairs: Sequence[Collection[str]]) -> str | None:
 def is_english(code: str) -> bool:
     """Says whether a code, such as ``en``, ``eng_Latn`` or ``en-GB``, is one of English."""
     return re.split("[-_]", code)[0].lower() in _ENGLISH
-
-
-def read_directions(folder: str | Path) -> Directions:
-    """Reads the directions of a folder of binary data, ``bin/``.
-
-    Raises:
-        UserError: a list is missing, or names what is no direction.
-    """
-    languages = tuple(read_names(folder, "langs.txt"))
-    trained = tuple(read_listed(folder, TRAINED, languages))
-    zero_shot = tuple(read_listed(folder, ZERO_SHOT, languages)) if Path(folder, ZERO_SHOT).is_file() else ()
-    pivot = languages[0] if trained and all(languages[0] in one.split("-") for one in trained) else None
-    return Directions(languages, trained, zero_shot, pivot)
 
 
 def read_listed(folder: str | Path, file: str, languages: Collection[str]) -> list[Direction]:

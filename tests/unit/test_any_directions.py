@@ -18,7 +18,7 @@ from helpers_prepare import arguments, error_of, nllb_command, read, write_flore
 from io_utils import Column, SourceText
 
 from xmoe_fairseq.benchmarks import M4
-from xmoe_fairseq.directions import Direction, Directions, read_directions
+from xmoe_fairseq.directions import Direction, Directions
 from xmoe_fairseq.errors import UserError
 
 WORDS = "north south east west house river bridge school garden table window market doctor train city lake".split()
@@ -242,10 +242,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_lists_of_the_prepared(prepared: Path) -> None:
-    found = read_directions(prepared / "bin")
-    assert found.languages == ("en", "de", "pt-BR") and found.pivot == "en"
-    assert list(found.trained) == ["en-de", "de-en", "en-pt-BR", "pt-BR-en"]
-    assert list(found.zero_shot) == ["de-pt-BR", "pt-BR-de"] and found.zero_shot[0].split("-") == ["de", "pt-BR"]
+    lists = {
+        "langs.txt": ["en", "de", "pt-BR"],
+        "lang_pairs.txt": ["en-de", "de-en", "en-pt-BR", "pt-BR-en"],
+        "zero_shot.txt": ["de-pt-BR", "pt-BR-de"],
+    }
+    for name, lines in lists.items():
+        assert read(prepared / "bin" / name) == read(prepared / "spm" / name) == lines
     assert read(prepared / "groups.tsv") == ["de\tall\t160", "pt-BR\tall\t150"]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,33 @@ def hyphens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-def task_of(data: Path, *more: str) -> Any:
-    return build(data, *TINY_ARGS, *more).task
+@pytest.fixture(scope="module")
+def options(hyphens: Path) -> Any:
+    """The task's options, which take long to parse."""
+    return build(hyphens).cfg.task
 
 
-def translation(data: Path, source: str, target: str) -> Any:
-    """The task of ``fairseq-generate``, which builds no criterion."""
-    return tasks.setup_task(build(data, *TINY_ARGS, "--source-lang", source, "--target-lang", target).cfg.task)
+@pytest.fixture
+def task_of(options: Any, hyphens: Path) -> Callable[..., Any]:
+    """Makes the task of training on a folder with other values of options."""
+
+    def make(data: Path = hyphens, **values: Any) -> Any:
+        cfg = copy.deepcopy(options)
+        for name, value in {"data": str(data), **values}.items():
+            setattr(cfg, name, value)
+        return tasks.setup_task(cfg)
+
+    return make
 
 
-def test_codes_with_hyphens_are_trained(hyphens: Path) -> None:
-    task = task_of(hyphens)
+@pytest.fixture
+def translation(task_of: Callable[..., Any]) -> Callable[[str, str], Any]:
+    """Makes the task of ``fairseq-generate``."""
+    return lambda source, target: task_of(source_lang=source, target_lang=target)
+
+
+def test_codes_with_hyphens_are_trained(task_of: Callable[..., Any]) -> None:
+    task = task_of()
     assert task.lang_pairs == PAIRS and task.langs == ["en", "pt-BR", "zh-Hans"]
     assert task.source_langs == ["en", "pt-BR", "en", "zh-Hans"]
     tags = {task.source_dictionary.index(f"__{code}__"): code for code in task.langs}
@@ -55,7 +73,9 @@ def test_codes_with_hyphens_are_trained(hyphens: Path) -> None:
     assert len(task.dataset("train")) > 0
 
 
-def test_directions_of_the_folder_are_the_listed_ones(hyphens: Path, tmp_path: Path) -> None:
+def test_directions_of_the_folder_are_the_listed_ones(
+    task_of: Callable[..., Any], hyphens: Path, tmp_path: Path
+) -> None:
     data = Path(shutil.copytree(hyphens, tmp_path / "bin"))
     (data / "lang_pairs.txt").write_text("en-zh-Hans\npt-BR-en\n")
     assert task_of(data).lang_pairs == ["en-zh-Hans", "pt-BR-en"]
@@ -65,12 +85,12 @@ def test_directions_of_the_folder_are_the_listed_ones(hyphens: Path, tmp_path: P
             task_of(data)
 
 
-def test_a_direction_that_is_not_trained_can_be_translated(hyphens: Path) -> None:
+def test_a_direction_that_is_not_trained_can_be_translated(translation: Callable[[str, str], Any]) -> None:
     for source, target in (("zh-Hans", "pt-BR"), ("pt-BR", "zh-Hans")):
-        task = translation(hyphens, source, target)
+        task = translation(source, target)
         task.load_dataset("test")
         assert task.lang_pairs == [f"{source}-{target}"] and len(task.dataset("test")) == 20
-        same = translation(hyphens, source, "en")
+        same = translation(source, "en")
         same.load_dataset("test")
         one, other = (each.dataset("test")[3]["source"].tolist() for each in (task, same))
         assert one[1:] == other[1:] and one[0] != other[0]  # the target's language token
@@ -79,20 +99,24 @@ def test_a_direction_that_is_not_trained_can_be_translated(hyphens: Path) -> Non
         task.load_dataset("valid")
 
 
-def test_a_set_without_references_can_be_translated_and_not_validated(hyphens: Path) -> None:
-    task = translation(hyphens, "en", "pt-BR")
+def test_a_set_without_references_can_be_translated_and_not_validated(
+    translation: Callable[[str, str], Any], task_of: Callable[..., Any]
+) -> None:
+    task = translation("en", "pt-BR")
     task.load_dataset("test1")
     (sample, *_) = list(task.get_batch_iterator(task.dataset("test1"), max_tokens=200).next_epoch_itr(shuffle=False))
     assert sample["target"] is None and len(task.dataset("test1")) == 20
     with pytest.raises(UserError, match=r"test1\.en-pt-BR\.pt-BR\.idx is missing"):
-        translation(hyphens, "pt-BR", "en").load_dataset("test1")
-    trained = task_of(hyphens, "--lang-pairs", "en-pt-BR")
+        translation("pt-BR", "en").load_dataset("test1")
+    trained = task_of(lang_pairs="en-pt-BR")
     with pytest.raises(UserError, match=r"test1\.en-pt-BR\.pt-BR\.idx is missing"):
         trained.load_dataset("test1")
 
 
-def test_validation_leaves_out_directions_that_lack_a_set(hyphens: Path, caplog: pytest.LogCaptureFixture) -> None:
-    task = task_of(hyphens, "--valid-lines", "7")
+def test_validation_leaves_out_directions_that_lack_a_set(
+    task_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = task_of(valid_lines=7)
     with caplog.at_level(logging.WARNING):
         for subset in ("valid", "valid1"):
             task.load_dataset(subset)
@@ -102,11 +126,11 @@ def test_validation_leaves_out_directions_that_lack_a_set(hyphens: Path, caplog:
         task.load_dataset("valid2")
 
 
-def test_either_order_of_a_pair_is_found(hyphens: Path, tmp_path: Path) -> None:
+def test_either_order_of_a_pair_is_found(task_of: Callable[..., Any], hyphens: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(hyphens, tmp_path / "bin"))
     for path in data.glob("*.en-pt-BR.*"):
         path.rename(path.with_name(path.name.replace("en-pt-BR", "pt-BR-en")))
-    task, before = task_of(data), task_of(hyphens)
+    task, before = task_of(data), task_of()
     for each in (task, before):
         each.load_dataset("valid")
     for i in range(80):
@@ -114,13 +138,20 @@ def test_either_order_of_a_pair_is_found(hyphens: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["en-zh-Hans,pt-BR-en", "en-zh-Hans\npt-BR-en\n", "\ufeffen-zh-Hans,\r\npt-BR-en"])
-def test_lang_pairs_from_a_file(text: str, hyphens: Path, tmp_path: Path) -> None:
+def test_lang_pairs_from_a_file(text: str, task_of: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "pairs.txt"
     file.write_text(text, newline="")
-    built = build(hyphens, *TINY_ARGS, "--lang-pairs", str(file))
+    assert task_of(lang_pairs=str(file)).lang_pairs == ["en-zh-Hans", "pt-BR-en"]
+    values = {"lang_pairs": str(file), "source_lang": "en", "target_lang": "pt-BR"}
+    assert task_of(**values).lang_pairs == ["en-pt-BR"]
+
+
+def test_options_hold_what_is_in_the_files(hyphens: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.txt").write_text("en-zh-Hans\npt-BR-en\n")
+    (tmp_path / "data.txt").write_text(f"{hyphens}\n")
+    built = build(tmp_path / "data.txt", *TINY_ARGS, "--lang-pairs", str(tmp_path / "pairs.txt"))
+    assert built.cfg.task.data == str(hyphens) and built.cfg.task.lang_pairs == "en-zh-Hans,pt-BR-en"
     assert built.task.lang_pairs == ["en-zh-Hans", "pt-BR-en"]
-    assert built.cfg.task.lang_pairs == "en-zh-Hans,pt-BR-en"  # what a checkpoint keeps
-    assert translation(hyphens, "en", "pt-BR").lang_pairs == ["en-pt-BR"]
 
 
 @pytest.mark.parametrize(
@@ -132,23 +163,23 @@ def test_lang_pairs_from_a_file(text: str, hyphens: Path, tmp_path: Path) -> Non
         (b"en-pt-BR\xff\n", r"the file \S*pairs\.txt cannot be read"),
     ],
 )
-@pytest.mark.parametrize("words", [(), ("--source-lang", "en", "--target-lang", "pt-BR")])
+@pytest.mark.parametrize("way", [{}, {"source_lang": "en", "target_lang": "pt-BR"}])
 def test_wrong_lang_pairs_are_one_line(
-    content: bytes | None, message: str, words: tuple[str, ...], hyphens: Path, tmp_path: Path
+    content: bytes | None, message: str, way: dict[str, str], task_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     file = tmp_path / "pairs.txt"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        build(hyphens, *TINY_ARGS, "--lang-pairs", str(file), *words)
+        task_of(lang_pairs=str(file), **way)
     assert "\n" not in str(caught.value)
 
 
-def test_two_readings_of_a_direction_are_refused(tmp_path: Path) -> None:
+def test_two_readings_of_a_direction_are_refused(task_of: Callable[..., Any], tmp_path: Path) -> None:
     data = write_toy_data(tmp_path / "bin", ("b-c", "c"), lines=4, english_code="a")
     (data / "langs.txt").write_text("a\nb-c\na-b\nc\n")
     with pytest.raises(UserError, match=re.escape("a-b-c can be read as a to b-c or a-b to c")):
-        build(data, *TINY_ARGS, "--lang-pairs", "a-b-c")
+        task_of(data, lang_pairs="a-b-c")
 
 
 def test_training_and_translation_with_hyphens(hyphens: Path, tmp_path: Path) -> None:
@@ -170,12 +201,6 @@ def test_training_and_translation_with_hyphens(hyphens: Path, tmp_path: Path) ->
     assert len(re.findall("^D-", said, re.MULTILINE)) == 20 and not re.findall("^T-", said, re.MULTILINE)
 
 
-def test_data_from_a_file(hyphens: Path, tmp_path: Path) -> None:
-    (tmp_path / "data.txt").write_text(f"{hyphens}\n")
-    built = build(tmp_path / "data.txt", *TINY_ARGS)
-    assert built.cfg.task.data == str(hyphens) and built.task.lang_pairs == PAIRS
-
-
 WEIGHTS = {f"main:{pair}": 0.25 for pair in PAIRS}
 
 
@@ -192,12 +217,13 @@ WEIGHTS = {f"main:{pair}": 0.25 for pair in PAIRS}
         (json.dumps(WEIGHTS), ""),
     ],
 )
-def test_sampling_weights_from_a_file(content: str | None, message: str, hyphens: Path, tmp_path: Path) -> None:
+def test_sampling_weights_from_a_file(
+    content: str | None, message: str, task_of: Callable[..., Any], tmp_path: Path
+) -> None:
     file = tmp_path / "weights.json"
     if content is not None:
         file.write_text(content)
-    options = ["--sampling-weights-from-file", str(file)]
-    task = task_of(hyphens, *options)
+    task = task_of(sampling_weights_from_file=str(file))
     if not message:
         task.load_dataset("train")
         assert len(task.dataset("train")) == 4 * 200
