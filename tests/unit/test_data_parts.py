@@ -131,7 +131,7 @@ def test_directions_of_any_folder_are_trained(parts: Path, tmp_path: Path) -> No
     (copy / "part1/lang_pairs.txt").write_text("yy-en\nen-xx\n")
     assert epochs(copy, ()).lang_pairs == ["en-xx", "yy-en"]
     (copy / "part1/lang_pairs.txt").write_text("en-zz\n")
-    with pytest.raises(UserError, match=r"lang_pairs\.txt lists 'en-zz', which is no direction"):
+    with pytest.raises(UserError, match=r"lang_pairs\.txt holds 'en-zz', which is no direction"):
         epochs(copy, ())
 
 

@@ -60,9 +60,8 @@ class DataManager(MultilingualDatasetManager):
         every = super().get_split_data_param_list(split_name(split)[0], epoch, shard_epoch=shard_epoch)
         chosen = [one for one in every if f"{one['src']}-{one['tgt']}" in wanted]
         for one in chosen:
-            if (
-                self.has_sharded_data(split) and one["data_category"] == _MAIN
-            ):  # stock fairseq takes it to be in the first folders
+            if self.has_sharded_data(split) and one["data_category"] == _MAIN:
+                # Stock fairseq takes a direction that some folders lack to be in the first ones.
                 found = self.folders_of(split, Direction(one["src"], one["tgt"]))
                 one["data_path"] = found[self.get_shard_id(len(found), epoch, shard_epoch)]
         return chosen
