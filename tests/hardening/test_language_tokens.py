@@ -115,7 +115,7 @@ def test_every_command_sees_languages_as_in_training(
         re.findall(r"\| loss ([0-9.]+)", said(capsys, validate.cli_main, *words, "--log-format", "simple", *more))
         for more in ((), SEEN, ("--encoder-langtok", "tgt"))
     ]
-    assert losses[0] == losses[1] != losses[2] and losses[0]
+    assert set(losses[0]) == set(losses[1]) != set(losses[2]) and losses[0]  # a handler may say it twice
 
 
 def test_an_old_output_is_kept_until_there_is_a_new_one(
