@@ -137,7 +137,7 @@ def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
     @functools.wraps(load_checkpoint_to_cpu)
     def load(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
         from . import identity
-        from .checkpoints import options
+        from .checkpoints import language_tokens, options
         from .processes.state import own_experts
 
         local = reading.local_path(path)
@@ -152,6 +152,7 @@ def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
         task = _trained_task.get()
         if hasattr(task, "identity"):  # for translation, fairseq does the same
             task.load_state_dict(state["task_state"])
+            language_tokens.warn_of_others(found, local, task.args)
         if load_on_all_ranks:  # to train; else one process reads, for all that is in it
             own_experts(state)
         return state

@@ -76,7 +76,9 @@ def test_analyses_and_reports_are_of_the_trained_directions_and_mark_others(
     found = run(capsys, *words, "--out", tmp_path / "named", "--pairs", "fr-de,de-pt-BR")
     assert (list(found["sentences"]), found["zero_shot"]) == (["fr-de", "de-pt-BR"], ["de-pt-BR"])
     assert any("zero-shot" in note and "de-pt-BR" in note for note in found["notes"])
-    with pytest.raises(UserError, match=r"--max-tokens is 4, but line \d+ of test, fr-de, has \d+ pieces: give at least"):
+    with pytest.raises(
+        UserError, match=r"--max-tokens is 4, but line \d+ of test, fr-de, has \d+ pieces: give at least"
+    ):
         run(capsys, *words, "--out", tmp_path / "short", "--max-tokens", "4")
 
     translate.main([str(data), str(folder), "fr-de", "de-pt-BR", "--", "--cpu", *SEARCH])

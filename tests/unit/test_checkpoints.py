@@ -213,7 +213,11 @@ def test_average(tmp_path: Path) -> None:
     main(["checkpoint", "average", *map(str, paths[1:]), "--out", str(tmp_path / "named.pt")])
     newest = ["average", str(tmp_path), "--num-update-checkpoints", "3"]
     main(["checkpoint", *newest, "--out", str(tmp_path / "newest.pt")])
-    for name in ("named.pt", "newest.pt"):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path)
+    newest[1] = str(tmp_path / "run")
+    main(["checkpoint", *newest, "--out", str(tmp_path / "of_run.pt")])
+    for name in ("named.pt", "newest.pt", "of_run.pt"):
         state = load(tmp_path / name)
         model = state["model"]
         assert torch.equal(model["a"], 2.5 * torch.arange(6.0).view(2, 3))

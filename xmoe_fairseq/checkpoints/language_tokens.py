@@ -57,12 +57,32 @@ def adopt(parser: argparse.ArgumentParser, parsed: argparse.Namespace, words: Se
             setattr(parsed, name, value)
 
 
+def warn_of_others(state: Mapping[str, Any], path: str, task: argparse.Namespace) -> None:
+    """Says that training goes on with other options than it had before, which fine-tuning may want.
+
+    Args:
+        state: of the checkpoint.
+        path: of its file.
+        task: options of the task that goes on.
+    """
+    for name, value in _of_task(state).items():
+        if hasattr(task, name) and getattr(task, name) != value:
+            logger.warning(
+                f"{path} was trained with {_flag(name)} {_shown(value)}, training goes on with "
+                f"{_shown(getattr(task, name))}: the model has to learn anew what languages look like"
+            )
+
+
 def _trained(path: str) -> Mapping[str, Any]:
-    """Gives the options of a checkpoint's task, as far as it has them; none where fairseq will refuse the file."""
+    """Gives the options of a checkpoint's task; none where fairseq will refuse the file."""
     try:
-        task = options.sections(reading.peek(path)).get("task", {})
+        return _of_task(reading.peek(path))
     except UserError:
         return {}
+
+
+def _of_task(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    task = options.sections(state).get("task", {})
     return {name: task[name] for name in OPTIONS if name in task}
 
 
