@@ -57,9 +57,14 @@ _OLDER_NUMPY = (
 
 
 class _OlderNumPy(ModuleType):
-    """NumPy with names that it had before version 2; ``numpy`` itself stays as it is for other programs."""
+    """NumPy with names that it had before version 2.4; ``numpy`` itself stays as it is for other programs."""
 
     int, float, compat = int, float, SimpleNamespace(long=int)
+
+    @staticmethod
+    def percentile(a: Any, q: Any, *, interpolation: str = "linear") -> Any:
+        """What is now called with ``method``."""
+        return np.percentile(a, q, method=interpolation)  # type: ignore[call-overload]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)

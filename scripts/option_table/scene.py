@@ -26,58 +26,57 @@ _TRAIN = {
     STOCK: f"{{data}} {_TASK[STOCK]} --arch transformer --criterion label_smoothed_cross_entropy --dropout 0.1",
 }
 _UPDATES = (
-    f"{_MODEL} --label-smoothing 0.1 --optimizer adam --lr 0.005 --max-tokens 300 --num-workers 0 --cpu --max-epoch 2 "
+    f"{_MODEL} --label-smoothing 0.1 --optimizer adam --lr 0.005 --max-tokens 600 --num-workers 0 --cpu --max-epoch 2 "
     "--log-format json --log-interval 1 --save-dir save"
 )
 _SEARCH = "--cpu --path {checkpoint} --beam 2 --num-workers 0"
 _PLUGIN = {OURS: f"--user-dir {ROOT / 'xmoe_fairseq'} ", STOCK: ""}
 
 
-def base_words(command: str, side: str) -> str:
-    """Gives the words with which a command works, to which a try adds an option."""
-    task, plugin = _TASK[side], _PLUGIN[side]
-    return {
-        "fairseq-train": f"{_TRAIN[side]} {_UPDATES}",
-        "fairseq-generate": f"{{data}} {task} {_SEARCH} --source-lang en --target-lang xx --batch-size 10",
-        "fairseq-interactive": f"{{data}} {task} {_SEARCH} --source-lang en --target-lang xx --input {{text}}.en",
-        "fairseq-validate": f"{{data}} {task} --cpu --path {{checkpoint}} --max-tokens 300 --num-workers 0 "
-        "--log-format json",
-        "fairseq-eval-lm": f"{{monolingual}} {plugin}--cpu --path {{language_model}} --max-tokens 300 --num-workers 0 "
-        "--tokens-per-sample 64",
-        "fairseq-preprocess": f"{plugin}--source-lang en --target-lang xx --trainpref {{text}} --destdir out",
-        "fairseq-score": "--sys {hypotheses} --ref {text}.xx",
-    }[command]
-
-
 class Scene:
     """The files of all tries in a folder, by the names that ``values.VALUES`` uses."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, side: str) -> None:
+        self.folder, self.side = folder, side
         self.files = {name: folder / name for name in (
             *("text", "dictionary", "languages", "pairs", "weights", "hypotheses", "replacements", "embeddings"),
-            *("monolingual", "quantization"),
+            *("monolingual", "quantization", "typed"),
         )} | {"data": folder / "bin", "spm": folder / "spm.model"}  # fmt: skip
-        self.made = {side: folder / side.replace(" ", "_") for side in (OURS, STOCK)}
+        for name in ("checkpoint", "language_model"):
+            self.files[name] = folder / name / "checkpoint_last.pt"
 
-    def words(self, text: str, side: str) -> list[str]:
+    def words(self, text: str) -> list[str]:
         """Splits a command line and fills in the names of files."""
-        models = {name: self.made[side] / name / "checkpoint_last.pt" for name in ("checkpoint", "language_model")}
-        names = {**self.files, **models}
 
         def fill(found: re.Match[str]) -> str:
-            return str(names.get(found[1], found[0]))
+            return str(self.files.get(found[1], found[0]))
 
-        bilingual = "{data} --task translation --source-lang en --target-lang xx" if side == STOCK else ""
+        bilingual = "{data} --task translation --source-lang en --target-lang xx" if self.side == STOCK else ""
         text = text.replace("{bilingual}", bilingual)
         return [re.sub(r"\{(\w+)\}", fill, word) for word in shlex.split(text)]
+
+    def base(self, command: str) -> str:
+        """Gives the words with which a command works, to which a try adds an option."""
+        side = self.side
+        task, plugin = _TASK[side], _PLUGIN[side]
+        return {
+            "fairseq-train": f"{_TRAIN[side]} {_UPDATES}",
+            "fairseq-generate": f"{{data}} {task} {_SEARCH} --source-lang en --target-lang xx --batch-size 10",
+            "fairseq-interactive": f"{{data}} {task} {_SEARCH} --source-lang en --target-lang xx --input {{typed}}",
+            "fairseq-validate": f"{{data}} {task} --cpu --path {{checkpoint}} --max-tokens 300 --num-workers 0 "
+            "--log-format json",
+            "fairseq-eval-lm": f"{{monolingual}} {plugin}--cpu --path {{language_model}} --max-tokens 300 --num-workers 0 "
+            "--tokens-per-sample 64",
+            "fairseq-preprocess": f"{plugin}--source-lang en --target-lang xx --trainpref {{text}} --destdir out",
+            "fairseq-score": "--sys {hypotheses} --ref {text}.xx",
+        }[command]
 
     def make_data(self) -> None:
         """Writes the corpus and all other files but the models; imports the plugin."""
         sys.path.insert(0, str(ROOT / "tests"))
         from helpers import write_toy_data
 
-        data = write_toy_data(self.files["data"], _LANGUAGES[1:], lines=60, symbols=30)
+        data = write_toy_data(self.files["data"], _LANGUAGES[1:], lines=30, symbols=30)
         symbols = [line.split()[0] for line in (data / "dict.txt").read_text().splitlines()]
         for name in ("dictionary", *(f"bin/dict.{language}.txt" for language in _LANGUAGES)):
             (self.folder / name).write_text((data / "dict.txt").read_text())
@@ -86,6 +85,7 @@ class Scene:
         for suffix in ("en", "xx"):
             (self.folder / f"text.{suffix}").write_text(text)
         (self.folder / "text.align").write_text("".join(f"{' '.join('0-0' for _ in line[:1])}\n" for line in lines))
+        self.files["typed"].write_text("".join(text.splitlines(keepends=True)[4:9]))
         self.files["hypotheses"].write_text("".join(f"{' '.join(reversed(line)).upper()}\n" for line in lines))
         self.files["languages"].write_text("".join(f"{language}\n" for language in _LANGUAGES))
         self.files["pairs"].write_text("en-xx,xx-en")
@@ -101,10 +101,10 @@ class Scene:
             hard_vocab_limit=False,
         )  # fmt: skip
 
-    def preparations(self, side: str) -> dict[str, tuple[str, str]]:
+    def preparations(self) -> dict[str, tuple[str, str]]:
         """Gives the commands that make the models: folder, command, words."""
-        train = base_words("fairseq-train", side).replace("--save-dir save", "--no-epoch-checkpoints --max-epoch 15")
-        folder = str(self.made[side])
+        train = self.base("fairseq-train").replace("--save-dir save", "--no-epoch-checkpoints --max-epoch 15")
+        folder = str(self.folder)
         model = (
             f"--task language_modeling --arch transformer_lm --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 "
             f"--decoder-layers 1 --decoder-attention-heads 2 --optimizer adam --lr 0.005 --max-tokens 300 --cpu "
@@ -119,6 +119,6 @@ class Scene:
             "checkpoint": ("fairseq-train", f"{train} --save-dir {folder}/checkpoint"),
             "language_model": (
                 "fairseq-train",
-                f"{{monolingual}} {_PLUGIN[side]}{model} --save-dir {folder}/language_model",
+                f"{{monolingual}} {_PLUGIN[self.side]}{model} --save-dir {folder}/language_model",
             ),
         }

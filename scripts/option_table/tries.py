@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -12,11 +13,15 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 _MODULES = {
     **{f"fairseq-{name}": f"fairseq_cli.{name}" for name in ("train", "generate", "interactive", "validate")},
@@ -27,8 +32,8 @@ _LONGEST = 120  # seconds of a try
 # What differs from run to run: times, rates, memory.
 _RATES = ("wps", "ups", "wall", "gb_free", "gb_total")
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| ")
-_TIMES = re.compile(r"(in|took|after|at|for) [\d.]+ ?s\w*|[\d.]+ (sentences|tokens)/s|\d+\.\d+ (seconds|hours)|\d+\.\d+s")
-_TRANSLATION = re.compile(r"[STHDPWAIEBC]-\d+\t")
+_TIMES = re.compile(r"\d+:\d\d:\d\d(\.\d+)?|\d+\.\d+(e-\d+)?\s*(s\b|sec|hours|sentences/s|tokens/s)")
+_TRANSLATION = re.compile(r"[STHDPAIEBC]-\d+\t")
 _OPTIONS = re.compile(r"\{'_name': None|Namespace\(|\{\"_name\": null")
 _ONE_LINE = "xmoe_fairseq: error: "
 
@@ -63,6 +68,30 @@ def import_commands() -> None:
     torch.set_num_threads(1)
     for name in ("torch._dynamo", *_MODULES.values()):
         importlib.import_module(name)
+    # More than half of a command's time goes to hydra: to its grammar, which reads the same words each time, and to
+    # copying the definitions of all options, which a process that runs one command need not protect.
+    OverridesParser.parse_rule = functools.cache(OverridesParser.parse_rule)
+    CachingConfigRepository.__init__ = _without_copying
+    words = options.parse_args_and_arch(options.get_training_parser(), ["data", "--arch", "transformer"])
+    convert_namespace_to_omegaconf(words)
+
+
+def _without_copying(repository: CachingConfigRepository, delegate: Any) -> None:
+    repository.delegate, repository.cache = delegate, {}
+
+
+def in_a_fork(do: Callable[[], None]) -> None:
+    """Calls a function that imports what is not to be imported here."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            do()
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit(f"{do.__name__} failed")
 
 
 def run_all(tries: Iterable[Try], folder: Path, jobs: int) -> Iterator[tuple[Try, Outcome]]:

@@ -433,3 +433,6 @@ def needs_of(option: Option) -> str:
     keys = (f"{option.command} {option.name}", f"{option.group} {option.name}", option.name)
     own = next((NEEDS[key] for key in keys if key in NEEDS), "")
     return f"{chosen} {own}".strip()
+
+# Where an option changes something on one side only, by a regular expression over the try, and why that is right.
+KNOWN_DIFFERENCES: dict[str, str] = {}
