@@ -1,7 +1,7 @@
 """Tries every option of stock fairseq's commands, with this plugin and without, and writes docs/stock_options.md.
 
-    python scripts/stock_options.py                      # all of them; started again, it goes on
-    python scripts/stock_options.py --only "fairseq-train checkpoint"    # tries these anew, writes no page
+python scripts/stock_options.py                      # all of them; started again, it goes on
+python scripts/stock_options.py --only "fairseq-train checkpoint"    # tries these anew, writes no page
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def main() -> None:
             results.unlink(missing_ok=True)
         if not scene.folder.is_dir():
             make(scene)
+        for command in ("fairseq-train", "fairseq-generate"):
+            tries.warm(parsers.COMMANDS[command], scene.words(scene.base(command)))
         known[side] = try_all(wanted(rows, scene, args.only), scene, results, args.only, args.jobs)
     if args.only:
         for row in rows:
@@ -71,7 +73,7 @@ def make(scene: Scene) -> None:
         tries.in_a_fork(scene.make_data)
         for name, (command, text) in scene.preparations().items():
             one = tries.Try(name, command, scene.words(text))
-            for _, outcome in tries.run_all([one], folder / "tries", 1):
+            for _, outcome in tries.run_all([one], folder, 1):
                 if not outcome.works and not (name == "language_model" and scene.side == STOCK):
                     raise SystemExit(f"{scene.side}: {command} for {name} failed: {outcome.said}")
     except BaseException:
@@ -87,7 +89,7 @@ def wanted(rows: Iterable[plan.Row], scene: Scene, only: str | None) -> list[tri
         if row.why_not is None and re.search(only or "", f"{option.command} {option.group} {option.name}"):
             for words in (row.base, row.words):
                 key = f"{option.command} {words}".strip()
-                found[key] = tries.Try(key, option.command, scene.words(f"{scene.base(option.command)} {words}"))
+                found[key] = tries.Try(key, option.command, scene.line(option.command, words))
     return list(found.values())
 
 
@@ -103,7 +105,7 @@ def try_all(
     left = [one for one in wanted if only or one.key not in known]
     start = time.monotonic()
     with results.open("a") as file:
-        for number, (one, outcome) in enumerate(tries.run_all(left, scene.folder / "tries", jobs), start=1):
+        for number, (one, outcome) in enumerate(tries.run_all(left, scene.folder, jobs), start=1):
             known[one.key] = outcome
             file.write(json.dumps([one.key, *outcome]) + "\n")
             file.flush()

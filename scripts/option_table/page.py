@@ -15,25 +15,28 @@ from .tries import Outcome
 from .values import KNOWN_DIFFERENCES
 
 WORKS, REFUSED, LIKEWISE, NOT_OURS = "works", "refused", "fails in stock too", "does not concern us"
-FAILS, DIFFERS = "fails", "differs"
-STATES = (WORKS, REFUSED, LIKEWISE, NOT_OURS, FAILS, DIFFERS)
+FAILS, DIFFERS, UNKNOWN = "fails", "differs", "not tried yet"
+STATES = (WORKS, REFUSED, LIKEWISE, NOT_OURS, FAILS, DIFFERS, UNKNOWN)
 _SHOWN = 160
 _PACKAGES = ("fairseq-fixed", "torch", "numpy", "sacrebleu")
 
 _HEAD = """# The options of stock fairseq
 
-Every option of stock fairseq's commands, read from its own parsers and tried one after the other on a toy corpus: with this plugin (`--task multilingual_local`,
-`--arch xmoe_transformer_tiny` with experts in every layer) and beside it without it (`--task translation_multi_simple_epoch`, `--arch transformer`, and
-`TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`, without which stock fairseq does not read its own checkpoints today). `python scripts/stock_options.py` writes this page;
-{versions}; one process, CPU.
+Every option of stock fairseq's commands, read from its own parsers and tried one after the other on a toy corpus: with
+this plugin (`--task multilingual_local`, `--arch xmoe_transformer_tiny` with experts in every layer) and beside it
+without (`--task translation_multi_simple_epoch`, `--arch transformer`, and `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`,
+without which stock fairseq cannot read its own checkpoints today). `python scripts/stock_options.py` writes this page;
+{versions}; one process, on a CPU.
 
-- **works**: the command ends well, and the option changes what is trained, said or written if it does so in stock fairseq, and only then;
+- **works**: the command ends well, and the option changes what is trained, said or written if it does so in stock
+  fairseq, and only then; a remark names an error that stock fairseq ends with instead;
 - **refused**: one line says what is wrong, and nothing is written;
 - **fails in stock too**: here in one line, there in a traceback; the remark has the error;
 - **does not concern us**: not tried, for the reason in the remark;
 - **fails**, **differs**: faults of this plugin.
 
-Words in braces are files: `{{checkpoint}}` a model trained with the same side's base command, `{{data}}` the data folder, `{{dictionary}}` its dictionary.
+Words in braces are files: `{{checkpoint}}` is a model trained by the same side, `{{data}}` the data folder,
+`{{dictionary}}` its dictionary.
 """
 
 
@@ -52,6 +55,8 @@ def state_of(row: Row, known: Mapping[str, Mapping[str, Outcome]]) -> State:
     if row.why_not is not None:
         return State(NOT_OURS, row.why_not)
     key, base = f"{row.option.command} {row.words}", f"{row.option.command} {row.base}".strip()
+    if any(words not in known[side] for words in (key, base) for side in (OURS, STOCK)):
+        return State(UNKNOWN, "")
     ours, stock = (known[side][key] for side in (OURS, STOCK))
     there = f"stock: {_clean(stock.said)}"
     if ours.refused:

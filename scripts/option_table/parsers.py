@@ -64,7 +64,7 @@ class Option(NamedTuple):
 
 
 def all_options() -> list[Option]:
-    """Lists the options of all commands; one that several choices add, such as ``--weight-decay``, is there for each."""
+    """Lists the options of all commands; one that several choices add (``--weight-decay``) is there for each."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return [option for command in COMMANDS for option in _of_command(command)]
 
@@ -98,7 +98,7 @@ def _added(kind: str, name: str) -> argparse.ArgumentParser:
     if hasattr(member, "add_args"):
         member.add_args(parser)
     elif hasattr(member, "__dataclass"):
-        gen_parser_from_dataclass(parser, getattr(member, "__dataclass")())  # noqa: B009
+        gen_parser_from_dataclass(parser, getattr(member, "__dataclass")())
     return parser
 
 

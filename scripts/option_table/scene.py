@@ -20,6 +20,7 @@ _TASK = {
     STOCK: "--task translation_multi_simple_epoch --encoder-langtok tgt --sampling-method temperature "
     "--langs en,xx,yy --fixed-dictionary {dictionary} --lang-pairs en-xx,xx-en,en-yy,yy-en",
 }
+_BILINGUAL = "--task translation --source-lang en --target-lang xx"
 _TRAIN = {
     OURS: f"{{data}} {_TASK[OURS]} --arch xmoe_transformer_tiny --moe-num-experts 4 --moe-interval 1 "
     "--criterion threshold_routing_cross_entropy",
@@ -51,8 +52,6 @@ class Scene:
         def fill(found: re.Match[str]) -> str:
             return str(self.files.get(found[1], found[0]))
 
-        bilingual = "{data} --task translation --source-lang en --target-lang xx" if self.side == STOCK else ""
-        text = text.replace("{bilingual}", bilingual)
         return [re.sub(r"\{(\w+)\}", fill, word) for word in shlex.split(text)]
 
     def base(self, command: str) -> str:
@@ -65,11 +64,23 @@ class Scene:
             "fairseq-interactive": f"{{data}} {task} {_SEARCH} --source-lang en --target-lang xx --input {{typed}}",
             "fairseq-validate": f"{{data}} {task} --cpu --path {{checkpoint}} --max-tokens 300 --num-workers 0 "
             "--log-format json",
-            "fairseq-eval-lm": f"{{monolingual}} {plugin}--cpu --path {{language_model}} --max-tokens 300 --num-workers 0 "
-            "--tokens-per-sample 64",
+            "fairseq-eval-lm": f"{{monolingual}} {plugin}--cpu --path {{language_model}} --max-tokens 300 "
+            "--num-workers 0 --tokens-per-sample 64",
             "fairseq-preprocess": f"{plugin}--source-lang en --target-lang xx --trainpref {{text}} --destdir out",
             "fairseq-score": "--sys {hypotheses} --ref {text}.xx",
         }[command]
+
+    def line(self, command: str, words: str) -> list[str]:
+        """Gives the words of a try.
+
+        Args:
+            command: of fairseq.
+            words: beside those of `base`; ``{bilingual}`` is stock fairseq's task for one direction, on its side.
+        """
+        base = self.base(command)
+        if self.side == STOCK and (words.startswith("{bilingual}") or _BILINGUAL in words):
+            base = base.replace(_TASK[STOCK], _BILINGUAL)
+        return self.words(f"{base} {words.removeprefix('{bilingual}')}")
 
     def make_data(self) -> None:
         """Writes the corpus and all other files but the models; imports the plugin."""
@@ -80,7 +91,7 @@ class Scene:
         symbols = [line.split()[0] for line in (data / "dict.txt").read_text().splitlines()]
         for name in ("dictionary", *(f"bin/dict.{language}.txt" for language in _LANGUAGES)):
             (self.folder / name).write_text((data / "dict.txt").read_text())
-        lines = [[symbols[(7 * line + word * (line % 5 + 1)) % 30] for word in range(2 + line % 7)] for line in range(30)]
+        lines = [[symbols[(7 * n + word * (n % 5 + 1)) % 30] for word in range(2 + n % 7)] for n in range(30)]
         text = "".join(f"{' '.join(line)}\n" for line in lines)
         for suffix in ("en", "xx"):
             (self.folder / f"text.{suffix}").write_text(text)
@@ -106,14 +117,14 @@ class Scene:
         train = self.base("fairseq-train").replace("--save-dir save", "--no-epoch-checkpoints --max-epoch 15")
         folder = str(self.folder)
         model = (
-            f"--task language_modeling --arch transformer_lm --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 "
-            f"--decoder-layers 1 --decoder-attention-heads 2 --optimizer adam --lr 0.005 --max-tokens 300 --cpu "
-            f"--tokens-per-sample 64 --num-workers 0 --max-epoch 2 --sample-break-mode eos --no-epoch-checkpoints"
+            "--task language_modeling --arch transformer_lm --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 "
+            "--decoder-layers 1 --decoder-attention-heads 2 --optimizer adam --lr 0.005 --max-tokens 300 --cpu "
+            "--tokens-per-sample 64 --num-workers 0 --max-epoch 2 --sample-break-mode eos --no-epoch-checkpoints"
         )
         return {
             "monolingual": (
                 "fairseq-preprocess",
-                f"--only-source --srcdict {{dictionary}} --trainpref {{text}}.en --validpref {{text}}.en "
+                "--only-source --srcdict {dictionary} --trainpref {text}.en --validpref {text}.en "
                 "--testpref {text}.en --destdir {monolingual}",
             ),
             "checkpoint": ("fairseq-train", f"{train} --save-dir {folder}/checkpoint"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import functools
 import hashlib
 import importlib
 import json
@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -70,10 +71,24 @@ def import_commands() -> None:
         importlib.import_module(name)
     # More than half of a command's time goes to hydra: to its grammar, which reads the same words each time, and to
     # copying the definitions of all options, which a process that runs one command need not protect.
-    OverridesParser.parse_rule = functools.cache(OverridesParser.parse_rule)
+    OverridesParser.parse_rule = _remembered(OverridesParser.parse_rule)
     CachingConfigRepository.__init__ = _without_copying
-    words = options.parse_args_and_arch(options.get_training_parser(), ["data", "--arch", "transformer"])
-    convert_namespace_to_omegaconf(words)
+
+
+def warm(make_parser: Callable[[], argparse.ArgumentParser], words: list[str]) -> None:
+    """Reads a command line, so that forks need not read the same options again."""
+    convert_namespace_to_omegaconf(options.parse_args_and_arch(make_parser(), words))
+
+
+def _remembered(parse_rule: Any) -> Any:
+    known: dict[tuple[str, str], Any] = {}
+
+    def parse(parser: OverridesParser, text: str, rule: str) -> Any:
+        if (text, rule) not in known:
+            known[text, rule] = parse_rule(parser, text, rule)
+        return known[text, rule]
+
+    return parse
 
 
 def _without_copying(repository: CachingConfigRepository, delegate: Any) -> None:
@@ -95,9 +110,9 @@ def in_a_fork(do: Callable[[], None]) -> None:
 
 
 def run_all(tries: Iterable[Try], folder: Path, jobs: int) -> Iterator[tuple[Try, Outcome]]:
-    """Runs tries, ``jobs`` at a time, each in a folder of its own, and yields them as they end."""
+    """Runs tries, ``jobs`` at a time, each in a new folder within ``folder``, and yields them as they end."""
     running: dict[int, tuple[Try, Path]] = {}
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=folder))
     waiting = iter(enumerate(tries))
     while True:
         while len(running) < jobs and (item := next(waiting, None)) is not None:
@@ -106,6 +121,7 @@ def run_all(tries: Iterable[Try], folder: Path, jobs: int) -> Iterator[tuple[Try
             place.mkdir()
             running[_start(one, place)] = one, place
         if not running:
+            folder.rmdir()
             return
         pid, status = os.wait()
         one, place = running.pop(pid)

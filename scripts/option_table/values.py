@@ -57,8 +57,8 @@ VALUES: dict[str, list[str]] = {
     "--required-seq-len-multiple": ["4"],
     "--dataset-impl": ["mmap", "lazy", "cached", "raw"],
     "--data-buffer-size": ["2"],
-    "--train-subset": ["valid"],
-    "--valid-subset": ["test"],
+    "--train-subset": ["test"],
+    "--valid-subset": ["test", "valid,test"],
     "--validate-interval": ["2"],
     "--validate-interval-updates": ["1"],
     "--validate-after-updates": ["6"],
@@ -374,7 +374,7 @@ NOT_TRIED: dict[str, str] = {
     r"--(wandb-project|azureml-logging|aim-.*)$": "a service outside of this machine",
     r"--(use-plasma-view|plasma-path)$": "a server of shared memory (pyarrow's, which exists no more)",
     r"--model-parallel-size$": "Megatron, which fairseq does not bring",
-    r"--(slowmo.*|localsgd.*|use-bmuf)$": "SlowMo and BMUF, for many GPUs; SlowMo's package (fairscale) is not fairseq's",
+    r"--(slowmo.*|localsgd.*|use-bmuf)$": "SlowMo (fairscale) and BMUF, for many GPUs",
     r"--pipeline-.*": "splits a model's layers over GPUs (fairscale)",
     r"--(zero-sharding|no-reshard-after-forward|fp32-reduce-scatter|cpu-offload|use-sharded-state"
     r"|not-fsdp-flatten-parameters)$": "fully sharded training (fairscale)",
@@ -433,6 +433,7 @@ def needs_of(option: Option) -> str:
     keys = (f"{option.command} {option.name}", f"{option.group} {option.name}", option.name)
     own = next((NEEDS[key] for key in keys if key in NEEDS), "")
     return f"{chosen} {own}".strip()
+
 
 # Where an option changes something on one side only, by a regular expression over the try, and why that is right.
 KNOWN_DIFFERENCES: dict[str, str] = {}
