@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -43,7 +44,7 @@ class Scene:
             *("text", "dictionary", "languages", "pairs", "weights", "hypotheses", "replacements", "embeddings"),
             *("monolingual", "quantization", "typed"),
         )} | {"data": folder / "bin", "spm": folder / "spm.model"}  # fmt: skip
-        for name in ("checkpoint", "language_model"):
+        for name in ("checkpoint", "begun", "language_model"):
             self.files[name] = folder / name / "checkpoint_last.pt"
 
     def words(self, text: str) -> list[str]:
@@ -100,7 +101,8 @@ class Scene:
         self.files["hypotheses"].write_text("".join(f"{' '.join(reversed(line)).upper()}\n" for line in lines))
         self.files["languages"].write_text("".join(f"{language}\n" for language in _LANGUAGES))
         self.files["pairs"].write_text("en-xx,xx-en")
-        self.files["weights"].write_text("main:en-xx 0.7\nmain:xx-en 0.1\nmain:en-yy 0.1\nmain:yy-en 0.1\n")
+        weights = {"main:en-xx": 0.7, "main:xx-en": 0.1, "main:en-yy": 0.1, "main:yy-en": 0.1}
+        self.files["weights"].write_text(json.dumps(weights))
         self.files["replacements"].write_text("".join(f"{symbol} {symbol.upper()}\n" for symbol in symbols))
         vectors = "".join(f"{symbol} {' '.join(['0.1'] * 16)}\n" for symbol in symbols)
         self.files["embeddings"].write_text(f"{len(symbols)} 16\n{vectors}")
@@ -114,7 +116,7 @@ class Scene:
 
     def preparations(self) -> dict[str, tuple[str, str]]:
         """Gives the commands that make the models: folder, command, words."""
-        train = self.base("fairseq-train").replace("--save-dir save", "--no-epoch-checkpoints --max-epoch 15")
+        train = f"{self.base('fairseq-train')} --no-epoch-checkpoints"
         folder = str(self.folder)
         model = (
             "--task language_modeling --arch transformer_lm --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 "
@@ -127,7 +129,8 @@ class Scene:
                 "--only-source --srcdict {dictionary} --trainpref {text}.en --validpref {text}.en "
                 "--testpref {text}.en --destdir {monolingual}",
             ),
-            "checkpoint": ("fairseq-train", f"{train} --save-dir {folder}/checkpoint"),
+            "checkpoint": ("fairseq-train", f"{train} --max-epoch 15 --save-dir {folder}/checkpoint"),
+            "begun": ("fairseq-train", f"{train} --max-epoch 1 --save-dir {folder}/begun"),
             "language_model": (
                 "fairseq-train",
                 f"{{monolingual}} {_PLUGIN[self.side]}{model} --save-dir {folder}/language_model",
