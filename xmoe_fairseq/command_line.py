@@ -21,6 +21,8 @@ _CHOICE = re.compile(r"argument (?P<option>[^:]+): invalid choice: '?(?P<value>.
 # Values of --post-process that leave no space between pieces.
 _JOINS = ("sentencepiece", "wordpiece", "letter", "_EOW")
 _UNKNOWN = "unrecognized arguments: "
+# Options of the stock multilingual task that tasks multilingual_* have not.
+_FROM_DATA = ("--langs", "--lang-dict", "--source-dict", "--target-dict", "--fixed-dictionary")
 # A message that lists more names is not read.
 _FEW = 12
 _SHOWN = 300
@@ -94,7 +96,10 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     elif message.startswith(_UNKNOWN):
         words = message.removeprefix(_UNKNOWN).split()
         unknown = [word.partition("=")[0] for word in words if word.startswith("-")] or words
-        message += _meant(unknown[0], parser._option_string_actions)
+        if unknown[0] in _FROM_DATA:
+            message += ": tasks multilingual_* read languages and dictionary from the data folder, so leave it out"
+        else:
+            message += _meant(unknown[0], parser._option_string_actions)
     raise UserError(f"{message[:_SHOWN]}; see {os.path.basename(parser.prog)} --help")
 
 

@@ -2,6 +2,7 @@
 
 Some things of stock fairseq do not work today; `install` mends them, for this process only:
 
+* NumPy 2 lacks names that language models, ``--num-batch-buckets`` and masking without overlap use;
 * torch >= 2.6 reads checkpoints with an allow-list of classes, and fairseq's hold an ``argparse.Namespace``;
 * a checkpoint that cannot be read ends in a traceback;
 * a file named ``dummy`` in the folder of checkpoints is removed;
@@ -26,8 +27,10 @@ import os
 import shlex
 import sys
 from contextvars import ContextVar
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import command_line
@@ -46,6 +49,27 @@ FAIRSEQ_VERSIONS = ("0.12.3",)
 _trained_task: ContextVar[Any] = ContextVar("_trained_task", default=None)
 # Beside exp_avg and others in the optimizer's state.
 MASTER = "fp32_param"
+# Modules of fairseq that use names which `_OlderNumPy` has and NumPy 2 has not.
+_OLDER_NUMPY = (
+    "fairseq.data.data_utils",
+    "fairseq.data.language_pair_dataset",
+    "fairseq.data.token_block_dataset",
+    "fairseq.modules.dynamic_crf_layer",
+)
+
+
+class _OlderNumPy(ModuleType):
+    """NumPy with names that it had before version 2.4; ``numpy`` itself stays as it is for other programs."""
+
+    int, float, compat = int, float, SimpleNamespace(long=int)
+
+    @staticmethod
+    def percentile(a: Any, q: Any, *, interpolation: str = "linear") -> Any:
+        """What is now called with ``method``."""
+        return np.percentile(a, q, method=interpolation)  # type: ignore[call-overload]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
 
 
 def check_versions() -> None:
@@ -129,6 +153,8 @@ def install() -> None:
         stock = getattr(module, name)
         if not stock.__globals__["__name__"].startswith(__package__):
             setattr(module, name, wrapper(stock))
+    for name in _OLDER_NUMPY:
+        importlib.import_module(name).np = _OlderNumPy("numpy")  # type: ignore[attr-defined]
     literals.install()
     distributed_fairseq_model.DistributedDataParallel = gradients.ExpertsApart
 

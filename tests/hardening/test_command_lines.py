@@ -64,6 +64,12 @@ def test_training(words: tuple[str, ...], message: str, toy_data: Path, tmp_path
     assert not list(tmp_path.glob("checkpoint*")) and not (ROOT / "RAN").exists()
 
 
+@pytest.mark.parametrize("option", ["--langs", "--lang-dict", "--source-dict", "--target-dict", "--fixed-dictionary"])
+def test_stock_options_that_the_data_folder_answers(option: str, toy_data: Path) -> None:
+    with pytest.raises(UserError, match=f"arguments: {option} x: .* from the data folder, so leave it out"):
+        parse(toy_data, "--task", "multilingual_local", option, "x")
+
+
 OVERRIDES = {
     "cut off": ("{'moe_threshold': ", "--model-overrides .* is no dictionary"),
     "a list": ("[1]", "--model-overrides .* is no dictionary"),
