@@ -2,7 +2,8 @@
 
 Some things of stock fairseq do not work today; `install` mends them, for this process only:
 
-* torch >= 2.6 reads checkpoints with an allow-list of classes, and fairseq's hold an ``argparse.Namespace``;
+* torch >= 2.6 reads checkpoints with an allow-list of classes, and fairseq's hold an ``argparse.Namespace`` and values
+  of NumPy;
 * a checkpoint that cannot be read ends in a traceback;
 * a file named ``dummy`` in the folder of checkpoints is removed;
 * a further development set counts as forgotten although ``--valid-subset`` names it;
@@ -32,7 +33,7 @@ import torch
 
 from . import command_line
 from .benchmarks import BY_TASK
-from .checkpoints import reading, saving, shards
+from .checkpoints import numpy_values, reading, saving, shards
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def install() -> None:
 
     # A Namespace only holds values: restoring one calls nothing.
     torch.serialization.add_safe_globals([argparse.Namespace])
+    numpy_values.allow()
     for module, name, wrapper in (
         (checkpoint_utils, "verify_checkpoint_directory", _leaves_files_alone),
         (checkpoint_utils, "load_checkpoint", _ends_when_trained),
@@ -238,7 +240,7 @@ def _durable_saves(torch_persistent_save: Any) -> Any:
         if async_write or not PathManager.supports_rename(filename):
             torch_persistent_save(obj, filename, async_write)
         else:
-            saving.save(obj, filename)
+            saving.save(numpy_values.plain_numbers(obj), filename)
 
     return save
 
