@@ -149,6 +149,7 @@ def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
         state = load_checkpoint_to_cpu(path, arg_overrides, load_on_all_ranks)
         shards.join(state, local)
         identity.checkpoint_read.set(local)
+        state["last_optimizer_state"] = state.get("last_optimizer_state") or None
         if not isinstance(state.get("task_state"), dict):  # fairseq's older versions wrote none
             state["task_state"] = {}
         task = _trained_task.get()
@@ -166,7 +167,7 @@ def _newest_intact(load_checkpoint: Any) -> Any:
     replaced by another one."""
     from .checkpoints import loading
 
-    load_checkpoint = loading.resumable(load_checkpoint)
+    load_checkpoint = loading.resumable(loading.counting(load_checkpoint))
 
     @functools.wraps(load_checkpoint)
     def load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
