@@ -11,6 +11,8 @@ Some things of stock fairseq do not work today; `install` mends them, for this p
 * a run that is resumed may differ from one that was not: it makes an update too many, samples other data, or starts
   from rounded parameters;
 * options written as Python, also those in a checkpoint or YAML file, are run as code;
+* a ``--best-checkpoint-metric`` that validation does not give ends the training at the first validation, fewer of the
+  best checkpoints are kept than were asked for, and ``--patience`` counts anew in a run that goes on;
 * most bad inputs end in a traceback;
 * ``--bf16`` is taken for a TPU, so it needs torch_xla even on a GPU or CPU;
 * ``--optimizer adam`` goes seven times over every parameter, and four more times to scale and clip gradients.
@@ -85,7 +87,7 @@ def install() -> None:
     from fairseq.trainer import Trainer
     from fairseq_cli import train
 
-    from . import adam, generate, interactive, literals
+    from . import adam, generate, interactive, literals, selection
     from .checkpoints import loading
     from .processes import batches, gradients, launch, state
 
@@ -103,12 +105,12 @@ def install() -> None:
         (Trainer, "_prepare_sample", batches.mark_dummy),
         (Trainer, "_log_oom", batches.end_out_of_memory),
         (Trainer, "clip_grad_norm", gradients.norm_of_all),
-        (Trainer, "state_dict", state.with_whole_experts),
+        (Trainer, "state_dict", lambda stock: state.with_whole_experts(selection.noted(stock))),
         (Trainer, "save_checkpoint", state.no_parts),
         (FairseqOptimizer, "all_reduce_grads", gradients.average_experts),
         (EpochBatchIterator, "state_dict", state.position_of_all),
         (EpochBatchIterator, "load_state_dict", state.position_of_one),
-        (checkpoint_utils, "save_checkpoint", state.whole_files),
+        (checkpoint_utils, "save_checkpoint", lambda stock: state.whole_files(selection.keeps_as_many(stock))),
         (distributed_utils, "call_main", launch.one_job),
         (_FP16OptimizerMixin, "state_dict", _with_masters),
         (_FP16OptimizerMixin, "load_state_dict", _to_masters),
@@ -198,7 +200,7 @@ def _newest_intact(load_checkpoint: Any) -> Any:
 def _ends_when_trained(load_checkpoint: Any) -> Any:
     """Stock fairseq, started again after its last update, would make one update more before it looks."""
 
-    from . import locks
+    from . import locks, selection
     from .processes import launch, state
     from .tasks.lengths import check_valid_sets
 
@@ -217,6 +219,8 @@ def _ends_when_trained(load_checkpoint: Any) -> Any:
             logger.info(f"nothing is left to train: the checkpoint has {updates} updates, --max-update is {most}")
             raise SystemExit(0)
         check_valid_sets(trainer)
+        selection.restore(cfg, loaded[0])
+        selection.check_metric(trainer)
         return loaded
 
     return load
