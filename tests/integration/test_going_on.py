@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import TRAIN_ARGS
+from helpers_commands import run_warm
 from helpers_training import MODEL, Run, assert_same, train
 
 from xmoe_fairseq.cli import main
@@ -71,3 +73,16 @@ def test_reset_optimizer_counts_from_0(whole: Run, toy_data: Path, tmp_path: Pat
     path = str(whole.save / "checkpoint_1_6.pt")
     run = train(toy_data, tmp_path, 2, *MODEL, *LOGGED, "--restore-file", path, "--reset-optimizer")
     assert list(rates(run)) == [1, 2] and "holds no optimizer's state" not in run.said
+
+
+@pytest.mark.parametrize(
+    "option", ["--restore-file", "--finetune-from-model", "--continue-once", "--encoder-embed-path"]
+)
+def test_a_file_to_start_from_that_is_missing_is_named(option: str, toy_data: Path, tmp_path: Path) -> None:
+    missing, save = tmp_path / "no_such_file.pt", tmp_path / "run"
+    words = (toy_data, *TRAIN_ARGS, *MODEL, "--user-dir", "xmoe_fairseq", "--save-dir", save, "--max-update", "2")
+    result = run_warm("fairseq-train", *words, option, missing, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr + result.stdout
+    line = result.stderr.strip().split("\n")[-1]
+    assert line.startswith("xmoe_fairseq: error: ") and str(missing) in line
+    assert not list(save.glob("*.pt"))

@@ -138,11 +138,11 @@ def check_files(cfg: Any) -> None:
         UserError: names the option and the file.
     """
     options, log = cfg.checkpoint, cfg.common.log_file
-    for option in ("finetune_from_model", "restore_file"):
-        path = getattr(options, option)
+    for option in ("finetune_from_model", "continue_once", "restore_file"):
+        path = getattr(options, option, None)
         # A run that goes on does not need what it started from, and may start without its own last checkpoint.
         last = PathManager.exists(os.path.join(options.save_dir, LAST))
-        if path not in (None, LAST) and not (option == "finetune_from_model" and last):
+        if path not in (None, LAST) and not (option != "restore_file" and last):
             _check_there(f"--{option.replace('_', '-')}", path, options.save_dir)
     if options.finetune_from_model is not None and options.restore_file != LAST:
         raise UserError(
