@@ -121,6 +121,7 @@ def install() -> None:
         (SampledMultiEpochDataset, "_next_virtual_epoch", _same_sample_when_resumed),
         (options, "parse_args_and_arch", _bf16_is_not_tpu),
         (train, "add_defaults", command_line.checked_yaml),
+        (train, "get_valid_stats", selection.with_bleu),
         (initialize, "add_defaults", command_line.checked_yaml),
         (BaseFairseqModel, "load_state_dict", loading.fitting),
         (Trainer, "train_step", _ends_at_nan),

@@ -76,6 +76,19 @@ def _unknown(metric: str, names: list[str], task: Any) -> str:
     return f"--best-checkpoint-metric {metric} is not given by validation: choose from {', '.join(shown)}{advice}"
 
 
+def with_bleu(get_valid_stats: Any) -> Any:
+    """Stock ``translation --eval-bleu`` gives no BLEU where all translations are empty, as of a model that has hardly
+    been trained, and fairseq ends if it is to choose by it."""
+
+    @functools.wraps(get_valid_stats)
+    def stats(cfg: Any, trainer: Any, values: dict[str, Any], *args: Any) -> Any:
+        if "bleu" in _translation_metrics(trainer.task):
+            values.setdefault("bleu", 0.0)
+        return get_valid_stats(cfg, trainer, values, *args)
+
+    return stats
+
+
 def keeps_as_many(save_checkpoint: Any) -> Any:
     """Stock fairseq saves one of ``--keep-best-checkpoints`` only if it is no worse than the worst that is kept, also
     where fewer than that are kept: of losses that rise it keeps one."""

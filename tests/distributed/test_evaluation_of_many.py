@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_distributed import World
-from helpers_evaluation import evaluate, evaluate_together, write_spelled_data
+from helpers_evaluation import TINY, evaluate, evaluate_together, write_spelled_data
+from helpers_processes import train_together
 
 # Batches of different lengths, more than there are processes, or fewer.
 FEW = ("--eval-bleu-lines", "5", "--eval-bleu-args", '{"max_len_a": 1, "max_len_b": 4}')
@@ -50,3 +52,13 @@ def test_the_counts_are_those_of_one_process(
     assert all(process["counts"] == one["counts"] and process["scores"] == one["scores"] for process in many)
     assert {len(set(map(tuple, counts.values()))) for counts in one["counts"].values()} == {2}
     assert one["scores"]["valid"]["chrf"] > 0
+
+
+def test_processes_that_share_experts_choose_the_best_by_bleu(spelled: Path, tmp_path: Path) -> None:
+    options = (*TINY, *SMALL, "--eval-bleu", "--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric")
+    parallel = ("--moe-expert-parallel", "2", "--ddp-backend", "legacy_ddp")
+    save = ("--validate-interval-updates", "2", "--save-interval-updates", "2", "--no-epoch-checkpoints")
+    run = train_together(2, spelled, tmp_path, 4, *options, *parallel, *save)
+    assert run.said.count("translated 5 lines of each of 4 directions") == 2 and "best_bleu" in run.said
+    kept = torch.load(tmp_path / "checkpoint_best.pt", weights_only=True)["extra_state"]["xmoe_selection"]
+    assert kept["metric"] == "bleu"

@@ -125,6 +125,17 @@ def test_patience_ends_all_processes_and_is_not_forgotten(toy_data: Path, tmp_pa
     )
 
 
+def test_bleu_of_empty_translations_is_0() -> None:
+    from fairseq_cli.train import get_valid_stats
+
+    trainer = SimpleNamespace(task=SimpleNamespace(cfg=SimpleNamespace(eval_bleu=True)), get_num_updates=lambda: 3)
+    cfg: Any = SimpleNamespace(checkpoint=SimpleNamespace(best_checkpoint_metric="bleu"))
+    assert get_valid_stats(cfg, trainer, {"loss": 1.0}, False) == {"loss": 1.0, "bleu": 0.0, "num_updates": 3}
+    assert get_valid_stats(cfg, trainer, {"bleu": 2.0}, False)["bleu"] == 2.0
+    trainer.task.cfg.eval_bleu = False
+    assert "bleu" not in get_valid_stats(cfg, trainer, {"loss": 1.0}, False)
+
+
 def test_values_of_another_metric_are_not_compared(no_best: None) -> None:
     checkpoint_utils.save_checkpoint.best = 3.0
     cfg = CheckpointConfig(best_checkpoint_metric="bleu")

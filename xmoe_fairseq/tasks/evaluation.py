@@ -25,6 +25,7 @@ from fairseq import utils
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from fairseq.distributed import utils as distributed
 
+from ..directions import Direction
 from ..errors import UserError
 from ..processes.in_step import in_step
 from ..subword import SentencepieceBytes
@@ -82,21 +83,21 @@ class Clock:
         return trained
 
 
-class Direction:
+class DevelopmentSet:
     """The lines of one direction in a development set.
 
     Attributes:
-        name: such as ``en-ca``.
+        name: of the direction, such as ``en-ca``.
         dataset: fairseq's, whose items have source and target.
         metrics: sacreBLEU's, by name.
         sums: what each of them adds up, of the translations of this process.
     """
 
-    def __init__(self, name: str, dataset: Any) -> None:
+    def __init__(self, name: Direction, dataset: Any) -> None:
         from ..evaluation.score import build_metric  # not at the start: sacreBLEU takes a while to import
 
         self.name, self.dataset = name, dataset
-        self.metrics = {metric: build_metric(metric, name.split("-")[1]) for metric in METRICS}
+        self.metrics = {metric: build_metric(metric, name.target) for metric in METRICS}
         self.sums: dict[str, np.ndarray] = {}
 
     def add(self, hypothesis: str, reference: str) -> None:
@@ -185,24 +186,22 @@ class Evaluation:
     @cached_property
     def bpe(self) -> SentencepieceBytes:
         """Joins pieces to text."""
-        return SentencepieceBytes(
-            SentencepieceConfig(sentencepiece_model=os.path.join(self.task.folder, "spm.model"))
-        )
+        return SentencepieceBytes(SentencepieceConfig(sentencepiece_model=os.path.join(self.task.folder, "spm.model")))
 
     @cached_property
-    def _directions(self) -> dict[tuple[str, str], Direction]:
+    def _directions(self) -> dict[tuple[str, str], DevelopmentSet]:
         """The directions of all files that are validated, each once, by the name of the files and their own."""
-        found: dict[tuple[str, str], Direction] = {}
+        found: dict[tuple[str, str], DevelopmentSet] = {}
         for subset, dataset in self.task.datasets.items():
             if subset == self.task.args.train_subset:
                 continue
             for pair, part in zip(self._pairs(subset), dataset.datasets, strict=True):
                 key = split_name(subset)[0], pair
                 if key not in found:
-                    found[key] = Direction(pair, part)
+                    found[key] = DevelopmentSet(pair, part)
         return found
 
-    def _pairs(self, subset: str) -> list[str]:
+    def _pairs(self, subset: str) -> list[Direction]:
         wanted = self.task.data_manager.directions_of[subset]
         return [pair for pair in self.task.lang_pairs if pair in wanted]
 
@@ -222,7 +221,7 @@ class Evaluation:
         self.scores = {subset: self._scores(subset) for subset in subsets}
         self._say(directions, done, perf_counter() - start, trained)
 
-    def _rounds(self, model: Any, directions: Sequence[Direction], start: float) -> int:
+    def _rounds(self, model: Any, directions: Sequence[DevelopmentSet], start: float) -> int:
         """Translates rounds of lines while there is time; gives how many lines of each direction were done."""
         most = min(self.lines, max(len(direction.dataset) for direction in directions))
         generator = self._generator(model)
@@ -253,7 +252,7 @@ class Evaluation:
         return bool(over.item())
 
     def _batches(
-        self, directions: Sequence[Direction], start: int, upto: int, model: Any
+        self, directions: Sequence[DevelopmentSet], start: int, upto: int, model: Any
     ) -> list[list[tuple[int, int]]]:
         """Cuts the lines of a round into batches, the same in every process; counts those that are too long.
 
@@ -286,7 +285,7 @@ class Evaluation:
         """Whether sentences of different directions cannot share a batch."""
         return bool(self.task.args.lang_tok_replacing_bos_eos)
 
-    def _sample(self, directions: Sequence[Direction], batch: Sequence[tuple[int, int]], model: Any) -> Any:
+    def _sample(self, directions: Sequence[DevelopmentSet], batch: Sequence[tuple[int, int]], model: Any) -> Any:
         """Collates a batch whose sentences are numbered by their places in it."""
         items = [{**directions[number].dataset[line], "id": place} for place, (number, line) in enumerate(batch)]
         sample = directions[batch[0][0]].dataset.collater(items)
@@ -294,12 +293,12 @@ class Evaluation:
         return utils.apply_to_sample(lambda tensor: tensor.to(device), sample)
 
     def _translate(
-        self, generator: Any, model: Any, directions: Sequence[Direction], batch: Sequence[tuple[int, int]]
+        self, generator: Any, model: Any, directions: Sequence[DevelopmentSet], batch: Sequence[tuple[int, int]]
     ) -> None:
         """Translates a batch and counts its translations."""
         sample = self._sample(directions, batch, model)
         chosen = [batch[place] for place in sample["id"].tolist()]
-        targets = [directions[number].name.split("-")[1] for number, _ in chosen]
+        targets = [directions[number].name.target for number, _ in chosen]
         task = copy.copy(self.task)
         task.args = Namespace(**{**vars(task.args), "target_lang": targets[0]})
         _, spec = task.args.langtoks["main"]
@@ -316,11 +315,18 @@ class Evaluation:
                 logger.info(f"example hypothesis ({direction.name}): {texts[0]}")
                 logger.info(f"example reference ({direction.name}): {texts[1]}")
 
+    @cached_property
+    def _language_tokens(self) -> set[int]:
+        _, spec = self.task.args.langtoks["main"]
+        targets = self.task.target_langs if spec else ()
+        return {self.task.data_manager.get_decoder_langtok(target, spec) for target in targets}
+
     def _text(self, tokens: Any) -> str:
         """Joins the pieces of a sentence; tokens of languages are no text."""
-        return self.bpe.decode(self.task.target_dictionary.string(tokens.int().cpu()))
+        dictionary = self.task.target_dictionary
+        return self.bpe.decode(dictionary.string(tokens.int().cpu(), extra_symbols_to_ignore=self._language_tokens))
 
-    def _add_up(self, directions: Sequence[Direction], model: Any) -> None:
+    def _add_up(self, directions: Sequence[DevelopmentSet], model: Any) -> None:
         """Adds up the counts of all processes."""
         if _place()[1] == 1:
             return
@@ -339,7 +345,7 @@ class Evaluation:
         means = {name: round(fmean(values.values()), 2) for name, values in each.items()}
         return means | {f"{name}_{pair}": value for name, values in each.items() for pair, value in values.items()}
 
-    def _say(self, directions: Sequence[Direction], done: int, seconds: float, trained: float) -> None:
+    def _say(self, directions: Sequence[DevelopmentSet], done: int, seconds: float, trained: float) -> None:
         logger.info(
             f"translated {done} lines of each of {len(directions)} directions in {seconds:.1f} s, "
             f"after {trained:.1f} s of training"
