@@ -17,6 +17,7 @@ from helpers_training import Run, assert_same, train
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.decoding import Decoding, Translator
 from xmoe_fairseq.evaluation.scores import score_lines
+from xmoe_fairseq.processes import launch
 
 PAIRS = ("en-xx", "xx-en", "en-yy", "yy-en")
 # Learns to say something in so few updates.
@@ -171,6 +172,12 @@ def test_what_stock_translation_takes_is_taken(spelled: Path) -> None:
     task = build(spelled, *TINY, "--eval-bleu", *words, "--eval-bleu-args", '{"beam": 4, "lenpen": 0.6}').task
     assert task.translation_metrics[:2] == ("bleu", "bleu_en-xx") and "chrf_yy-en" in task.translation_metrics
     assert (task.evaluation.search.beam, task.evaluation.search.lenpen) == (4, 0.6)
+
+
+def test_layers_that_are_split_over_processes_are_refused(spelled: Path) -> None:
+    cfg = build(spelled, *TINY, "--eval-bleu", "--ddp-backend", "fully_sharded").cfg
+    with pytest.raises(UserError, match="--eval-bleu does not work with --ddp-backend fully_sharded"):
+        launch.check(cfg, on_gpu=True)
 
 
 def test_data_without_a_sentencepiece_model_is_refused(toy_data: Path) -> None:

@@ -111,6 +111,9 @@ def check(cfg: Any, on_gpu: bool) -> None:
     size, backend = options.distributed_world_size, str(options.ddp_backend)
     experts = int(getattr(cfg.model, "moe_expert_parallel", 1) or 1)
     if backend == "fully_sharded":
+        # Its layers need all processes in each step of a search, and searches have different numbers of steps.
+        if hasattr(cfg.task, "eval_bleu_lines") and cfg.task.eval_bleu:
+            raise UserError("--eval-bleu does not work with --ddp-backend fully_sharded: use legacy_ddp")
         _check_fully_sharded(on_gpu)
     if experts == 1:
         return

@@ -171,8 +171,6 @@ class Evaluation:
         Raises:
             UserError: says which.
         """
-        if type(model).__module__.startswith("fairscale"):
-            raise UserError("--eval-bleu does not work with --ddp-backend fully_sharded: use legacy_ddp")
         try:
             self._generator(model)
         except (ValueError, AssertionError) as error:
