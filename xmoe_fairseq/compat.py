@@ -3,7 +3,8 @@
 Some things of stock fairseq do not work today; `install` mends them, for this process only:
 
 * NumPy 2 lacks names that language models, ``--num-batch-buckets`` and masking without overlap use;
-* torch >= 2.6 reads checkpoints with an allow-list of classes, and fairseq's hold an ``argparse.Namespace``;
+* torch >= 2.6 reads checkpoints with an allow-list of classes, and fairseq's hold an ``argparse.Namespace`` and values
+  of NumPy;
 * a checkpoint that cannot be read ends in a traceback;
 * a file named ``dummy`` in the folder of checkpoints is removed;
 * a further development set counts as forgotten although ``--valid-subset`` names it;
@@ -11,6 +12,8 @@ Some things of stock fairseq do not work today; `install` mends them, for this p
 * a run that is resumed may differ from one that was not: it makes an update too many, samples other data, or starts
   from rounded parameters;
 * options written as Python, also those in a checkpoint or YAML file, are run as code;
+* a ``--best-checkpoint-metric`` that validation does not give ends the training at the first validation, fewer of the
+  best checkpoints are kept than were asked for, and ``--patience`` counts anew in a run that goes on;
 * most bad inputs end in a traceback;
 * ``--bf16`` is taken for a TPU, so it needs torch_xla even on a GPU or CPU;
 * ``--optimizer adam`` goes seven times over every parameter, and four more times to scale and clip gradients.
@@ -35,7 +38,7 @@ import torch
 
 from . import command_line
 from .benchmarks import BY_TASK
-from .checkpoints import reading, saving, shards
+from .checkpoints import numpy_values, reading, saving, shards
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -108,12 +111,13 @@ def install() -> None:
     from fairseq.trainer import Trainer
     from fairseq_cli import train
 
-    from . import adam, generate, interactive, literals
+    from . import adam, generate, interactive, literals, selection
     from .checkpoints import loading
     from .processes import batches, gradients, launch, state
 
     # A Namespace only holds values: restoring one calls nothing.
     torch.serialization.add_safe_globals([argparse.Namespace])
+    numpy_values.allow()
     for module, name, wrapper in (
         (checkpoint_utils, "verify_checkpoint_directory", _leaves_files_alone),
         (checkpoint_utils, "load_checkpoint", _ends_when_trained),
@@ -125,12 +129,12 @@ def install() -> None:
         (Trainer, "_prepare_sample", batches.mark_dummy),
         (Trainer, "_log_oom", batches.end_out_of_memory),
         (Trainer, "clip_grad_norm", gradients.norm_of_all),
-        (Trainer, "state_dict", state.with_whole_experts),
+        (Trainer, "state_dict", lambda stock: state.with_whole_experts(selection.noted(stock))),
         (Trainer, "save_checkpoint", state.no_parts),
         (FairseqOptimizer, "all_reduce_grads", gradients.average_experts),
         (EpochBatchIterator, "state_dict", state.position_of_all),
         (EpochBatchIterator, "load_state_dict", state.position_of_one),
-        (checkpoint_utils, "save_checkpoint", state.whole_files),
+        (checkpoint_utils, "save_checkpoint", lambda stock: state.whole_files(selection.keeps_as_many(stock))),
         (distributed_utils, "call_main", launch.one_job),
         (_FP16OptimizerMixin, "state_dict", _with_masters),
         (_FP16OptimizerMixin, "load_state_dict", _to_masters),
@@ -141,6 +145,7 @@ def install() -> None:
         (SampledMultiEpochDataset, "_next_virtual_epoch", _same_sample_when_resumed),
         (options, "parse_args_and_arch", _bf16_is_not_tpu),
         (train, "add_defaults", command_line.checked_yaml),
+        (train, "get_valid_stats", selection.with_bleu),
         (initialize, "add_defaults", command_line.checked_yaml),
         (BaseFairseqModel, "load_state_dict", loading.fitting),
         (Trainer, "train_step", _ends_at_nan),
@@ -173,6 +178,7 @@ def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
         state = load_checkpoint_to_cpu(path, arg_overrides, load_on_all_ranks)
         shards.join(state, local)
         identity.checkpoint_read.set(local)
+        state["last_optimizer_state"] = state.get("last_optimizer_state") or None
         if not isinstance(state.get("task_state"), dict):  # fairseq's older versions wrote none
             state["task_state"] = {}
         task = _trained_task.get()
@@ -191,7 +197,7 @@ def _newest_intact(load_checkpoint: Any) -> Any:
     replaced by another one."""
     from .checkpoints import loading
 
-    load_checkpoint = loading.resumable(load_checkpoint)
+    load_checkpoint = loading.resumable(loading.counting(load_checkpoint))
 
     @functools.wraps(load_checkpoint)
     def load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
@@ -222,7 +228,7 @@ def _newest_intact(load_checkpoint: Any) -> Any:
 def _ends_when_trained(load_checkpoint: Any) -> Any:
     """Stock fairseq, started again after its last update, would make one update more before it looks."""
 
-    from . import locks
+    from . import locks, selection
     from .processes import launch, state
     from .tasks.lengths import check_valid_sets
 
@@ -241,6 +247,8 @@ def _ends_when_trained(load_checkpoint: Any) -> Any:
             logger.info(f"nothing is left to train: the checkpoint has {updates} updates, --max-update is {most}")
             raise SystemExit(0)
         check_valid_sets(trainer)
+        selection.restore(cfg, loaded[0])
+        selection.check_metric(trainer)
         return loaded
 
     return load
@@ -265,7 +273,7 @@ def _durable_saves(torch_persistent_save: Any) -> Any:
         if async_write or not PathManager.supports_rename(filename):
             torch_persistent_save(obj, filename, async_write)
         else:
-            saving.save(obj, filename)
+            saving.save(numpy_values.plain_numbers(obj), filename)
 
     return save
 

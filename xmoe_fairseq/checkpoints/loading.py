@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import re
 from typing import Any
@@ -15,6 +16,8 @@ from torch import nn
 from .. import guard
 from ..errors import UserError
 from . import options, reading
+
+logger = logging.getLogger(__name__)
 
 # How torch says which parameters do not fit.
 _MISSING = re.compile(r'Missing key\(s\) in state_dict: "([^"]*)"')
@@ -99,6 +102,35 @@ def resumable(load_checkpoint: Any) -> Any:
                 f"training cannot go on from {filename} with these options ({reason}): give the --arch, --optimizer, "
                 "--criterion and precision that it was trained with, or --reset-optimizer to keep the parameters only"
             ) from error
+
+    return load
+
+
+def counting(load_checkpoint: Any) -> Any:
+    """Stock fairseq, where a file has no optimizer's state, makes all updates again, in the middle of the data."""
+
+    @functools.wraps(load_checkpoint)
+    def load(
+        trainer: Any,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        *args: Any,
+        **kw: Any,
+    ) -> Any:
+        extra_state = load_checkpoint(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kw)
+        last = trainer._optim_history[-1] if extra_state and trainer._optim_history else {}
+        updates = last.get("num_updates", 0)
+        if reset_optimizer or trainer.get_num_updates() == updates:
+            return extra_state
+        logger.warning(
+            f"{filename} holds no optimizer's state: training goes on after update {updates}, and the optimizer starts "
+            "anew; --reset-optimizer counts updates from 0"
+        )
+        if last.get("lr_scheduler_state") and not reset_lr_scheduler:
+            trainer.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
+        trainer.set_num_updates(updates)
+        return extra_state
 
     return load
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from . import numpy_values
 
 # What a file of a sharded checkpoint holds beside stock fairseq's entries; see shards.py.
 SHARD_SET = "xmoe_shard_set"
 SHARD = "xmoe_shard"
 # What --restore-file is unless it is given.
 LAST = "checkpoint_last.pt"
+# How torch names a class or function that is not allowed.
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 class DamagedCheckpoint(UserError):
@@ -222,14 +226,14 @@ def _load(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "global" in str(error).lower():
+        if any(word in str(error) for word in ("GLOBAL", "unrecognized function", "allowlisted", numpy_values.REFUSED)):
             raise UserError(
                 f"checkpoint {path} is refused, because reading it would load or run code outside the allow-list "
                 f"({_cause(error)}); nothing was run. Use a file from a source you trust that holds "
                 "only tensors and plain values"
             ) from error
         raise DamagedCheckpoint(_damaged(path, _cause(error))) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
         raise DamagedCheckpoint(_damaged(path, _cause(error))) from error
 
 
@@ -243,6 +247,9 @@ def _damaged(path: str, cause: str) -> str:
 
 def _cause(error: Exception) -> str:
     """The part of torch's message that names the cause; the rest is advice to turn the check off."""
+    named = _GLOBAL.search(str(error))
+    if named:
+        return f"it asks for {named[1][:100]}"
     paragraphs = [" ".join(part.split()) for part in str(error).split("\n\n") if part.strip()]
     causes = [part for part in paragraphs if not part.startswith(("Weights only load failed", "Check the doc"))]
     return (causes or paragraphs or [type(error).__name__])[0].split(". ")[0][:200].rstrip(".")

@@ -111,6 +111,9 @@ def check(cfg: Any, on_gpu: bool) -> None:
     size, backend = options.distributed_world_size, str(options.ddp_backend)
     experts = int(getattr(cfg.model, "moe_expert_parallel", 1) or 1)
     if backend == "fully_sharded":
+        # Its layers need all processes in each step of a search, and searches have different numbers of steps.
+        if hasattr(cfg.task, "eval_bleu_lines") and cfg.task.eval_bleu:
+            raise UserError("--eval-bleu does not work with --ddp-backend fully_sharded: use legacy_ddp")
         _check_fully_sharded(on_gpu)
     if experts == 1:
         return
@@ -138,11 +141,11 @@ def check_files(cfg: Any) -> None:
         UserError: names the option and the file.
     """
     options, log = cfg.checkpoint, cfg.common.log_file
-    for option in ("finetune_from_model", "restore_file"):
-        path = getattr(options, option)
+    for option in ("finetune_from_model", "continue_once", "restore_file"):
+        path = getattr(options, option, None)
         # A run that goes on does not need what it started from, and may start without its own last checkpoint.
         last = PathManager.exists(os.path.join(options.save_dir, LAST))
-        if path not in (None, LAST) and not (option == "finetune_from_model" and last):
+        if path not in (None, LAST) and not (option != "restore_file" and last):
             _check_there(f"--{option.replace('_', '-')}", path, options.save_dir)
     if options.finetune_from_model is not None and options.restore_file != LAST:
         raise UserError(

@@ -32,6 +32,7 @@ from .data_folder import (
 )
 from .data_manager import VALID, DataManager, split_name
 from .data_parts import check_alike, home, read_folders
+from .eval_bleu import EvalBleuConfig, TranslatesDevelopmentSets, check_options
 from .lengths import Fitting, Whole, check_batch_sizes, nothing
 from .stock_options import stock_dataclass, stock_namespace
 
@@ -47,7 +48,7 @@ _StockOptions: Any = stock_dataclass(
 
 
 @dataclasses.dataclass
-class MultilingualConfig(_StockOptions):
+class MultilingualConfig(EvalBleuConfig, _StockOptions):
     """Options of ``multilingual_*``: those of stock ``translation_multi_simple_epoch`` that the data leaves open."""
 
     data: str = dataclasses.field(
@@ -75,7 +76,7 @@ class MultilingualConfig(_StockOptions):
     dataset_impl: Optional[str] = II("dataset.dataset_impl")
 
 
-class MultilingualTask(TranslationMultiSimpleEpochTask):
+class MultilingualTask(TranslatesDevelopmentSets, TranslationMultiSimpleEpochTask):
     """All directions of a benchmark, or of the user's own data, in one model.
 
     Languages, their order, the dictionary and the directions come from the data folder, which must have
@@ -121,6 +122,7 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
         Raises:
             UserError: it was trained with another dictionary.
         """
+        super().load_state_dict(state_dict)
         self.identity = identity.check_trained_on(state_dict, self.identity)
 
     def build_bpe(self, args: Any) -> Any:
@@ -160,6 +162,7 @@ class MultilingualTask(TranslationMultiSimpleEpochTask):
             if getattr(args, name) < least:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(args, name)} is out of range: it must be at least {least}")
+        check_options(args, home(folders[0]))
         if not 0 < args.sampling_temperature < math.inf:
             raise UserError(f"--sampling-temperature {args.sampling_temperature} is out of range: it must be above 0")
         args.langs = languages
