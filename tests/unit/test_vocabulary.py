@@ -62,7 +62,7 @@ def test_text_is_prepared_with_the_vocabulary_of_another_folder(prepared: Path, 
     one, other = (identity.of_folder(str(folder / "bin")) for folder in (prepared, reused))
     assert not list(identity.differences(one, other))
     texts = {reused / f"raw/test.en-de.{side}": read(reused / f"raw/test.en-de.{side}") for side in ("en", "de")}
-    check_binarised(reused, "test", "en-de", "en", texts)
+    check_binarised(reused, "test", "en-de", texts)
     assert_nothing_half_written(reused)
 
 
@@ -152,9 +152,9 @@ def test_a_vocabulary_from_elsewhere(german: Path, tmp_path: Path, capsys: pytes
     for line, ids in zip(read(out / "raw/test.en-de.de"), held, strict=True):
         assert [dictionary[i] for i in ids.tolist()] == [*processor.encode(line, out_type=str), "</s>"]
     texts = {out / "raw/test.en-de.de": read(out / "raw/test.en-de.de")}
-    check_binarised(out, "test", "en-de", "en", texts)
+    check_binarised(out, "test", "en-de", texts)
     with pytest.raises(SystemExit, match="was changed after the data was prepared"):
-        check_binarised(out, "test", "en-de", "en", {out / "raw/test.en-de.de": ["ein finger", "AC Katzen ✓"]})
+        check_binarised(out, "test", "en-de", {out / "raw/test.en-de.de": ["ein finger", "AC Katzen ✓"]})
     assert "not in dict.txt" not in capsys.readouterr().out
 
 
