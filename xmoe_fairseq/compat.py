@@ -16,6 +16,8 @@ Some things of stock fairseq do not work today; `install` mends them, for this p
   best checkpoints are kept than were asked for, and ``--patience`` counts anew in a run that goes on;
 * most bad inputs end in a traceback;
 * ``--bf16`` is taken for a TPU, so it needs torch_xla even on a GPU or CPU;
+* up to 7 sentences of a test or development set are left out;
+* a multilingual model cannot be used from Python, with constraints or beside a language model;
 * ``--optimizer adam`` goes seven times over every parameter, and four more times to scale and clip gradients.
 """
 
@@ -97,7 +99,7 @@ def check_versions() -> None:
 
 def install() -> None:
     """Mends what the module's description lists; calling it again changes nothing."""
-    from fairseq import checkpoint_utils, options
+    from fairseq import checkpoint_utils, hub_utils, options, utils
     from fairseq.data import FastaDataset, SampledMultiEpochDataset, data_utils
     from fairseq.data.iterators import EpochBatchIterator
     from fairseq.dataclass import initialize
@@ -108,12 +110,15 @@ def install() -> None:
     from fairseq.optim import FairseqOptimizer
     from fairseq.optim.adam import Adam
     from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
+    from fairseq.tasks import FairseqTask
+    from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
     from fairseq.trainer import Trainer
     from fairseq_cli import train
 
-    from . import adam, generate, interactive, literals, selection
+    from . import adam, generate, hub, interactive, literals, selection
     from .checkpoints import loading
     from .processes import batches, gradients, launch, state
+    from .tasks import batching, decoding
 
     # A Namespace only holds values: restoring one calls nothing.
     torch.serialization.add_safe_globals([argparse.Namespace])
@@ -154,6 +159,16 @@ def install() -> None:
         (data_utils, "raise_if_valid_subsets_unintentionally_ignored", _further_sets_are_said),
         (options, "add_interactive_args", interactive.whole_lines),
         (options, "add_generation_args", generate.whole_files),
+        (hub_utils, "from_pretrained", hub.found),
+        (Trainer, "get_train_iterator", batching.training_batches),
+        (FairseqTask, "get_batch_iterator", batching.every_sentence),
+        (TranslationMultiSimpleEpochTask, "get_batch_iterator", batching.every_sentence),
+        (TranslationMultiSimpleEpochTask, "build_dataset_for_inference", decoding.with_constraints),
+        (TranslationMultiSimpleEpochTask, "build_generator", decoding.whole_generator),
+        (TranslationMultiSimpleEpochTask, "inference_step", decoding.whole_inference_step),
+        (utils, "load_align_dict", decoding.without_a_file),
+        (utils, "replace_unk", decoding.by_pairs),
+        (FairseqTask, "build_generator", decoding.mended_search),
     ):
         stock = getattr(module, name)
         if not stock.__globals__["__name__"].startswith(__package__):
@@ -162,21 +177,26 @@ def install() -> None:
         importlib.import_module(name).np = _OlderNumPy("numpy")  # type: ignore[attr-defined]
     literals.install()
     distributed_fairseq_model.DistributedDataParallel = gradients.ExpertsApart
+    hub_utils.GeneratorHubInterface = hub.Translator
 
 
 def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
     @functools.wraps(load_checkpoint_to_cpu)
     def load(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
         from . import identity
-        from .checkpoints import language_tokens, options
+        from .checkpoints import language_tokens, loading, options
         from .processes.state import own_experts
 
         local = reading.local_path(path)
         found = reading.check(local)
         reading.check_whole(found, path)
         options.check(found, path)
-        state = load_checkpoint_to_cpu(path, arg_overrides, load_on_all_ranks)
+        overrides = dict(arg_overrides or {})
+        averages = overrides.pop(options.AVERAGES, False)
+        state = load_checkpoint_to_cpu(path, overrides, load_on_all_ranks)
         shards.join(state, local)
+        if averages:
+            loading.with_averages(state, path)
         identity.checkpoint_read.set(local)
         state["last_optimizer_state"] = state.get("last_optimizer_state") or None
         if not isinstance(state.get("task_state"), dict):  # fairseq's older versions wrote none
@@ -229,11 +249,13 @@ def _ends_when_trained(load_checkpoint: Any) -> Any:
     """Stock fairseq, started again after its last update, would make one update more before it looks."""
 
     from . import locks, selection
+    from .criterions.softmax import check_softmax
     from .processes import launch, state
     from .tasks.lengths import check_valid_sets
 
     @functools.wraps(load_checkpoint)
     def load(cfg: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        check_softmax(trainer.cfg)
         launch.check(trainer.cfg, trainer.cuda)
         launch.check_files(trainer.cfg)
         if trainer.data_parallel_rank == 0 and not cfg.no_save:

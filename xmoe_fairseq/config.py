@@ -9,7 +9,8 @@ command line, to YAML and to ``--model-overrides``.
 import dataclasses
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from typing import Any, Optional
+from enum import Enum
+from typing import Any, List, Optional  # noqa: UP035
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
@@ -62,9 +63,14 @@ def _flat_fields() -> Iterator[tuple[str, Any, Any]]:
                 metadata["help"] = f"{metadata.get('help', 'decoder input dimension')}; as --{leader.replace('_', '-')}"
                 yield name, Optional[int], dataclasses.field(default=None, metadata=metadata)
             else:
-                yield name, inner.type, dataclasses.field(default=inner.default, metadata=metadata)
+                yield name, _type(inner), dataclasses.field(default=inner.default, metadata=metadata)
         if not nested:
-            yield stock.name, stock.type, dataclasses.field(default=stock.default, metadata=dict(stock.metadata))
+            yield stock.name, _type(stock), dataclasses.field(default=stock.default, metadata=dict(stock.metadata))
+
+
+def _type(field: Any) -> Any:
+    """fairseq declares some options as lists and reads them as text, such as ``1,3``."""
+    return Optional[str] if field.type == Optional[List[int]] else field.type  # noqa: UP006
 
 
 FlatTransformerConfig: Any = dataclasses.make_dataclass(
@@ -183,13 +189,39 @@ def moe_layers(num_layers: int, interval: int) -> list[int]:
     return list(range(interval, num_layers + 1, interval))
 
 
+def kept_layers(names: str | None, layers: int) -> list[int]:
+    """Numbers the layers that are kept of a stack, in their order, counted from 0 as fairseq does.
+
+    Args:
+        names: the option ``--encoder-layers-to-keep`` or ``--decoder-layers-to-keep``, such as ``1,3``.
+        layers: of the stack as it was trained.
+
+    Raises:
+        ValueError: the option is not a list of different layers of the stack.
+    """
+    if not names:
+        return list(range(layers))
+    parts = [part.strip() for part in names.split(",")]
+    kept = sorted(int(part) for part in parts if part.isdecimal())
+    if len(kept) < len(parts) or len(set(kept)) < len(kept) or kept[-1] >= layers:
+        raise ValueError(
+            f"layers to keep: {names} is no list of different layers from 0 to {layers - 1}: write it as 1,3"
+        )
+    return kept
+
+
 def resolve(cfg: Any) -> Namespace:
-    """Fills in what follows from other options: the decoder's sizes."""
-    values = {field.name: cfg[field.name] for field in dataclasses.fields(MoETransformerConfig)}
+    """Fills in what follows from other options, the decoder's sizes; choices become text, for fairseq's enums cannot be
+    pickled with a model."""
+    values = {field.name: _plain(cfg[field.name]) for field in dataclasses.fields(MoETransformerConfig)}
     for name, leader in _FOLLOW_ENCODER.items():
         if values[name] is None:
             values[name] = values[leader]
     return Namespace(**values)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
 
 
 def check_sizes(options: Mapping[Any, Any]) -> None:
@@ -227,6 +259,7 @@ def check(cfg: Namespace) -> None:
         dim, heads = getattr(cfg, f"{stack}_embed_dim"), getattr(cfg, f"{stack}_attention_heads")
         if dim % heads:
             raise ValueError(f"--{stack}-attention-heads {heads} does not divide --{stack}-embed-dim {dim}")
+        kept_layers(getattr(cfg, f"{stack}_layers_to_keep"), getattr(cfg, f"{stack}_layers"))
     for stack in placed(cfg):
         layers, size = getattr(cfg, f"{stack}_layers"), getattr(cfg, f"{stack}_ffn_embed_dim")
         if cfg.moe_interval > layers:
@@ -274,6 +307,19 @@ def placed(cfg: Namespace) -> tuple[str, ...]:
     """Names the stacks that have MoE layers."""
     stacks = {"both": ("encoder", "decoder"), "none": ()}
     return stacks.get(str(cfg.moe_placement), (str(cfg.moe_placement),))
+
+
+def has_experts(cfg: TransformerConfig, stack: str, number: int) -> bool:
+    """Says whether a layer of a stack is an MoE layer; which layers are does not change where others are left out.
+
+    Args:
+        cfg: a nested configuration.
+        stack: ``encoder`` or ``decoder``.
+        number: of the layer among those that are kept, counted from 1.
+    """
+    names = getattr(cfg, stack).layers_to_keep
+    trained = sorted(int(name) + 1 for name in names.split(","))[number - 1] if names else number
+    return stack in placed(cfg) and trained % cfg.moe_interval == 0
 
 
 def transformer_config(cfg: Namespace) -> TransformerConfig:

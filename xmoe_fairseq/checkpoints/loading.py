@@ -85,6 +85,26 @@ def fitting(load_state_dict: Any) -> Any:
     return load
 
 
+def with_averages(state: dict[str, Any], path: str) -> None:
+    """Puts the moving averages of the parameters, which ``--store-ema`` keeps, in the place of the parameters.
+
+    Args:
+        state: of a checkpoint; is changed.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: the checkpoint has none.
+    """
+    kept = state.get("extra_state") or {}
+    averages = kept.get("ema_fp32_params") or kept.get("ema")  # the first are more precise, where there are any
+    if not averages:
+        raise UserError(
+            f"{options.AVERAGES}: checkpoint {path} holds no moving averages of its parameters: give one of a training "
+            "with --store-ema, or leave the option out"
+        )
+    state["model"] = {**state["model"], **averages}
+
+
 def resumable(load_checkpoint: Any) -> Any:
     """Stock fairseq ends in one of many tracebacks where training goes on with other options than the file's."""
 

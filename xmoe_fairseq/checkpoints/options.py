@@ -28,6 +28,9 @@ _STOCK_TASKS = frozenset(
 )
 _NOT_TEXT = ("speech", "text_to_speech", "wav2vec", "hubert", "huggingface")
 
+# Not an option of a checkpoint: --model-overrides "{'ema_weights': True}" takes its parameters' moving averages.
+AVERAGES = "ema_weights"
+
 _MOST_CHARACTERS, _MOST_VALUES, _MOST_DEPTH = 1_000_000, 200_000, 16
 _SHOWN = 60
 
@@ -73,8 +76,16 @@ def check_complete(state: Mapping[str, Any], path: str) -> None:
             )
 
 
-def check_overrides(state: Mapping[str, Any], overrides: Mapping[Any, Any], path: str) -> None:
+def check_overrides(
+    state: Mapping[str, Any], overrides: Mapping[Any, Any], path: str, by: str = "--model-overrides"
+) -> None:
     """Checks what ``--model-overrides`` changes: options that the checkpoint has, or its task or model declares.
+
+    Args:
+        state: what the file holds.
+        overrides: values by option.
+        path: of the file.
+        by: what changes them, for messages.
 
     Raises:
         UserError: an option is unknown, or its value has the wrong type.
@@ -83,21 +94,23 @@ def check_overrides(state: Mapping[str, Any], overrides: Mapping[Any, Any], path
     declared = {kind: dict(_declared(kind, _name(kind, section))) for kind, section in found.items()}
     options = state.get("cfg")
     known = {*_all_names(_values(options) if options is not None else {})}
-    known |= {name for section in (*found.values(), *declared.values()) for name in section}
+    known |= {AVERAGES, *(name for section in (*found.values(), *declared.values()) for name in section)}
+    if not isinstance(overrides.get(AVERAGES, False), bool):
+        raise UserError(f"{by}: {AVERAGES} is {_show(overrides[AVERAGES])}, it must be True or False")
     for name, value in overrides.items():
         if name not in known:
-            raise UserError(f"--model-overrides: {path} has no option {name!r}{near(str(name), known)}")
+            raise UserError(f"{by}: {path} has no option {name!r}{near(str(name), known)}")
         for checks in declared.values():
             if name in checks and not checks[name].holds(value):
-                raise UserError(f"--model-overrides: {name} is {_show(value)}, it must be {checks[name].text}")
-    _check_overridden_sizes(overrides)
+                raise UserError(f"{by}: {name} is {_show(value)}, it must be {checks[name].text}")
+    _check_overridden_sizes(overrides, by)
 
 
-def _check_overridden_sizes(overrides: Mapping[Any, Any]) -> None:
+def _check_overridden_sizes(overrides: Mapping[Any, Any], by: str) -> None:
     try:
         check_sizes(overrides)
     except ValueError as error:
-        raise UserError(f"--model-overrides: {error}") from error
+        raise UserError(f"{by}: {error}") from error
 
 
 def sections(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from fairseq import utils
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerConfig
+from fairseq.modules import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +19,7 @@ from ..config import router_options, strata
 from ..moe import (
     ROUTERS,
     ConditionalMoE,
+    Dropout,
     ExpertOutputMasking,
     Experts,
     MoELayer,
@@ -67,6 +70,13 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
     return moe
 
 
+def name_dropout(module: nn.Module, name: str) -> None:
+    """Gives a module's dropout the name that stock fairseq's has, by which ``--retain-dropout-modules`` knows it."""
+    for child in module.children():
+        if isinstance(child, FairseqDropout) and child.module_name == type(module).__name__:
+            child.module_name = name
+
+
 class MoEFeedForwardMixin:
     """Puts an MoE layer where fairseq's layer computes ``fc2(dropout(activation(fc1(x))))``.
 
@@ -75,6 +85,7 @@ class MoEFeedForwardMixin:
     """
 
     moe: nn.Module
+    dropout_module: FairseqDropout
     _padding_mask: Tensor | None = None
 
     def build_fc1(self, *args: Any) -> Any:
@@ -91,6 +102,20 @@ class MoEFeedForwardMixin:
         self.recorder = recorder
         self.activation_fn = nn.Identity()
         self.activation_dropout_module = nn.Identity()
+        name_dropout(self, f"Transformer{stack.title()}LayerBase")  # type: ignore[arg-type]
+
+    def make_generation_fast_(
+        self, retain_dropout: bool = False, retain_dropout_modules: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Keeps dropout inside the experts where ``--retain-dropout`` keeps that of this kind of layer."""
+        if hasattr(super(), "make_generation_fast_"):
+            super().make_generation_fast_(**kwargs)
+        kept = retain_dropout and (
+            retain_dropout_modules is None or self.dropout_module.module_name in retain_dropout_modules
+        )
+        for module in self.moe.modules():
+            if isinstance(module, Dropout):
+                module.kept = kept
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         """x: (length, batch, d)"""

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from argparse import ArgumentParser, _StoreFalseAction
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+from fairseq.modules import FairseqDropout, MultiheadAttention
 from torch import Tensor
 
-from ..config import check, resolve, transformer_config
+from ..config import check, kept_layers, resolve, transformer_config
 from ..errors import UserError
 from ..processes import layout
 from .size import check_memory
 from .stacks import MoETransformerDecoder, MoETransformerEncoder
+
+STACKS = ("encoder", "decoder")
+# The name of a layer's parameter, and its number.
+_LAYER = r"{}\.layers\.(\d+)\."
 
 
 def _flags(model: type) -> set[str]:
@@ -29,7 +35,12 @@ class MoETransformerModel(TransformerModelBase):
     Beside the decoder's output, ``forward`` gives a dictionary whose ``routing`` holds, for ``encoder`` and
     ``decoder``, the statistics of each MoE layer that ran. Sources: Yang et al. 2024 (XMoE),
     Xu et al. 2023 (SMoE).
+
+    Attributes:
+        trained_layers: by stack, of how many layers those that are kept are.
     """
+
+    trained_layers: dict[str, int]
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
@@ -52,7 +63,12 @@ class MoETransformerModel(TransformerModelBase):
             check(resolved)
             layout.set_up(resolved)
             check_memory(resolved, len(task.source_dictionary))
-            return super().build_model(transformer_config(resolved), task)
+            model = super().build_model(transformer_config(resolved), task)
+            for module in model.modules():
+                if isinstance(module, MultiheadAttention):
+                    module.register_forward_pre_hook(_take_quantized)
+            model.trained_layers = {stack: getattr(resolved, f"{stack}_layers") for stack in STACKS}
+            return model
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -64,14 +80,51 @@ class MoETransformerModel(TransformerModelBase):
     def build_decoder(cls, cfg: TransformerConfig, tgt_dict: Any, embed_tokens: Any) -> MoETransformerDecoder:
         return MoETransformerDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Loads parameters.
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        """Makes the model ready for translation.
 
         Raises:
-            UserError: the checkpoint has another dictionary, or other shapes, than this model.
+            UserError: ``--retain-dropout-modules`` names a kind of module that the model does not have.
         """
+        given = cfg.generation.retain_dropout_modules or ()
+        names = re.findall(r"\w+", given) if isinstance(given, str) else list(given)
+        known = {module.module_name for module in self.modules() if isinstance(module, FairseqDropout)}
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"--retain-dropout-modules: {unknown[0]} has no dropout: choose from {', '.join(known)}")
+        super().prepare_for_inference_(cfg)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, model_cfg: Any = None, args: Any = None
+    ) -> Any:
+        """Loads parameters, of layers that are left out none.
+
+        Raises:
+            UserError: the checkpoint has another dictionary, or other shapes or layers, than this model.
+        """
+        state_dict = self._of_kept_layers(state_dict)
         self._check_shapes(state_dict)
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        # Told of the options, fairseq would leave out layers itself, and take them for those of the stack in each MoE
+        # layer, or both stacks for one.
+        return super().load_state_dict(state_dict, strict)
+
+    def _of_kept_layers(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Leaves out the parameters of layers that are not kept, and numbers the others anew.
+
+        A checkpoint that was written without these layers is taken as it is.
+        """
+        for stack in STACKS:
+            names, trained = getattr(self.cfg, stack).layers_to_keep, self.trained_layers[stack]
+            kept = kept_layers(names, trained)
+            found = {int(match[1]) for name in state_dict if (match := re.match(_LAYER.format(stack), name))}
+            if len(found) == len(kept) or not names:
+                continue
+            if len(found) != trained:
+                raise UserError(
+                    f"--{stack}-layers-to-keep {names} is of {trained} layers, but the checkpoint's {stack} has "
+                    f"{len(found)}: leave the option out, or give a checkpoint with all of them"
+                )
+            state_dict = dict(_renumbered(state_dict, stack, kept))
+        return state_dict
 
     def _check_shapes(self, state_dict: Mapping[str, Tensor]) -> None:
         own = self.state_dict()
@@ -87,3 +140,19 @@ class MoETransformerModel(TransformerModelBase):
                     f"the checkpoint's {name} has the shape {tuple(state_dict[name].shape)}, this model's "
                     f"{tuple(own[name].shape)}: give the --arch and the options that the checkpoint was trained with"
                 )
+
+
+def _renumbered(state_dict: Mapping[str, Tensor], stack: str, kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in state_dict.items():
+        match = re.match(_LAYER.format(stack), name)
+        if match is None:
+            yield name, value
+        elif int(match[1]) in kept:
+            yield f"{stack}.layers.{kept.index(int(match[1]))}.{name[match.end() :]}", value
+
+
+def _take_quantized(attention: Any, _: Any) -> None:
+    """torch's attention reads the weights of its projections, which have none to read where they are quantised; fairseq
+    computes it by calling them where it is told not to check dimensions."""
+    if callable(attention.q_proj.weight):
+        attention.skip_embed_dim_check = True

@@ -121,6 +121,9 @@ def _register(name: str, defaults: dict[str, Any]) -> None:
     config = dataclasses.make_dataclass(f"{name}_config", changed, bases=(MoETransformerConfig,))
     model = type(name, (MoETransformerModel,), {"__doc__": MoETransformerModel.__doc__})
     register_model(name, dataclass=config)(model)
+    for made in (config, model):  # pickle, and so torch.save, looks for a class by its name in its module
+        made.__module__ = __name__
+        globals()[made.__name__] = made
 
 
 for _name, _defaults in PRESETS.items():

@@ -8,7 +8,7 @@ from argparse import Namespace
 import torch
 from fairseq.distributed.fully_sharded_data_parallel import has_FSDP
 
-from ..config import moe_layers, placed
+from ..config import kept_layers, moe_layers, placed
 from ..processes import layout
 
 _BYTES = 4  # of a parameter, which is built in 32 bits
@@ -42,8 +42,10 @@ def least_parameters(cfg: Namespace, entries: int) -> int:
     total = entries * cfg.encoder_embed_dim
     for stack, side in (("encoder", "source"), ("decoder", "target")):
         dim, hidden = getattr(cfg, f"{stack}_embed_dim"), getattr(cfg, f"{stack}_ffn_embed_dim")
-        layers = getattr(cfg, f"{stack}_layers")
-        moe = len(moe_layers(layers, cfg.moe_interval)) if stack in placed(cfg) else 0
+        trained = getattr(cfg, f"{stack}_layers")
+        kept = kept_layers(getattr(cfg, f"{stack}_layers_to_keep"), trained)
+        with_experts = moe_layers(trained, cfg.moe_interval) if stack in placed(cfg) else []
+        layers, moe = len(kept), sum(number + 1 in with_experts for number in kept)
         total += getattr(cfg, f"max_{side}_positions") * dim + layers * 4 * dim**2 + (layers - moe) * 2 * dim * hidden
         total += moe * cfg.moe_stack * experts * 2 * dim * (hidden // cfg.moe_split_ratio)
     return total

@@ -7,8 +7,8 @@ from typing import Any
 from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase, TransformerEncoderBase
 from torch import Tensor, nn
 
-from ..config import moe_layers, placed
-from .layers import MoETransformerDecoderLayer, MoETransformerEncoderLayer, wrap_layer
+from ..config import has_experts, placed
+from .layers import MoETransformerDecoderLayer, MoETransformerEncoderLayer, name_dropout, wrap_layer
 from .recorder import RoutingRecorder
 
 
@@ -19,10 +19,11 @@ class MoETransformerEncoder(TransformerEncoderBase):
         self.recorder = RoutingRecorder()
         self._built = 0
         super().__init__(cfg, *args, **kwargs)
+        name_dropout(self, "TransformerEncoder")
 
     def build_encoder_layer(self, cfg: TransformerConfig) -> nn.Module:
         self._built += 1
-        if "encoder" not in placed(cfg) or self._built not in moe_layers(cfg.encoder.layers, cfg.moe_interval):
+        if not has_experts(cfg, "encoder", self._built):
             return super().build_encoder_layer(cfg)
         return wrap_layer(MoETransformerEncoderLayer(cfg, f"encoder.{self._built}", self.recorder), cfg)
 
@@ -39,10 +40,11 @@ class MoETransformerDecoder(TransformerDecoderBase):
         self.recorder = RoutingRecorder()
         self._built = 0
         super().__init__(cfg, *args, **kwargs)
+        name_dropout(self, "TransformerDecoder")
 
     def build_decoder_layer(self, cfg: TransformerConfig, no_encoder_attn: bool = False) -> nn.Module:
         self._built += 1
-        if "decoder" not in placed(cfg) or self._built not in moe_layers(cfg.decoder.layers, cfg.moe_interval):
+        if not has_experts(cfg, "decoder", self._built):
             return super().build_decoder_layer(cfg, no_encoder_attn)
         layer = MoETransformerDecoderLayer(cfg, no_encoder_attn, f"decoder.{self._built}", self.recorder)
         return wrap_layer(layer, cfg)

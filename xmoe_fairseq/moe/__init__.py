@@ -19,6 +19,7 @@ Five lines are enough::
     loss = y.square().sum() + 0.01 * plan.stats.balance_loss
 """
 
+from .dropout import Dropout
 from .experts import Experts
 from .layer import MoELayer
 from .parallel import ExpertGroup
@@ -31,6 +32,7 @@ from .stratified import StratifiedMoE, StratifiedPlan
 __all__ = [
     "ROUTERS",
     "ConditionalMoE",
+    "Dropout",
     "ExpertGroup",
     "ExpertOutputMasking",
     "Experts",

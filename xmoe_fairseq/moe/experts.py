@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .dropout import Dropout
 from .exchange import Exchange
 from .kernels import RELU, Buffers, ExpertWeights, choose
 from .pairs import Pairs
@@ -48,7 +49,7 @@ class Experts(nn.Module):
         super().__init__()
         self.kernel = kernel
         self.activation = activation
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.num_experts = num_experts
         self.group = group
         self.exchange = exchange
@@ -102,7 +103,7 @@ class Experts(nn.Module):
 
     def _compute(self, x: Tensor, pairs: Pairs, weights: ExpertWeights) -> Tensor:
         """Runs the experts held here."""
-        dropout = self.dropout.p if self.training else 0.0
+        dropout = self.dropout.rate
         plain = self.activation in RELU and not dropout
         kernel = choose(self.kernel, x, pairs, self.fc1_weight.shape[1], plain)
         return kernel(x, pairs, weights, self.activation, dropout)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dropout import Dropout
 from .layer import flat
 from .routing import real_tokens
 from .statistics import RoutingStats, TokenRouting, add_up
@@ -68,7 +69,7 @@ class ConditionalMoE(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.gate = nn.Linear(dim, 1)
         self.activation = activation
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.gate_dropout = gate_dropout
         self.norm = norm or nn.Identity()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from .sampling import check_weights
 VALID = "valid"
 # fairseq's name of what is not --extra-data.
 _MAIN = "main"
+_STOCK_LOADER = MultilingualDatasetManager.load_lang_dataset
+_STOCK = inspect.signature(_STOCK_LOADER)
 
 
 def split_name(subset: str) -> tuple[str, str | None]:
@@ -112,7 +115,11 @@ class DataManager(MultilingualDatasetManager):
 
     def load_lang_dataset(self, data_path: str, split: str, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Loads both sides of one direction, or only their first lines."""
-        source, target, alignment = super().load_lang_dataset(data_path, split, *args, **kwargs)
+        given = _STOCK.bind(self, data_path, split, *args, **kwargs).arguments
+        if self.args.encoder_langtok and not self.args.lang_tok_replacing_bos_eos:
+            # Stock fairseq cuts a source to as many tokens as the model can read, and then puts the language's before.
+            given["max_source_positions"] -= 1
+        source, target, alignment = _STOCK_LOADER(**given)
         lines = self.lines_of.get(split, 0)
         if lines:
             source, target, alignment = (

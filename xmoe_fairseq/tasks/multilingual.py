@@ -286,9 +286,6 @@ class MultilingualTask(TranslatesDevelopmentSets, TranslationMultiSimpleEpochTas
     ) -> Any:
         """Makes batches; outside of training no sentence is left out but those that are too long for the model.
 
-        Where ``--required-batch-size-multiple`` (8 by default) does not divide the last batch, fairseq leaves
-        that batch out: up to 7 sentences of a test set would not be translated.
-
         Raises:
             UserError: a sentence is longer than a batch may be, or no sentence is left.
         """
@@ -296,7 +293,7 @@ class MultilingualTask(TranslatesDevelopmentSets, TranslationMultiSimpleEpochTas
         if not self._is_trained_on(dataset):
             # Who asks for it may leave sentences out of a translation, too.
             self.translates_all = not (self.training or self.measures_loss or kwargs.get("ignore_invalid_inputs"))
-            kwargs |= {"required_batch_size_multiple": 1, "ignore_invalid_inputs": True}
+            kwargs["ignore_invalid_inputs"] = True
         return super().get_batch_iterator(dataset, max_tokens, max_sentences, **kwargs)
 
     def build_criterion(self, *args: Any, **kwargs: Any) -> Any:
@@ -306,21 +303,11 @@ class MultilingualTask(TranslatesDevelopmentSets, TranslationMultiSimpleEpochTas
 
     def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, constraints: Any = None) -> Any:
         """Makes a dataset of sentences that are typed in."""
-        dataset = super().build_dataset_for_inference(src_tokens, src_lengths, constraints)
+        dataset = super().build_dataset_for_inference(src_tokens, src_lengths, constraints=constraints)
         if not self.args.lang_tok_replacing_bos_eos:
             # With the language token, which stock fairseq forgets to count.
             dataset.src_sizes = dataset.sizes = np.array(dataset.src.sizes)
         return dataset
-
-    def build_generator(self, models: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
-        """Builds the search.
-
-        Raises:
-            UserError: it cannot keep to constraints.
-        """
-        if getattr(args, "constraints", None):
-            raise UserError("--constraints does not work with the tasks multilingual_*: leave it out")
-        return super().build_generator(models, args, *more, **kwargs)
 
     def inference_step(self, generator: Any, models: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         """Translates a batch; one of sentences that are too long to nothing."""

@@ -63,5 +63,5 @@ class ExpertKernel(Protocol):
             pairs: which token goes where.
             weights: of all experts.
             activation: elementwise function.
-            dropout: probability of zeroing a hidden unit; 0 outside of training.
+            dropout: probability of zeroing a hidden unit; 0 outside of training, unless dropout is kept.
         """

@@ -1,0 +1,256 @@
+"""What stock fairseq lacks when it translates, above all with multilingual tasks, from which ours are derived."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from argparse import Namespace
+from typing import Any
+
+import torch
+from fairseq.data import TransformEosLangPairDataset
+from fairseq.data.multilingual.multilingual_utils import get_lang_tok
+from fairseq.ngram_repeat_block import NGramRepeatBlock
+from fairseq.search import LexicallyConstrainedBeamSearch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .lengths import nothing
+
+logger = logging.getLogger(__name__)
+
+# What fairseq's parser gives for an option without its value.
+_NO_FILE = "@@ "
+
+
+def with_constraints(build_dataset_for_inference: Any) -> Any:
+    """Lets multilingual tasks carry the constraints of each sentence to the search, as stock ``translation`` does."""
+
+    @functools.wraps(build_dataset_for_inference)
+    def build(task: Any, src_tokens: Any, src_lengths: Any, constraints: Any = None) -> Any:
+        dataset = build_dataset_for_inference(task, src_tokens, src_lengths)
+        pairs(dataset).constraints = constraints
+        return dataset
+
+    return build
+
+
+def pairs(dataset: Any) -> Any:
+    """Gives the dataset of sentence pairs inside one that replaces their first or last tokens."""
+    return dataset.dataset if isinstance(dataset, TransformEosLangPairDataset) else dataset
+
+
+def whole_generator(build_generator: Any) -> Any:
+    """Gives the search of multilingual tasks what fairseq's other tasks give it: the tokens that a prefix allows, and a
+    language model that need not know the tokens of languages."""
+
+    @functools.wraps(build_generator)
+    def build(
+        task: Any,
+        models: Any,
+        args: Any,
+        seq_gen_cls: Any = None,
+        extra_gen_cls_kwargs: dict[str, Any] | None = None,
+        prefix_allowed_tokens_fn: Any = None,
+    ) -> Any:
+        if prefix_allowed_tokens_fn is not None:
+            args = Namespace(**dict(args), prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
+        extra = dict(extra_gen_cls_kwargs or {})
+        if extra.get("lm_model") is not None:
+            extra["lm_model"] = _knowing_languages(extra["lm_model"], task)
+        return build_generator(task, models, args, seq_gen_cls, extra)
+
+    return build
+
+
+def _knowing_languages(model: Any, task: Any) -> nn.Module:
+    known, needed = model.decoder.dictionary.symbols, task.target_dictionary.symbols
+    if known == needed:
+        return model
+    if known != needed[: len(known)]:
+        raise UserError(
+            f"--lm-path: the language model has another dictionary ({len(known)} entries) than the data: train it with "
+            f"the dict.txt of {task.args.data}"
+        )
+    _, decoder_token = task.args.langtoks["main"]
+    first = bool(decoder_token) and not task.args.lang_tok_replacing_bos_eos
+    return WithLanguages(model, len(needed) - len(known), first)
+
+
+class WithLanguages(nn.Module):
+    """A language model beside a translation model that has tokens of languages, which no text contains.
+
+    It reads the text without them, and gives to each of them the probability of its least probable token.
+
+    Args:
+        model: whose dictionary lacks them.
+        added: how many there are; they have the last numbers.
+        first: whether each translation begins with one, about which the language model says nothing.
+    """
+
+    def __init__(self, model: Any, added: int, first: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.added = added
+        self.first = first
+
+    def forward(self, tokens: Tensor) -> tuple[Any, bool]:
+        """Reads hypotheses.
+
+        Args:
+            tokens: (batch, length) so far.
+
+        Returns:
+            What the model gives, and whether the next token is a language's.
+        """
+        dictionary = self.model.decoder.dictionary
+        waits = self.first and tokens.size(1) == 1
+        if self.first and not waits:
+            tokens = torch.cat([tokens[:, :1], tokens[:, 2:]], dim=1)
+        return self.model(tokens.masked_fill(tokens >= len(dictionary), dictionary.eos())), waits
+
+    def get_normalized_probs(self, net_output: tuple[Any, bool], log_probs: bool, sample: Any = None) -> Tensor:
+        """Gives (batch, length, entries) probabilities, or their logarithms."""
+        output, waits = net_output
+        probabilities = self.model.get_normalized_probs(output, log_probs, sample)
+        least = probabilities.amin(dim=-1, keepdim=True)
+        whole = torch.cat([probabilities, least.expand(*least.shape[:-1], self.added)], dim=-1)
+        return torch.full_like(whole, 0.0 if log_probs else 1.0) if waits else whole
+
+
+def whole_inference_step(inference_step: Any) -> Any:
+    """Where ``--lang-tok-replacing-bos-eos`` is given, stock multilingual tasks drop the constraints on their way to
+    the search. See `blank_stays_blank` too."""
+
+    @functools.wraps(inference_step)
+    def step(
+        task: Any, generator: Any, models: Any, sample: Any, prefix_tokens: Any = None, constraints: Any = None
+    ) -> Any:
+        if constraints is not None and task.args.lang_tok_replacing_bos_eos:
+            generate = functools.partial(generator.generate, constraints=constraints)
+            generator = Namespace(generate=generate, search=generator.search)
+        return inference_step(task, generator, models, sample, prefix_tokens, constraints)
+
+    return blank_stays_blank(step)
+
+
+def blank_stays_blank(inference_step: Any) -> Any:
+    """Gives a source without text an empty translation; a model makes words of it."""
+
+    @functools.wraps(inference_step)
+    def step(task: Any, generator: Any, models: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        translations = inference_step(task, generator, models, sample, *args, **kwargs)
+        sources = sample["net_input"].get("src_tokens")
+        if hasattr(generator, "search") and sources is not None:  # else references are scored
+            blank = torch.isin(sources, torch.tensor(_no_text(task), device=sources.device)).all(dim=1)
+            for row in blank.nonzero().flatten().tolist():
+                translations[row : row + 1] = nothing(sources[row : row + 1], task.target_dictionary.eos())
+        return translations
+
+    return step
+
+
+def _no_text(task: Any) -> list[int]:
+    dictionary = task.source_dictionary
+    return [dictionary.bos(), dictionary.pad(), dictionary.eos(), *languages_of(task)]
+
+
+def languages_of(task: Any) -> list[int]:
+    """Gives the numbers of the tokens that name languages; none where a task has one direction."""
+    if not hasattr(task, "data_manager"):
+        return []
+    args = task.args
+    names = {
+        get_lang_tok(lang=language, lang_tok_style=args.lang_tok_style, spec=spec)
+        for language in task.langs
+        for spec in args.langtoks_specs
+    }
+    numbers = (task.target_dictionary.index(name) for name in names)
+    return [number for number in numbers if number != task.target_dictionary.unk()]
+
+
+class ConstrainedSearch(LexicallyConstrainedBeamSearch):
+    """fairseq's search with constraints, without its tracebacks."""
+
+    constraint_states: list[Any]
+
+    def init_constraints(self, batch_constraints: Tensor | None, beam_size: int) -> None:
+        """Takes the constraints of a batch.
+
+        Raises:
+            UserError: no sentence can have any.
+        """
+        if batch_constraints is None:
+            raise UserError(
+                "--constraints: the text has none, for prepared data cannot hold them; give fairseq-interactive "
+                "lines of a sentence and its constraints, with tabs between them"
+            )
+        super().init_constraints(batch_constraints, beam_size)
+
+    def step(self, step: int, lprobs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Chooses the next tokens. A translation that has its longest length ends, even without all constraints: stock
+        fairseq would then allow no token."""
+        others = lprobs.index_fill(-1, torch.tensor([self.eos], device=lprobs.device), -torch.inf)
+        if bool(torch.isneginf(others).all()):
+            if not all(state.finished for states in self.constraint_states for state in states):
+                logger.warning("a translation is as long as --max-len-b allows, and may lack some of its constraints")
+            self.constraint_states = []
+        return super().step(step, lprobs, *args, **kwargs)
+
+
+class RepeatBlock(NGramRepeatBlock):
+    """fairseq's ``--no-repeat-ngram-size``, which without a GPU compares with what is behind the last token."""
+
+    def _no_repeat_ngram(self, tokens: Tensor, lprobs: Tensor, bsz: int, beam_size: int, step: int) -> Tensor:
+        if self.no_repeat_ngram_size == 1:
+            return lprobs.scatter_(1, tokens[:, 1 : step + 1], -torch.inf)
+        blocked: Tensor = super()._no_repeat_ngram(tokens[:, : step + 1], lprobs, bsz, beam_size, step)
+        return blocked
+
+
+def mended_search(build_generator: Any) -> Any:
+    """Puts the classes above in the place of fairseq's."""
+
+    @functools.wraps(build_generator)
+    def build(task: Any, *args: Any, **kwargs: Any) -> Any:
+        generator = build_generator(task, *args, **kwargs)
+        search: Any = getattr(generator, "search", None)
+        blocker: Any = getattr(generator, "repeat_ngram_blocker", None)
+        if type(search) is LexicallyConstrainedBeamSearch:
+            generator.search = ConstrainedSearch(task.target_dictionary, search.representation)
+        if type(blocker) is NGramRepeatBlock:
+            generator.repeat_ngram_blocker = RepeatBlock(blocker.no_repeat_ngram_size)
+        return generator
+
+    return build
+
+
+def by_pairs(replace_unk: Any) -> Any:
+    """Stock fairseq replaces unknown words by an alignment in a form that it no longer has: now they are pairs of
+    places in the source and in the translation, whose first token may be a language's."""
+
+    @functools.wraps(replace_unk)
+    def replace(hypo_str: str, src_str: str, alignment: Any, align_dict: Any, unk: str) -> str:
+        words = hypo_str.split()
+        if unk not in words:
+            return hypo_str
+        if not len(alignment) or len(alignment[0]) != 2:
+            raise UserError("--replace-unk needs an alignment: add --print-alignment hard")
+        sources = {int(target): int(source) for source, target in alignment}
+        before = max(max(sources) + 1 - len(words), 0)
+        end = len(src_str.split())  # the place of the end of the sentence
+        places = [sources.get(number + before, end) for number in range(len(words))]
+        replaced: str = replace_unk(hypo_str, src_str, places, align_dict, unk)
+        return replaced
+
+    return replace
+
+
+def without_a_file(load_align_dict: Any) -> Any:
+    """``--replace-unk`` alone copies the source's words; stock fairseq looks for a file of the name ``@@``."""
+
+    @functools.wraps(load_align_dict)
+    def load(replace_unk: Any) -> Any:
+        return load_align_dict(True if replace_unk == _NO_FILE else replace_unk)
+
+    return load
