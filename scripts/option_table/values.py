@@ -324,7 +324,7 @@ NEEDS: dict[str, str] = {
     "--min-params-to-wrap": "--checkpoint-activations",
     "--sampling-temperature": "--sampling-method temperature",
     "--virtual-data-size": "--virtual-epoch-size 60",
-    "--extra-lang-pairs": "--extra-data {'mined':'{data}'}",
+    "--extra-lang-pairs": "--extra-data \"{'mined': '{data}'}\"",
     "--eval-bleu-args": "--eval-bleu",
     "--eval-bleu-detok": "--eval-bleu",
     "--eval-bleu-detok-args": "--eval-bleu",
