@@ -275,10 +275,9 @@ def test_a_folder_in_which_a_program_still_works_is_waited_for(tmp_path: Path) -
     study = make_study(tmp_path)
     study.results.mkdir()
     run = Program(study, study.plan.rows[0], 1)
-    run.folder.mkdir(parents=True)
     started = run.folder / "started"
-    hold = f"import fcntl, pathlib, time; f = open({str(run.folder / '.lock')!r}, 'wb'); fcntl.flock(f, 2); "
-    hold += f"pathlib.Path({str(started)!r}).touch(); time.sleep(1.5)"
+    hold = f"import pathlib, time\nfrom xmoe_fairseq import locks\nwith locks.held({str(run.folder)!r}):\n"
+    hold += f" pathlib.Path({str(started)!r}).touch(); time.sleep(1.5)"
     begin = time.monotonic()
     orphan = subprocess.Popen([sys.executable, "-c", hold])
     while not started.exists():
