@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.criterions.threshold_routing import LOSSES
+from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Figure, draw, number
 from xmoe_fairseq.report.logs import EPOCH, INNER, Training, find_logs, read_training
 
