@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import guard
 from ..errors import UserError
+from ..literals import NotLiteral
 from . import options, reading
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,10 @@ def sound_models(load_model_ensemble_and_task: Any) -> Any:
             reading.check_whole(state, path)
             options.check(state, path)
             options.check_complete(state, path)
-        models, cfg, task = load_model_ensemble_and_task(filenames, *args, **kwargs)
+        try:
+            models, cfg, task = load_model_ensemble_and_task(filenames, *args, **kwargs)
+        except NotLiteral as error:
+            raise UserError(f"checkpoint {joined} is refused: among its options, {error.message}") from error
         for filename, model in zip(filenames, models, strict=True):
             check_finite(model, filename)
         return models, cfg, task

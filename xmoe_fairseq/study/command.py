@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from .. import locks
 from ..arguments import CommandParser, comma_list, quiet_libraries
 from ..errors import UserError
-from ..evaluation.outputs import replacing
+from ..evaluation.outputs import replacing_set
 from ..evaluation.result_folder import read_json, write_json
 from ..evaluation.sweep_plot import save
 from .claims import test_claims
@@ -73,16 +72,12 @@ def write_page(study: Study) -> None:
         speed=read_json(speed, "measure the speed again")["ratios"] if speed.is_file() else {},
     )
     figures = {"curves": draw_curves, "experts": draw_experts, "quality": draw_quality}
-    with ExitStack() as written:
-        paths = {
-            name: written.enter_context(replacing(study.results / name))
-            for name in ("results.md", "results.tsv", *(f"{name}.{end}" for name in figures for end in ("png", "svg")))
-        }
-        paths["results.md"].write_text(render_markdown(results), encoding="utf-8")
-        paths["results.tsv"].write_text(render_tsv(results), encoding="utf-8")
+    with replacing_set(study.results / "results.json") as new:
+        (new / "results.md").write_text(render_markdown(results), encoding="utf-8")
+        (new / "results.tsv").write_text(render_tsv(results), encoding="utf-8")
         for name, draw in figures.items():
-            save(draw(rows), paths[f"{name}.png"], paths[f"{name}.svg"])
-        write_json(study.results / "results.json", results.as_json())
+            save(draw(rows), new / f"{name}.png", new / f"{name}.svg")
+        write_json(new / "results.json", results.as_json())
 
 
 def _seeds(words: Sequence[str]) -> list[int]:
