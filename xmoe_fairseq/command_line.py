@@ -8,7 +8,7 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -156,8 +156,14 @@ def checked_yaml(add_defaults: Any) -> Any:
 
 def _check_names(cfg: Any) -> None:
     from fairseq import models, tasks
+    from fairseq.dataclass.configs import FairseqConfig
     from fairseq.registry import REGISTRIES
 
+    # What is added with a plus, hydra does not look at. The last name is the one that fairseq adds.
+    sections = FairseqConfig.__dataclass_fields__
+    _check_known("", cfg, {*sections, "job_logging_cfg"})
+    for kind, section in sections.items():
+        _check_known(f"{kind}.", cfg.get(kind), getattr(section.type, "__dataclass_fields__", None))
     known = {
         "task": tasks.TASK_REGISTRY,
         "model": {**models.MODEL_REGISTRY, **models.ARCH_MODEL_REGISTRY},
@@ -168,6 +174,12 @@ def _check_names(cfg: Any) -> None:
         name = section if isinstance(section, str) else getattr(section, "_name", None)
         if isinstance(name, str) and name not in names:
             raise UserError(f"{kind}._name: {name} is unknown{_meant(name, names)}")
+
+
+def _check_known(place: str, values: Any, known: Collection[str] | None) -> None:
+    for name in values if isinstance(values, Mapping) and known is not None else ():
+        if name not in known:
+            raise UserError(f"{place}{name} is unknown{_meant(str(name), known)}")
 
 
 def _yaml_line(error: Any) -> str:

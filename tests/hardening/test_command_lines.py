@@ -98,6 +98,9 @@ def test_good_model_overrides_are_taken(toy_run: Path, toy_data: Path) -> None:
 YAML = {
     "unknown option": (("+model.moe_treshold=0.5",), "moe_treshold.*did you mean moe_threshold"),
     "unknown option of the task": (("+task.batch_pool_sise=5",), "batch_pool_sise.*did you mean batch_pool_size"),
+    "unknown option of fairseq": (("+dataset.max_token=5",), "dataset.max_token is unknown: did you mean max_tokens"),
+    "unknown option of a checkpoint": (("+checkpoint.save_dirr=x",), "save_dirr is unknown: did you mean save_dir"),
+    "unknown section": (("+optimisation.max_update=5",), "optimisation is unknown: did you mean optimization"),
     "choice": (("+model.moe_router=nope",), "moe_router.*nope.*threshold"),
     "type": (("model.moe_threshold=seven",), "moe_threshold.*seven"),
     "architecture": (("model._name=xmoe_transformer_tinny",), "model.*xmoe_transformer_tinny is unknown: did you mean"),
