@@ -168,7 +168,7 @@ def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
     @functools.wraps(load_checkpoint_to_cpu)
     def load(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
         from . import identity
-        from .checkpoints import language_tokens, options
+        from .checkpoints import language_tokens, loading, options
         from .processes.state import own_experts
 
         local = reading.local_path(path)
@@ -177,6 +177,7 @@ def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
         options.check(found, path)
         state = load_checkpoint_to_cpu(path, arg_overrides, load_on_all_ranks)
         shards.join(state, local)
+        loading.forget_files(state, arg_overrides)
         identity.checkpoint_read.set(local)
         state["last_optimizer_state"] = state.get("last_optimizer_state") or None
         if not isinstance(state.get("task_state"), dict):  # fairseq's older versions wrote none
