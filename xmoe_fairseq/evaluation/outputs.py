@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..directions import Direction
 from ..errors import UserError
+from ..files import read_file
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ def read_lines(path: Path, what: str) -> list[str]:
         UserError: the file is missing, unreadable or not UTF-8; ``what`` names it.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_file(path).decode("utf-8")
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ from .. import locks
 from ..arguments import CommandParser, bounded, file_path, quiet_libraries
 from ..errors import UserError, printable
 from ..evaluation.outputs import check_no_folders, check_writable, finish_replacing, replacing_all
+from ..files import read_file
 from ..run_folder import find_checkpoint
 from ..schema import json_text
 from .gather import Model, build_report
@@ -116,7 +117,7 @@ def _check_own(files: Sequence[Path]) -> None:
     """
     there = [path for path in files if os.path.lexists(path)]
     try:
-        known = json.loads(files[2].read_bytes()).keys()
+        known = json.loads(read_file(files[2])).keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         known = set()
     if there and not known >= _OWN:

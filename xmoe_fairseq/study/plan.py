@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 
 from ..errors import UserError
+from ..files import read_file
 from ..schema import build
 
 # A row's name is part of file names.
@@ -123,7 +124,7 @@ def read_plan(path: Path) -> StudyPlan:
         UserError: the file is missing or no YAML, or an entry is missing, unknown or of the wrong type.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_file(path).decode())
     except OSError as error:
         raise UserError(f"cannot read the study's rows {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
