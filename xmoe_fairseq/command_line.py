@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import functools
 import os
@@ -163,7 +164,8 @@ def _check_names(cfg: Any) -> None:
     sections = FairseqConfig.__dataclass_fields__
     _check_known("", cfg, {*sections, "job_logging_cfg"})
     for kind, section in sections.items():
-        _check_known(f"{kind}.", cfg.get(kind), getattr(section.type, "__dataclass_fields__", None))
+        if dataclasses.is_dataclass(section.type):
+            _check_known(f"{kind}.", cfg.get(kind), section.type.__dataclass_fields__)
     known = {
         "task": tasks.TASK_REGISTRY,
         "model": {**models.MODEL_REGISTRY, **models.ARCH_MODEL_REGISTRY},
@@ -176,8 +178,8 @@ def _check_names(cfg: Any) -> None:
             raise UserError(f"{kind}._name: {name} is unknown{_meant(name, names)}")
 
 
-def _check_known(place: str, values: Any, known: Collection[str] | None) -> None:
-    for name in values if isinstance(values, Mapping) and known is not None else ():
+def _check_known(place: str, values: Any, known: Collection[str]) -> None:
+    for name in values if isinstance(values, Mapping) else ():
         if name not in known:
             raise UserError(f"{place}{name} is unknown{_meant(str(name), known)}")
 
