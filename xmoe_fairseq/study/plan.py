@@ -127,7 +127,7 @@ def read_plan(path: Path) -> StudyPlan:
         values = yaml.safe_load(read_file(path).decode())
     except OSError as error:
         raise UserError(f"cannot read the study's rows {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     plan = build(StudyPlan, values, str(path), "write it like configs/study/rows.yaml")
     _check(plan, path)
