@@ -44,8 +44,7 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     quiet_libraries()
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs} is out of range: it must be at least 1")
+    check_range("--jobs", args.jobs, 1000)
     study = read_study(args)
     runs = runs_of(study, args.models, _seeds(args.seeds))
     with locks.held(study.results):
@@ -80,13 +79,24 @@ def write_page(study: Study) -> None:
         write_json(new / "results.json", results.as_json())
 
 
+def check_range(option: str, value: int, most: int) -> None:
+    """Refuses a number of what there must be some of, but not any number.
+
+    Raises:
+        UserError: it is less than 1, or more than ``most``.
+    """
+    if not 1 <= value <= most:
+        shown = str(value) if abs(value) < 10**30 else "with so many digits"
+        raise UserError(f"{option} {shown} is out of range: it must be in [1, {most}]")
+
+
 def _seeds(words: Sequence[str]) -> list[int]:
     try:
         seeds = [int(word) for word in words]
     except ValueError as error:
         raise UserError(f"--seeds {','.join(words)} is refused: give whole numbers, such as 1,2,3") from error
-    if len(set(seeds)) < len(seeds) or not seeds or min(seeds) < 0:
-        raise UserError(f"--seeds {','.join(words)} is refused: give each once, 0 or more, such as 1,2,3")
+    if len(set(seeds)) < len(seeds) or not seeds or min(seeds) < 0 or max(seeds) >= 2**32:  # NumPy takes no others
+        raise UserError(f"--seeds {','.join(words)[:100]} is refused: give each once, in [0, 2^32), such as 1,2,3")
     return seeds
 
 
@@ -123,9 +133,8 @@ def read_study(args: argparse.Namespace) -> Study:
     Raises:
         UserError: a number is out of range, or the rows are refused.
     """
-    for name in ("updates", "beam"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is out of range: it must be at least 1")
+    for name, most in (("updates", 10**9), ("beam", 1000)):
+        check_range(f"--{name}", getattr(args, name), most)
     return Study(
         rows=args.rows,
         plan=read_plan(args.rows),
