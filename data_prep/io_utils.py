@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import gzip
 import hashlib
 import os
@@ -197,20 +196,3 @@ def new_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder for the length of the block; leaves no file behind.
-
-    Raises:
-        UserError: where another run is at work there.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"another run is preparing {folder}: wait for it, or choose another --out") from error
-    finally:
-        os.close(descriptor)

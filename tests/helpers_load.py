@@ -1,9 +1,10 @@
-"""Peak memory and processor time of ``xmoe score`` and ``xmoe compare`` on long test sets, without a model.
+"""Peak memory and processor time of ``xmoe score``, ``compare`` and ``report`` on much text, without a model.
 
 .. code-block:: bash
 
     python tests/helpers_load.py score 200000
     python tests/helpers_load.py compare 200000 --samples 1000
+    python tests/helpers_load.py report 500 --directions 188 --log 100
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 WORDS = [f"{first}{second}" for first in "ka lo mi pe tu sar ven dor".split() for second in "ta ri no lem gus".split()]
-LANGUAGES = ("ca", "sw")
+# Out of English; the others are made up.
+LANGUAGES = ("ca", "sw", *(f"x{first}{second}" for first in "abcdefghij" for second in "abcdefghijklmnopqrstuvwxyz"))
 
 
 def lines(count: int, seed: int) -> list[str]:
@@ -73,15 +75,52 @@ def write_systems(folder: Path, count: int, languages: Sequence[str]) -> list[Pa
     return systems
 
 
-def measure(command: str, count: int, directions: int, samples: int) -> dict[str, float]:
+def write_log(path: Path, mib: int) -> None:
+    """Writes what fairseq-train logs in so many MiB."""
+    names = [f"{stack}_{name}" for stack in ("enc", "dec") for name in ("experts", "rc", "balance_loss", "load_cv")]
+    with path.open("w") as file:
+        update = 0
+        while file.tell() < mib << 20:
+            update += 10
+            values = {"loss": 9 - update * 1e-7, "ppl": 5.0, **dict.fromkeys(names, 1.5), "num_updates": update}
+            shown = json.dumps({"epoch": 1, "update": 0.1} | {name: str(value) for name, value in values.items()})
+            file.write(f"2026-01-01 00:00:00 | INFO | train_inner | {shown}\n")
+
+
+def report(run: Path, data: Path) -> None:
+    """Runs ``xmoe report`` with the checkpoint of a dense model that nobody reads."""
+    from xmoe_fairseq.checkpoints.summary import Summary
+    from xmoe_fairseq.report import command
+    from xmoe_fairseq.report.gather import Model
+    from xmoe_fairseq.report.settings import Settings
+
+    class Dense(Model):
+        def settings(self) -> Settings:
+            summary = Summary("some_arch", 500, 2, 1000, 500, {}, "float32", True, {str(self.checkpoint): 9})
+            return Settings(summary, {"model": {"_name": "some_arch"}})
+
+        def usage(self) -> list[Any]:
+            return []
+
+        def trace(self, samples: Any) -> list[Any]:
+            return []
+
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/checkpoint_best.pt").touch()
+    command.main([str(run), "--data", str(data), "--quiet"], Dense)
+
+
+def measure(command: str, count: int, directions: int, samples: int, log: int = 0) -> dict[str, float]:
     """Runs a command and gives its memory in MiB, at its peak and before it starts, and its processor time."""
     from xmoe_fairseq import cli
 
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name)
-        if command == "score":
+        if command != "compare":
             data, run = write_run(folder, count, LANGUAGES[:directions])
             words = ["score", str(run), "--data", str(data)]
+            if log:
+                write_log(run / "train.log", log)
         else:
             words = [
                 "compare",
@@ -91,7 +130,10 @@ def measure(command: str, count: int, directions: int, samples: int) -> dict[str
             ]
         # What the preparation took is given back before the peak is looked at; the least peak is that of the imports.
         before, start = _resident(), time.process_time()
-        cli.main([*words, "--quiet"])
+        if command == "report":
+            report(run, data)
+        else:
+            cli.main([*words, "--quiet"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"before": before, "peak": peak, "seconds": time.process_time() - start}
 
@@ -103,13 +145,14 @@ def _resident() -> float:
 
 def main() -> None:
     """Prints the figures."""
-    parser = argparse.ArgumentParser(description="memory and time of xmoe score and compare")
-    parser.add_argument("command", choices=("score", "compare"))
+    parser = argparse.ArgumentParser(description="memory and time of xmoe score, compare and report")
+    parser.add_argument("command", choices=("score", "compare", "report"))
     parser.add_argument("lines", type=int)
-    parser.add_argument("--directions", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--directions", type=int, choices=range(1, len(LANGUAGES) + 1), metavar="N", default=2)
+    parser.add_argument("--samples", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--log", type=int, default=0, metavar="MIB", help="size of the log of a report")
     args = parser.parse_args()
-    found = measure(args.command, args.lines, args.directions, args.samples)
+    found = measure(args.command, args.lines, args.directions, args.samples, args.log)
     figures = ", ".join(f"{name} {value:,.0f}" for name, value in found.items())
     print(f"{args.command}, {args.lines:,} lines in each of {args.directions}: {figures}")
 

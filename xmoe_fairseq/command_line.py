@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import functools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from .benchmarks import BY_TASK
 from .checkpoints import language_tokens, reading
 from .directions import read_file
 from .errors import UserError
+from .ranges import check_numbers
 
 _CHOICE = re.compile(r"argument (?P<option>[^:]+): invalid choice: '?(?P<value>.*?)'? \(choose from (?P<choices>.*)\)")
 # Values of --post-process that leave no space between pieces.
@@ -39,6 +41,7 @@ def checked(parse_args_and_arch: Any) -> Any:
         parser.error = functools.partial(refuse, parser)  # type: ignore[method-assign]
         result = parse_args_and_arch(parser, input_args, *args, **kwargs)
         parsed = result[0] if isinstance(result, tuple) else result
+        check_numbers(vars(parsed))
         _read_files(parsed, getattr(parsed, "task", None))
         _check_pieces(parsed)
         _check_results_path(parsed)
@@ -100,6 +103,7 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
             message += ": tasks multilingual_* read languages and dictionary from the data folder, so leave it out"
         else:
             message += _meant(unknown[0], parser._option_string_actions)
+    message = message.replace("invalid <lambda> value", "not of the right form")
     raise UserError(f"{message[:_SHOWN]}; see {os.path.basename(parser.prog)} --help")
 
 
@@ -156,8 +160,17 @@ def checked_yaml(add_defaults: Any) -> Any:
 
 def _check_names(cfg: Any) -> None:
     from fairseq import models, tasks
+    from fairseq.dataclass.configs import FairseqConfig
     from fairseq.registry import REGISTRIES
 
+    # What is added with a plus, hydra does not look at. The last name is the one that fairseq adds.
+    sections = FairseqConfig.__dataclass_fields__
+    _check_known("", cfg, {*sections, "job_logging_cfg"})
+    for kind, section in sections.items():
+        if isinstance(cfg.get(kind), Mapping):
+            check_numbers({str(name): value for name, value in cfg[kind].items()})
+        if dataclasses.is_dataclass(section.type):
+            _check_known(f"{kind}.", cfg.get(kind), section.type.__dataclass_fields__)
     known = {
         "task": tasks.TASK_REGISTRY,
         "model": {**models.MODEL_REGISTRY, **models.ARCH_MODEL_REGISTRY},
@@ -168,6 +181,12 @@ def _check_names(cfg: Any) -> None:
         name = section if isinstance(section, str) else getattr(section, "_name", None)
         if isinstance(name, str) and name not in names:
             raise UserError(f"{kind}._name: {name} is unknown{_meant(name, names)}")
+
+
+def _check_known(place: str, values: Any, known: Collection[str]) -> None:
+    for name in values if isinstance(values, Mapping) else ():
+        if name not in known:
+            raise UserError(f"{place}{name} is unknown{_meant(str(name), known)}")
 
 
 def _yaml_line(error: Any) -> str:

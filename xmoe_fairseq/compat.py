@@ -197,6 +197,7 @@ def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
         shards.join(state, local)
         if averages:
             loading.with_averages(state, path)
+        loading.forget_files(state, arg_overrides)
         identity.checkpoint_read.set(local)
         state["last_optimizer_state"] = state.get("last_optimizer_state") or None
         if not isinstance(state.get("task_state"), dict):  # fairseq's older versions wrote none

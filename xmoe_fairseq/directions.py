@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import read_file as read_bytes
 
 # A code becomes part of the names of files.
 CODE = "[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*"
@@ -174,7 +175,7 @@ def read_names(folder: str | Path, file: str) -> list[str]:
     """
     path = Path(folder, file)
     try:
-        lines = path.read_bytes().decode().split("\n")
+        lines = read_bytes(path).decode().split("\n")
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): prepare the data again") from error
     except UnicodeDecodeError as error:

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from .errors import UserError
 
@@ -147,7 +147,7 @@ def _line(error: BaseException) -> str:
         return text
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     log = _write_log(error)
-    if module.partition(".")[0] in ("fairseq", "fairseq_cli"):
+    if _program(error) in ("fairseq", "fairseq_cli"):
         return f"fairseq cannot go on ({what}): check the options and the data; {log} has the details"
     return f"this is a fault of xmoe_fairseq ({what}): please report it with {log}, which has the traceback"
 
@@ -159,10 +159,21 @@ def is_no_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
 
 
+def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
+    return list(traceback.walk_tb(error.__traceback__))
+
+
 def _origin(error: BaseException) -> str:
     """Names the module in which an exception was raised."""
-    frames = list(traceback.walk_tb(error.__traceback__))
+    frames = _frames(error)
     return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+
+
+def _program(error: BaseException) -> str:
+    """Names whose code, fairseq's or this package's, ran last, whatever library it called."""
+    packages = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame, _ in _frames(error)]
+    ours = [package for package in packages if package in ("fairseq", "fairseq_cli", __package__)]
+    return ours[-1] if ours else ""
 
 
 def _write_log(error: BaseException) -> str:

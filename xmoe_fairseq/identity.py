@@ -18,6 +18,7 @@ import sentencepiece
 
 from . import schema
 from .errors import UserError
+from .files import check_regular, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def of_split(folder: Path, split: str) -> str:
     """Gives the checksum of the binary text of a split, all directions."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob(f"{split}.*.bin")):
+        check_regular(path)
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:_DIGITS]
@@ -202,7 +204,6 @@ def _warn_once(line: str) -> None:
 def _lines(folder: str, name: str) -> list[bytes]:
     path = os.path.join(folder, name)
     try:
-        with open(path, "rb") as file:
-            return [line.strip() for line in file.read().split(b"\n") if line.strip()]
+        return [line.strip() for line in read_file(path).split(b"\n") if line.strip()]
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): prepare the data again") from error

@@ -27,6 +27,10 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 }
 
 
+class NotLiteral(UserError):
+    """Something else than a literal, such as a call."""
+
+
 def install() -> None:
     """Replaces ``eval`` in the modules of fairseq; calling it again includes those that were imported since."""
     for name, module in list(sys.modules.items()):
@@ -42,7 +46,7 @@ def literal(text: Any) -> Any:
 
     Raises:
         TypeError: it is no text, as ``eval`` says it.
-        UserError: it is something else, such as a call.
+        NotLiteral: it is something else, such as a call.
     """
     if not isinstance(text, str):
         raise TypeError(f"a literal is read from text, not from {type(text).__name__}")
@@ -52,7 +56,7 @@ def literal(text: Any) -> Any:
         return _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
         shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-        raise UserError(
+        raise NotLiteral(
             f"{shown!r} is not a literal, and nothing else is read where an option is written as Python: "
             "give numbers, strings, lists, tuples or dictionaries, such as (0.9, 0.98)"
         ) from error

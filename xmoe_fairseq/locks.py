@@ -34,6 +34,10 @@ _SHOWN, _READ = 100, 4096
 _held: dict[str, int] = {}
 
 
+class Held(UserError):
+    """Another program holds what is asked for."""
+
+
 @dataclass(frozen=True)
 class _Holder:
     """Who holds a lock, for the message to whoever comes second."""
@@ -59,7 +63,8 @@ def held(path: str | Path, file: bool = False) -> Iterator[int]:
         The lock's descriptor: a program that inherits it holds the lock as well.
 
     Raises:
-        UserError: another program holds it, or the folder cannot be written to.
+        Held: another program holds it.
+        UserError: the folder cannot be written to.
     """
     path = Path(path)
     name = os.path.realpath(path.with_name(f".{path.name}.lock") if file else path / LOCK)
@@ -83,7 +88,8 @@ def hold(folder: str | Path) -> None:
     """Holds a folder that is there until `release_all`, or the end of the process.
 
     Raises:
-        UserError: another program holds it, or the folder cannot be written to.
+        Held: another program holds it.
+        UserError: the folder cannot be written to.
     """
     name = os.path.realpath(Path(folder) / LOCK)
     if name not in _held:
@@ -117,7 +123,7 @@ def _acquire(name: str, path: Path) -> int:
         except BlockingIOError as error:
             holder = _read_note(descriptor)
             os.close(descriptor)
-            raise UserError(f"{path} is being written by {holder}: wait for it to end, or choose another") from error
+            raise Held(f"{path} is being written by {holder}: wait for it to end, or choose another") from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise _not_writable(path, error) from error

@@ -92,7 +92,7 @@ def test_a_folder_in_the_place_of_a_figure(folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("one_figure")
 def test_what_a_killed_one_left_is_removed(folder: Path, tmp_path: Path) -> None:
-    left = tmp_path / "out/.analysis.tmp"
+    left = tmp_path / "out/.analysis.new"
     left.mkdir(parents=True)
     (left / "layers.tsv").write_text("half")
     main(words(folder, tmp_path / "out", "--pairs", "en-xx"))

@@ -104,6 +104,8 @@ BAD: dict[str, tuple[Callable[[State], None], str]] = {
     "a value of elsewhere": (task(data="${oc.env:HOME}"), "stands for the value of something else"),
     "a list in itself": (task(lang_pairs=endless()), "nested or repeated without end"),
     "a list of lists of lists": (model(activation_fn=repeated()), "nested or repeated without end"),
+    "layers to keep that are text": (model(encoder_layers_to_keep="9"), "'9', it must be a list, each a whole number"),
+    "a list of text": (model(adaptive_softmax_cutoff=["x"]), "adaptive_softmax_cutoff is .*'x'.* it must be a list"),
     "a tensor among the options": (model(dropout=torch.zeros(3)), "dropout is a Tensor"),
     "options that are a number": (set_to(5, "cfg"), "its options are 5"),
     "a model section that is text": (set_to("xmoe_transformer", "cfg", "model"), "its options are 'xmoe_transf"),
@@ -167,6 +169,18 @@ def test_a_good_checkpoint_is_read(toy_run: Path, toy_data: Path) -> None:
     saved = torch.load(path, weights_only=True)
     assert cfg.model._name == saved["cfg"]["model"]["_name"] == "xmoe_transformer_tiny"
     assert all(torch.equal(loaded.state_dict()[name], saved["model"][name]) for name in saved["model"])
+
+
+def test_files_of_embeddings_that_a_checkpoint_names_are_not_opened(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    path = str(changed(toy_run, tmp_path, model(encoder_embed_path="/dev/zero", decoder_embed_path="gone.txt")))
+    (loaded,), cfg, _ = checkpoint_utils.load_model_ensemble_and_task([path], {"data": str(toy_data)})
+    assert cfg.model.encoder_embed_path is None and loaded.encoder.embed_tokens.weight.isfinite().all()
+    with pytest.raises(UserError, match=r"gone\.txt"):
+        checkpoint_utils.load_model_ensemble_and_task(
+            [path], {"data": str(toy_data), "decoder_embed_path": str(tmp_path / "gone.txt")}
+        )
 
 
 TEXT_MODELS = ("transformer_tiny", "lstm", "fconv_iwslt_de_en", "lightconv_iwslt_de_en", "transformer_align")

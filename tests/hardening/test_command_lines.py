@@ -51,6 +51,8 @@ WORDS = {
     "a kernel": (("--moe-kernel", "triton", "--activation-dropout", "0.1"), "error: .*triton.*dropout"),
     "memory": (("--moe-num-experts", "1000000000"), "out of range"),
     "more memory than there is": (("--moe-num-experts", "10000000"), "the model needs .* GiB .* this machine has"),
+    "a seed": (("--seed", "-1"), r"--seed -1 is out of range: it must be in \[0, 4294967295\]"),
+    "a list of numbers": (("--lr", "0.1,x"), "argument --lr.*: not of the right form: '0.1,x'"),
     "NaN": (("--lr", "1e30", "--warmup-updates", "1", "--max-update", "30"), r"diverged in update \d .* smaller --lr"),
 }
 
@@ -68,6 +70,44 @@ def test_training(words: tuple[str, ...], message: str, toy_data: Path, tmp_path
 def test_stock_options_that_the_data_folder_answers(option: str, toy_data: Path) -> None:
     with pytest.raises(UserError, match=f"arguments: {option} x: .* from the data folder, so leave it out"):
         parse(toy_data, "--task", "multilingual_local", option, "x")
+
+
+NUMBERS = {
+    "seed": ("1" + "0" * 40, "-1"),
+    "num_workers": ("-1",),
+    "lr": ("-1", "0.1,-1", "1e31"),
+    "update_freq": ("0", "4,0"),
+    "label_smoothing": ("5", "nan", "-0.1"),
+    "clip_norm": ("nan", "-1"),
+    "dropout": ("5", "nan"),
+    "sampling_temperature": ("0", "-1"),
+    "adam_eps": ("nan",),  # has no range
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_without_a_meaning(name: str, toy_data: Path) -> None:
+    flag = "--" + name.replace("_", "-")
+    for value in NUMBERS[name]:
+        words = [str(toy_data), *TRAIN_ARGS, "--arch", "xmoe_transformer_tiny", f"{flag}={value}"]
+        with pytest.raises(UserError, match=rf"{flag} .* is out of range: it must be (in \[|a number)") as error:
+            options.parse_args_and_arch(options.get_training_parser(), words)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("betas", ["(2,3)", "(0.9,)", "'ab'", "0.9", "(0.9, 'x')"])
+def test_betas_without_a_meaning(betas: str, toy_data: Path) -> None:
+    words = [str(toy_data), *TRAIN_ARGS, "--arch", "xmoe_transformer_tiny", "--adam-betas", betas]
+    with pytest.raises(UserError, match=r"--adam-betas .* is out of range: give two numbers in \[0, 1\)"):
+        options.parse_args_and_arch(options.get_training_parser(), words)
+
+
+@pytest.mark.parametrize(
+    "words", [("--beam", "0"), ("--lenpen", "nan"), ("--nbest", "0"), ("--max-len-b", "-1"), ("--sampling-topp", "5")]
+)
+def test_numbers_of_translation_without_a_meaning(words: tuple[str, str], toy_data: Path) -> None:
+    with pytest.raises(UserError, match=rf"{words[0]} {words[1]}(\.0)? is out of range"):
+        parse(toy_data, *words)
 
 
 OVERRIDES = {
@@ -98,6 +138,10 @@ def test_good_model_overrides_are_taken(toy_run: Path, toy_data: Path) -> None:
 YAML = {
     "unknown option": (("+model.moe_treshold=0.5",), "moe_treshold.*did you mean moe_threshold"),
     "unknown option of the task": (("+task.batch_pool_sise=5",), "batch_pool_sise.*did you mean batch_pool_size"),
+    "unknown option of fairseq": (("+dataset.max_token=5",), "dataset.max_token is unknown: did you mean max_tokens"),
+    "unknown option of a checkpoint": (("+checkpoint.save_dirr=x",), "save_dirr is unknown: did you mean save_dir"),
+    "unknown section": (("+optimisation.max_update=5",), "optimisation is unknown: did you mean optimization"),
+    "seed": (("common.seed=-1",), "--seed -1 is out of range"),
     "choice": (("+model.moe_router=nope",), "moe_router.*nope.*threshold"),
     "type": (("model.moe_threshold=seven",), "moe_threshold.*seven"),
     "architecture": (("model._name=xmoe_transformer_tinny",), "model.*xmoe_transformer_tinny is unknown: did you mean"),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fairseq_cli import generate, interactive, validate
-from helpers_identity import PAIRS, prepared
+from fairseq_cli import generate
+from helpers_identity import COMMANDS, PAIRS, generate_words, prepared, program
 from helpers_training import MODEL, train
 
 from xmoe_fairseq import cli, identity
@@ -20,8 +19,8 @@ from xmoe_fairseq.evaluation.usage import measure
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory.mktemp("one"), "abcdefgh")
+def data(small_data: Path) -> Path:
+    return small_data
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +30,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(data / "bin", tmp_path_factory.mktemp("trained"), 2, *MODEL).save / "checkpoint_last.pt"
+def checkpoint(small_model: Path) -> Path:
+    return small_model
 
 
 def changed(checkpoint: Path, path: Path, value: Any) -> Path:
@@ -43,31 +42,6 @@ def changed(checkpoint: Path, path: Path, value: Any) -> Path:
         state["task_state"][identity.KEY] = value
     torch.save(state, path)
     return path
-
-
-def program(main: Any, *words: str | Path) -> None:
-    """Runs one of fairseq's programs in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [main.__module__, *map(str, words)])
-        main()
-
-
-def generate_words(data: Path, checkpoint: Path, *more: str | Path) -> list[str | Path]:
-    model = ("--bpe", "sentencepiece_bytes", "--sentencepiece-model", data / "bin/spm.model")
-    task = (data / "bin", "--user-dir", "xmoe_fairseq", "--task", "multilingual_local", "--cpu", "--num-workers", "0")
-    return [
-        *task,
-        "--source-lang",
-        "en",
-        "--target-lang",
-        "de",
-        "--path",
-        checkpoint,
-        "--max-len-b",
-        "3",
-        *model,
-        *more,
-    ]
 
 
 def test_what_a_checkpoint_keeps(data: Path, other: Path, checkpoint: Path) -> None:
@@ -85,28 +59,6 @@ def test_counts_and_places_do_not_matter(data: Path, tmp_path: Path) -> None:
     assert one | {"folder": ""} == two | {"folder": ""}
     again = prepared(tmp_path / "again", "abcdefgh")  # the file of SentencePiece names the place
     assert identity.of_folder(str(again / "bin")).as_plain() | {"folder": ""} == one | {"folder": ""}
-
-
-COMMANDS: dict[str, Any] = {
-    "generate": lambda data, model, out: program(generate.cli_main, *generate_words(data, model)),
-    "interactive": lambda data, model, out: program(interactive.cli_main, *generate_words(data, model)),
-    "validate": lambda data, model, out: program(
-        validate.cli_main, *generate_words(data, model)[:8], "--path", model, "--max-tokens", "400"
-    ),
-    "score": lambda data, model, out: cli.main(
-        ["score", str(data), "--checkpoint", str(model), "--out", str(out), "--quiet"]
-    ),
-    "sweep": lambda data, model, out: cli.main(
-        ["sweep", "--data", str(data), "--checkpoint", str(model), "--out", str(out), "--thresholds", "0.5", "--quiet"]
-    ),
-    "analyze": lambda data, model, out: cli.main(
-        ["analyze", "--data", str(data), "--checkpoint", str(model), "--out", str(out), "--quiet"]
-    ),
-    "report": lambda data, model, out: cli.main(
-        ["report", str(out.parent), "--data", str(data), "--checkpoint", str(model), "--quiet"]
-    ),
-    "info": lambda data, model, out: measure(model, data / "bin"),
-}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

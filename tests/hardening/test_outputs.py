@@ -3,7 +3,9 @@ there is not damaged."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,14 @@ from helpers_scoring import FakeTranslator, fake_translator, spoil, write_checkp
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation import outputs
-from xmoe_fairseq.evaluation.outputs import check_writable, replacing, replacing_all
+from xmoe_fairseq.evaluation.outputs import (
+    check_replaced,
+    check_writable,
+    finish_replacing,
+    replacing,
+    replacing_all,
+    replacing_set,
+)
 
 SCORE, SWEEP = ("score", "data", "--checkpoint", "c.pt"), ("sweep", "--data", "data", "--checkpoint", "c.pt")
 COMMANDS = {"score": SCORE, "sweep": (*SWEEP, "--thresholds", "0.2,0.6")}
@@ -109,14 +118,16 @@ def test_a_full_disk_leaves_what_is_finished(
     stock = Path.write_text
 
     def full(path: Path, *args: Any, **kwargs: Any) -> int:
-        if path.name.startswith((".scores.tsv", ".sweep.tsv")):
+        if path.name in ("scores.tsv", "sweep.tsv"):
             no_space()
         return stock(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", full)
     assert "cannot write to out" in (said := refused(*COMMANDS[command], "--out", "out")) and "No space left" in said
     out = tmp_path / "out"
-    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name.startswith("sweep.")]
+    assert not [
+        path for path in out.rglob("*") if path.name.endswith((".tmp", ".new")) or path.name.startswith("sweep.")
+    ]
     if command == "score":
         assert not list(out.glob("scores.*"))
     asked = len(fake.asked)
@@ -173,6 +184,81 @@ def test_several_files_are_replaced_together(tmp_path: Path, monkeypatch: pytest
         raise AssertionError
     with pytest.raises(UserError, match=r"cannot write to .*none"), replacing(tmp_path / "none/x") as temporary:
         temporary.write_text("x")
+
+
+def dies_at(moved: int, work: Callable[[], object]) -> None:
+    """Does a piece of work in a process that is killed when so many files have been moved; -1: just before the first
+    could be."""
+    stock, left = os.replace, moved
+
+    def replace(*args: Any) -> None:
+        nonlocal left
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        stock(*args)
+
+    def run() -> None:
+        os.replace = replace
+        if moved < 0:
+            Path.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def write_set(paths: list[Path], text: str) -> None:
+    with replacing_all(paths) as temporary:
+        for path in temporary:
+            path.write_text(text)
+
+
+@pytest.mark.parametrize("moved", [-1, 0, 1, 2])
+def test_a_kill_between_two_files_leaves_no_mixed_set(moved: int, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.md", "a.json", "a.png")]
+    write_set(paths, "old")
+    dies_at(moved, lambda: write_set(paths, "new"))
+    if moved < 0:
+        assert [path.read_text() for path in paths] == ["old"] * 3
+        check_replaced(paths[0], "xmoe score")
+    else:
+        assert sorted(path.read_text() for path in paths) == ["new"] * moved + ["old"] * (3 - moved)
+        with pytest.raises(UserError, match=r"a.md and the files beside it are being replaced.*run xmoe score again"):
+            check_replaced(paths[0], "xmoe score")
+        finish_replacing(paths[1])
+        assert [path.read_text() for path in paths] == ["new"] * 3
+    write_set(paths, "newest")
+    assert [path.read_text() for path in paths] == ["newest"] * 3 and sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_what_a_killed_score_left_is_not_compared(fake: type[FakeTranslator], tmp_path: Path) -> None:
+    cli.main([*SCORE, "--out", "out", "--quiet"])
+    before = content(tmp_path / "out")
+    dies_at(1, lambda: cli.main([*SCORE, "--out", "out", "--quiet", "--metrics", "bleu"]))
+    assert "out/scores.json and the files beside it are being replaced" in refused("compare", "out", "out")
+    cli.main([*SCORE, "--out", "out", "--quiet"])
+    assert content(tmp_path / "out") == before
+
+
+def test_figures_of_an_earlier_set_do_not_stay(tmp_path: Path) -> None:
+    for name in ("layers.png", "mine.png"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "flops.png").mkdir()
+    with replacing_set(tmp_path / "analysis.json", ["layers.png", "flops.png", "none.png"]) as new:
+        (new / "analysis.json").write_text("{}")
+    assert {path.name for path in tmp_path.iterdir()} == {"analysis.json", "mine.png", "flops.png"}
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("."), lambda path: path.write_text("mine")])
+def test_what_has_the_name_of_a_finished_set_is_left_alone(make: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("old")
+    make(tmp_path / ".a.ready")
+    with pytest.raises(UserError, match=r"\.a\.ready is no folder that this program left: remove it"):
+        write_set([tmp_path / "a.md", tmp_path / "a.json"], "new")
+    assert {path.name for path in tmp_path.iterdir()} == {".a.ready", "a.md"}
 
 
 def test_what_cannot_be_cleaned_up_does_not_hide_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

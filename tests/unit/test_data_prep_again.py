@@ -15,7 +15,8 @@ from pathlib import Path
 import prepare
 import pytest
 from helpers_prepare import arguments, assert_nothing_half_written, error_of, remove, rewrite, snapshot, write_input
-from io_utils import lock
+
+from xmoe_fairseq import locks
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,7 +125,7 @@ def test_resumes_after_a_kill(prepared: Path, source: Path, tmp_path: Path) -> N
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "data_prep")])}
     command = [sys.executable, "-c", program, *arguments(source, out)]
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -9
-    assert {path.name for path in out.iterdir()} == {"raw", "spm.tmp"}
+    assert {path.name for path in out.iterdir()} == {"raw", "spm.tmp", locks.LOCK}
     prepare.main(arguments(source, out))
     assert snapshot(out) == snapshot(prepared)
 
@@ -139,10 +140,22 @@ def test_unfinished_by_other_versions_is_refused(
     assert "tools sentencepiece = " in error_of(*arguments(source, out))
 
 
-def test_two_runs_do_not_meet(source: Path, tmp_path: Path) -> None:
-    with lock(tmp_path):
-        assert "another run is preparing" in error_of(*arguments(source, tmp_path))
+def test_two_runs_do_not_meet(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with locks.held(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "_held", {})  # as another process sees it
+            line = error_of(*arguments(source, tmp_path))
+        assert f"{tmp_path} is being written by process {os.getpid()} on " in line
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_finished_is_ready_where_nothing_can_be_written(
+    prepared: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(locks, "held", None)
+    prepare.main(arguments(source, prepared))
+    assert f"{prepared} is ready" in capsys.readouterr().out
 
 
 # --- No room

@@ -57,6 +57,7 @@ def test_the_projects_own_plan() -> None:
         (("--moe-num-experts 16", "--x 'a"), "cannot be read"),
         (("rows:", "lines:"), "'lines' is unknown"),
         (("train: --crit", "train: [--crit"), "is not YAML"),
+        (("train: --crit", "train: " + "[" * 50_000), "is not YAML"),
         (
             ("- {name: base, arch: moe_transformer_tiny, why: the baseline, main: true}", "- base"),
             "rows[0] is 'base', it must be an object of names and values",
@@ -275,10 +276,9 @@ def test_a_folder_in_which_a_program_still_works_is_waited_for(tmp_path: Path) -
     study = make_study(tmp_path)
     study.results.mkdir()
     run = Program(study, study.plan.rows[0], 1)
-    run.folder.mkdir(parents=True)
     started = run.folder / "started"
-    hold = f"import fcntl, pathlib, time; f = open({str(run.folder / '.lock')!r}, 'wb'); fcntl.flock(f, 2); "
-    hold += f"pathlib.Path({str(started)!r}).touch(); time.sleep(1.5)"
+    hold = f"import pathlib, time\nfrom xmoe_fairseq import locks\nwith locks.held({str(run.folder)!r}):\n"
+    hold += f" pathlib.Path({str(started)!r}).touch(); time.sleep(1.5)"
     begin = time.monotonic()
     orphan = subprocess.Popen([sys.executable, "-c", hold])
     while not started.exists():
@@ -292,6 +292,8 @@ def test_a_folder_in_which_a_program_still_works_is_waited_for(tmp_path: Path) -
     [
         (("--seeds", "1,1"), "--seeds 1,1 is refused"),
         (("--seeds", "a"), "--seeds a is refused"),
+        (("--seeds", "1,4294967296"), "--seeds 1,4294967296 is refused"),
+        (("--updates", "9" * 20), "is out of range: it must be in [1, 1000000000]"),
         (("--jobs", "0"), "--jobs 0 is out of range"),
         (("--updates", "0"), "--updates 0 is out of range"),
         (("--models", "bose"), "no row 'bose': did you mean base?"),

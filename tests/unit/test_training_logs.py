@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from xmoe_fairseq.criterions.threshold_routing import LOSSES
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Figure, draw, number
 from xmoe_fairseq.report.logs import EPOCH, INNER, Training, find_logs, read_training
@@ -163,6 +164,16 @@ def test_values_without_a_place_and_constant_figures(tmp_path: Path) -> None:
     for one in found:
         for x, y in (place for curve in one.lines for place in places(curve.path)):
             assert LEFT <= x <= WIDTH - RIGHT and TOP <= y <= HEIGHT - BOTTOM
+
+
+def test_every_loss_of_the_routers_has_a_figure(tmp_path: Path) -> None:
+    values = {f"{stack}_{name}": value for name in LOSSES for stack, value in (("enc", 1.5), ("dec", 0.5))}
+    (tmp_path / "log").write_text(line(1, 2, **values) + line(2, 2, **values))
+    drawn = [one for one in draw(training(tmp_path / "log")) if one.title != "Loss"]
+    assert len(drawn) == len(LOSSES) == 3
+    assert all([one.last[1] for one in figure.lines] == [1.5, 0.5] for figure in drawn)
+    (tmp_path / "log").write_text(line(1, 2, **dict.fromkeys(values, 0.0)))
+    assert [one.title for one in draw(training(tmp_path / "log"))] == ["Loss"]
 
 
 def test_restarts_are_marked(tmp_path: Path) -> None:

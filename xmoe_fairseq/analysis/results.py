@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,20 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..evaluation.model_directions import ZERO_SHOT
-from ..evaluation.outputs import check_no_folders, writing
+from ..evaluation.outputs import replacing_set, writing
 from ..schema import json_text
 from . import figures, heatmaps, tables, tokens
-from .collect import Counts
+from .collect import INPUTS, Counts
 from .languages import LanguageLoad, language_load
 from .style import drawing, save
 from .tables import Table
 
+FILE = "analysis.json"
+# Figures that an analysis may have; which ones depends on the model and the text.
+FIGURES = (
+    *("directions", "layers", "distribution", "positions", "frequency", "extremes", "flops", "coselection"),
+    *(f"{name}_{stack}" for name in ("experts_by_language", "language_similarity") for stack in INPUTS),
+)
 # Tables of thousands of numbers, which analysis.json leaves to their files.
 _LONG = ("tokens", "coselection", "experts_by_language", "language_similarity")
 
@@ -142,7 +147,8 @@ def write(found: Analysis, folder: Path, about: Mapping[str, Any]) -> list[Path]
 
     Args:
         found: the analysis.
-        folder: is made where it is not there; files of the same names are replaced.
+        folder: is made where it is not there; files of the same names are replaced, and figures of an earlier analysis
+            that this one does not have are removed.
         about: of the run, for ``analysis.json``.
 
     Raises:
@@ -150,17 +156,10 @@ def write(found: Analysis, folder: Path, about: Mapping[str, Any]) -> list[Path]
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".analysis.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
-        try:
-            temporary.mkdir()
-            _write(found, temporary, about)
-            names = sorted(os.listdir(temporary))
-            check_no_folders(folder / name for name in names)
-            for name in names:
-                os.replace(temporary / name, folder / name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    stale = (f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg", "tsv"))
+    with replacing_set(folder / FILE, stale) as new:
+        _write(found, new, about)
+        names = sorted(os.listdir(new))
     return [folder / name for name in names]
 
 
@@ -171,5 +170,5 @@ def _write(found: Analysis, folder: Path, about: Mapping[str, Any]) -> None:
     with drawing([*words, *(language for pair in found.counts.directions for language in pair)]):
         for name, figure in draw(found):
             save(figure, folder, name)
-    text = json_text({**about, **found.as_json()}, "analysis.json")
-    (folder / "analysis.json").write_text(text, encoding="utf-8")
+    text = json_text({**about, **found.as_json()}, FILE)
+    (folder / FILE).write_text(text, encoding="utf-8")

@@ -7,18 +7,23 @@ import inspect
 import logging
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from .. import guard
 from ..errors import UserError
+from ..literals import NotLiteral
 from . import options, reading
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 300
+_FILES = ("encoder_embed_path", "decoder_embed_path")
 # How torch says which parameters do not fit.
 _MISSING = re.compile(r'Missing key\(s\) in state_dict: "([^"]*)"')
 _UNEXPECTED = re.compile(r'Unexpected key\(s\) in state_dict: "([^"]*)"')
@@ -47,12 +52,35 @@ def sound_models(load_model_ensemble_and_task: Any) -> Any:
             reading.check_whole(state, path)
             options.check(state, path)
             options.check_complete(state, path)
-        models, cfg, task = load_model_ensemble_and_task(filenames, *args, **kwargs)
+        try:
+            models, cfg, task = load_model_ensemble_and_task(filenames, *args, **kwargs)
+        except NotLiteral as error:
+            raise UserError(f"checkpoint {joined} is refused: among its options, {error.message}") from error
+        except OmegaConfBaseException as error:
+            reason = str(error).partition("\n")[0][:_SHOWN]
+            raise UserError(
+                f"checkpoint {joined} is refused: {getattr(error, 'full_key', None) or 'its options'}: {reason}"
+            ) from error
         for filename, model in zip(filenames, models, strict=True):
             check_finite(model, filename)
         return models, cfg, task
 
     return load
+
+
+def forget_files(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> None:
+    """Takes files of pretrained embeddings out of the saved options: the parameters hold what was read from them, and
+    a file does not say what is opened on this machine.
+
+    Args:
+        state: that fairseq read; changed in place.
+        overrides: what the user gives instead of the saved options.
+    """
+    cfg, args = state.get("cfg"), state.get("args")
+    saved = vars(args) if args is not None else cfg.get("model") if cfg is not None else None
+    for name in _FILES:
+        if saved is not None and saved.get(name) and name not in (overrides or {}):
+            saved[name] = None
 
 
 def check_finite(model: nn.Module, path: str) -> None:

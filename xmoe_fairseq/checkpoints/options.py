@@ -283,6 +283,11 @@ def _of_type(kind: Any) -> _Declaration:
         choices = [_of_type(one) for one in inner]
         text = " or ".join(choice.text for choice in choices)
         return _Declaration(lambda v: v is None or any(choice.holds(v) for choice in choices), f"{text}, or None")
+    if typing.get_origin(kind) is list and inner:
+        item = _of_type(inner[0])
+        return _Declaration(
+            lambda value: isinstance(value, (list, tuple)) and all(map(item.holds, value)), f"a list, each {item.text}"
+        )
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         names = [str(member.value) for member in kind]
         return _Declaration(lambda v: str(getattr(v, "value", v)) in names, f"one of {', '.join(names)}")

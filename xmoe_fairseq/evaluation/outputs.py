@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from ..directions import Direction
 from ..errors import UserError
+from ..files import read_file
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +39,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` that takes its name if, and only if, the block succeeds.
 
     Raises:
-        UserError: as of `replacing_all`.
+        UserError: a folder stands in the place of the file, or something cannot be written.
     """
-    with replacing_all([path]) as (temporary,):
-        yield temporary
+    check_no_folders([path])
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path.parent):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # what could not be written need not be there
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -48,19 +57,82 @@ def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Does the same for several files of one folder: all of them are replaced, or none.
 
     Raises:
-        UserError: a folder stands in the place of a file, or something cannot be written.
+        UserError: as of `replacing_set`.
     """
     check_no_folders(paths)
-    temporary = [path.with_name(f".{path.name}.tmp") for path in paths]
-    with writing(paths[0].parent):
+    with replacing_set(paths[0]) as folder:
+        yield [folder / path.name for path in paths]
+
+
+@contextmanager
+def replacing_set(member: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """Yields an empty folder whose files take their places beside ``member`` if the block succeeds: all, or none.
+
+    When they are whole, the folder gets another name. What is killed after that is finished by the next that writes
+    the set, and refused by those who read it.
+
+    Args:
+        member: one of the files; its name without the ending names the set.
+        stale: names of files that earlier sets may have had, to be removed where this one does not have them.
+
+    Raises:
+        UserError: a folder stands in the place of a file, or something cannot be written.
+    """
+    parent, new, ready = member.parent, *_places(member)
+    finish_replacing(member)
+    with writing(parent):
+        shutil.rmtree(new, ignore_errors=True)  # of one that was killed
         try:
-            yield temporary
-            for new, path in zip(temporary, paths, strict=True):
-                os.replace(new, path)
+            new.mkdir()
+            yield new
+            names = os.listdir(new)
+            check_no_folders(parent / name for name in names)
+            new.rename(ready)
         finally:
-            for new in temporary:
-                with suppress(OSError):  # what could not be written need not be there
-                    new.unlink(missing_ok=True)
+            shutil.rmtree(new, ignore_errors=True)
+        for path in (parent / name for name in set(stale).difference(names)):
+            if path.is_file() or path.is_symlink():
+                path.unlink()
+    finish_replacing(member)
+
+
+def finish_replacing(member: Path) -> None:
+    """Moves what `replacing_set` left when it was killed.
+
+    Raises:
+        UserError: something cannot be moved, or has the name of what it left.
+    """
+    _, ready = _places(member)
+    if not os.path.lexists(ready):
+        return
+    if ready.is_symlink() or not ready.is_dir():
+        raise UserError(f"{ready} is no folder that this program left: remove it")
+    with writing(member.parent):
+        for name in sorted(os.listdir(ready)):
+            os.replace(ready / name, member.with_name(name))
+        ready.rmdir()
+
+
+def check_replaced(member: Path, command: str) -> None:
+    """Makes sure that the files of a set are of one time.
+
+    Args:
+        member: one of them.
+        command: that writes them.
+
+    Raises:
+        UserError: they are being replaced, or were when their program was killed.
+    """
+    if os.path.lexists(_places(member)[1]):
+        raise UserError(
+            f"{member} and the files beside it are being replaced, or were when their program was killed: run "
+            f"{command} again"
+        )
+
+
+def _places(member: Path) -> tuple[Path, Path]:
+    """Gives the folders of a set while it is made and when it is whole."""
+    return member.with_name(f".{member.stem}.new"), member.with_name(f".{member.stem}.ready")
 
 
 @contextmanager
@@ -119,7 +191,7 @@ def read_lines(path: Path, what: str) -> list[str]:
         UserError: the file is missing, unreadable or not UTF-8; ``what`` names it.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_file(path).decode("utf-8")
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -22,7 +22,7 @@ from .. import schema
 from ..errors import UserError
 from ..locks import LOCK
 from .decoding import Translated
-from .outputs import read_lines, replacing, split_pair, write_lines, writing
+from .outputs import check_replaced, read_lines, replacing, split_pair, write_lines, writing
 from .score import METRICS
 from .scores import Scores
 from .usage import LayerUsage
@@ -125,6 +125,7 @@ def read_scores(folder: Path) -> Scores:
     file = folder / SCORES
     if not file.is_file():
         raise UserError(f"{folder} holds no {SCORES}: make it with xmoe score")
+    check_replaced(file, "xmoe score")
     advice = "it is not as this version writes it, run xmoe score again"
     scores = schema.build(Scores, read_json(file, advice), str(file), advice)
     _check_scores(scores, file, advice)

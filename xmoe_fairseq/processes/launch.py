@@ -160,7 +160,8 @@ def _check_there(option: str, path: str, save_dir: str) -> None:
     if PathManager.isfile(path) or re.match(r"\w+://", path):
         return
     folders = (os.path.dirname(path), save_dir)
-    others = {name: os.path.join(folder, name) for folder in folders for name in _names(folder)}
+    places = {name: os.path.join(folder, name) for folder in folders for name in _names(folder)}
+    others = {name: place for name, place in places.items() if os.path.isfile(place)}
     near = difflib.get_close_matches(os.path.basename(path), others, n=1)
     advice = f"did you mean {others[near[0]]}?" if near else "check the name"
     raise UserError(f"there is no checkpoint {path}, which {option} names: {advice}")

@@ -12,7 +12,8 @@ from pathlib import Path
 from .. import locks
 from ..arguments import CommandParser, bounded, file_path, quiet_libraries
 from ..errors import UserError, printable
-from ..evaluation.outputs import check_no_folders, check_writable, replacing_all
+from ..evaluation.outputs import check_no_folders, check_writable, finish_replacing, replacing_all
+from ..files import read_file
 from ..run_folder import find_checkpoint
 from ..schema import json_text
 from .gather import Model, build_report
@@ -52,6 +53,9 @@ def main(argv: Sequence[str], open_model: Callable[[Path, Path, int], Model] = M
     _check(args)
     quiet_libraries()
     with locks.held(_page(args), file=True), _silent() if args.quiet else contextlib.nullcontext():
+        finish_replacing(_page(args))
+        if not args.force:
+            _check_own(_files(_page(args)))
         model = open_model(args.checkpoint or find_checkpoint(args.run), args.data, args.max_tokens)
         report = build_report(args.run, args.task, model, args.log)
         paths = write_report(report, _page(args))
@@ -94,8 +98,6 @@ def _check(args: argparse.Namespace) -> None:
     page = _page(args)
     check_writable(page.absolute().parent)
     check_no_folders(_files(page))
-    if not args.force:
-        _check_own(_files(page))
 
 
 def _page(args: argparse.Namespace) -> Path:
@@ -115,7 +117,7 @@ def _check_own(files: Sequence[Path]) -> None:
     """
     there = [path for path in files if os.path.lexists(path)]
     try:
-        known = json.loads(files[2].read_bytes()).keys()
+        known = json.loads(read_file(files[2])).keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         known = set()
     if there and not known >= _OWN:

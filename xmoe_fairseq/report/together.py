@@ -10,7 +10,7 @@ from .. import schema
 from ..analysis.text import origin
 from ..checkpoints.shards import fingerprint
 from ..errors import UserError
-from ..evaluation.outputs import find_raw, read_lines
+from ..evaluation.outputs import check_replaced, find_raw, read_lines
 from ..evaluation.result_folder import SCORES, SETTINGS, read_scores
 from ..evaluation.scores import Scores
 from ..evaluation.test_sets import texts_checksum
@@ -18,7 +18,7 @@ from .results import ScoredSet
 
 logger = logging.getLogger(__name__)
 
-_ANALYSIS = "analysis.json"
+_ANALYSIS, _SWEEP = "analysis.json", "sweep.json"
 
 
 def choose_scores(folders: Sequence[Path], checkpoint: Path) -> Path | None:
@@ -70,10 +70,12 @@ def belongs(folder: Path, checkpoint: Path, data: Path) -> bool:
         checkpoint, data: that the page is about.
 
     Raises:
-        UserError: a file beside the figures is damaged.
+        UserError: a file beside the figures is damaged, or they are not all of one time.
     """
     if not folder.is_dir():
         return True
+    check_replaced(folder / _ANALYSIS, "xmoe analyze")
+    check_replaced(folder / _SWEEP, "xmoe sweep")
     swept = sorted(folder.glob(f"threshold-*/{SETTINGS}"))
     if (folder / _ANALYSIS).is_file():
         differs = _of_analysis(folder / _ANALYSIS, checkpoint, data)

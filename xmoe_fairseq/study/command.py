@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from .. import locks
 from ..arguments import CommandParser, comma_list, quiet_libraries
 from ..errors import UserError
-from ..evaluation.outputs import replacing
+from ..evaluation.outputs import replacing_set
 from ..evaluation.result_folder import read_json, write_json
 from ..evaluation.sweep_plot import save
 from .claims import test_claims
@@ -45,8 +44,7 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     quiet_libraries()
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs} is out of range: it must be at least 1")
+    check_range("--jobs", args.jobs, 1000)
     study = read_study(args)
     runs = runs_of(study, args.models, _seeds(args.seeds))
     with locks.held(study.results):
@@ -73,16 +71,23 @@ def write_page(study: Study) -> None:
         speed=read_json(speed, "measure the speed again")["ratios"] if speed.is_file() else {},
     )
     figures = {"curves": draw_curves, "experts": draw_experts, "quality": draw_quality}
-    with ExitStack() as written:
-        paths = {
-            name: written.enter_context(replacing(study.results / name))
-            for name in ("results.md", "results.tsv", *(f"{name}.{end}" for name in figures for end in ("png", "svg")))
-        }
-        paths["results.md"].write_text(render_markdown(results), encoding="utf-8")
-        paths["results.tsv"].write_text(render_tsv(results), encoding="utf-8")
+    with replacing_set(study.results / "results.json") as new:
+        (new / "results.md").write_text(render_markdown(results), encoding="utf-8")
+        (new / "results.tsv").write_text(render_tsv(results), encoding="utf-8")
         for name, draw in figures.items():
-            save(draw(rows), paths[f"{name}.png"], paths[f"{name}.svg"])
-        write_json(study.results / "results.json", results.as_json())
+            save(draw(rows), new / f"{name}.png", new / f"{name}.svg")
+        write_json(new / "results.json", results.as_json())
+
+
+def check_range(option: str, value: int, most: int) -> None:
+    """Refuses a number of what there must be some of, but not any number.
+
+    Raises:
+        UserError: it is less than 1, or more than ``most``.
+    """
+    if not 1 <= value <= most:
+        shown = str(value) if abs(value) < 10**30 else "with so many digits"
+        raise UserError(f"{option} {shown} is out of range: it must be in [1, {most}]")
 
 
 def _seeds(words: Sequence[str]) -> list[int]:
@@ -90,8 +95,8 @@ def _seeds(words: Sequence[str]) -> list[int]:
         seeds = [int(word) for word in words]
     except ValueError as error:
         raise UserError(f"--seeds {','.join(words)} is refused: give whole numbers, such as 1,2,3") from error
-    if len(set(seeds)) < len(seeds) or not seeds or min(seeds) < 0:
-        raise UserError(f"--seeds {','.join(words)} is refused: give each once, 0 or more, such as 1,2,3")
+    if len(set(seeds)) < len(seeds) or not seeds or min(seeds) < 0 or max(seeds) >= 2**32:  # NumPy takes no others
+        raise UserError(f"--seeds {','.join(words)[:100]} is refused: give each once, in [0, 2^32), such as 1,2,3")
     return seeds
 
 
@@ -128,9 +133,8 @@ def read_study(args: argparse.Namespace) -> Study:
     Raises:
         UserError: a number is out of range, or the rows are refused.
     """
-    for name in ("updates", "beam"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is out of range: it must be at least 1")
+    for name, most in (("updates", 10**9), ("beam", 1000)):
+        check_range(f"--{name}", getattr(args, name), most)
     return Study(
         rows=args.rows,
         plan=read_plan(args.rows),

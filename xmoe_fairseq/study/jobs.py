@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import IO
 
+from .. import locks
 from .runs import Run
 
 # Seconds between two looks at the programs, and between two lines where no terminal shows them.
@@ -24,13 +24,18 @@ class _Job:
     """A run in progress: one program after the other.
 
     Args:
-        run: that is not finished.
-        lock: of the run's folder. The programs inherit it: when a study is killed and its programs live on, the study
-            that is started next waits for them instead of writing beside them.
+        run: that is not finished. Its folder is locked, and the programs inherit the lock: when a study is killed and
+            its programs live on, the study that is started next waits for them instead of writing beside them.
+
+    Raises:
+        Held: a program of an earlier study still works in the folder.
+        UserError: the folder cannot be written to.
     """
 
-    def __init__(self, run: Run, lock: IO[bytes]) -> None:
-        self.run, self.start, self._lock = run, time.monotonic(), lock
+    def __init__(self, run: Run) -> None:
+        self.run, self.start, self._lock = run, time.monotonic(), ExitStack()
+        self._descriptor = self._lock.enter_context(locks.held(run.folder))
+        run.start()
         self._steps = run.steps()
         self._trained_before = run.progress()
         self._next()
@@ -45,7 +50,7 @@ class _Job:
                 stdout=said,
                 stderr=subprocess.STDOUT,
                 env=_environment(),
-                pass_fds=(self._lock.fileno(),),
+                pass_fds=(self._descriptor,),
             )
 
     def ended(self) -> bool:
@@ -109,10 +114,10 @@ def run_all(runs: Sequence[Run], jobs: int, finished: Callable[[Run], None]) -> 
     try:
         while waiting or running:
             for run in waiting[:]:
-                if len(running) < jobs and (lock := _lock(run.folder)) is not None:
-                    waiting.remove(run)
-                    run.start()
-                    running.append(_Job(run, lock))
+                if len(running) < jobs:
+                    with suppress(locks.Held):
+                        running.append(_Job(run))
+                        waiting.remove(run)
             for job in [job for job in running if job.ended()]:
                 running.remove(job)
                 if job.failure:
@@ -128,18 +133,6 @@ def run_all(runs: Sequence[Run], jobs: int, finished: Callable[[Run], None]) -> 
             job.kill()
         progress.close()
     return failures
-
-
-def _lock(folder: Path) -> IO[bytes] | None:
-    """Locks a run's folder; None where a program of an earlier study still works in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 def _environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 
 from ..errors import UserError
+from ..files import read_file
 from ..schema import build
 
 # A row's name is part of file names.
@@ -123,10 +124,10 @@ def read_plan(path: Path) -> StudyPlan:
         UserError: the file is missing or no YAML, or an entry is missing, unknown or of the wrong type.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_file(path).decode())
     except OSError as error:
         raise UserError(f"cannot read the study's rows {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     plan = build(StudyPlan, values, str(path), "write it like configs/study/rows.yaml")
     _check(plan, path)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluation.result_folder import read_json, write_json
+from ..files import read_file
 from .plan import StudyPlan, StudyRow
 
 _UPDATES = re.compile(r"num_updates[=\": ]+(\d+)")
@@ -59,7 +60,7 @@ class Study:
         digest = hashlib.sha256()
         try:
             for path in files:
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+                digest.update(path.name.encode() + b"\0" + read_file(path))
         except OSError as error:
             raise UserError(
                 f"cannot read {error.filename}: prepare the data with data_prep/prepare.sh --out {self.data}"

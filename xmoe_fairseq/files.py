@@ -1,0 +1,33 @@
+"""Reading files of other people: what is no file would be waited for, or read, without an end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def check_regular(path: str | Path) -> None:
+    """Makes sure that a path leads to a file.
+
+    Raises:
+        OSError: nothing is there, or something else, such as a named pipe.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something else')} and no file", str(path))
+
+
+def read_file(path: str | Path) -> bytes:
+    """Reads a whole file.
+
+    Raises:
+        OSError: as of `check_regular`, or it cannot be read.
+    """
+    check_regular(path)
+    return Path(path).read_bytes()
