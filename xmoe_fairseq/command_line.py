@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .benchmarks import BY_TASK
-from .checkpoints import language_tokens, reading
+from .checkpoints import reading
 from .directions import read_file
 from .errors import UserError
 from .ranges import check_numbers
@@ -49,6 +49,8 @@ def checked(parse_args_and_arch: Any) -> Any:
         if overrides["model_overrides"] and getattr(parsed, "path", None):
             _check_overrides(parsed.path, overrides["model_overrides"])
         if not kwargs.get("suppress_defaults"):
+            from .checkpoints import language_tokens  # needs fairseq, whose version is checked before
+
             language_tokens.adopt(parser, parsed, input_args)
         return result
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,8 @@ def forget_files(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> 
         overrides: what the user gives instead of the saved options.
     """
     cfg, args = state.get("cfg"), state.get("args")
-    saved = vars(args) if args is not None else cfg.get("model") if cfg is not None else None
+    saved: Any = args if args is not None else cfg.get("model") if cfg is not None else None
+    saved = vars(saved) if isinstance(saved, Namespace) else saved
     for name in _FILES:
         if saved is not None and saved.get(name) and name not in (overrides or {}):
             saved[name] = None
