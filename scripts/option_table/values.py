@@ -170,7 +170,6 @@ VALUES: dict[str, list[str]] = {
     "--shorten-method": ["truncate", "random_crop"],
     "--shorten-data-split-list": ["test"],
     "--pad-to-fixed-bsz": [""],
-    "--mask-prob": [""],
     # criteria
     "--label-smoothing": ["0.3"],
     "--ignore-prefix-size": ["1"],
