@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sacrebleu.significance import _bootstrap_resample
 
+from xmoe_fairseq.directions import Direction
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.bootstrap import corpus_score, draw_scores, read_seed, sentence_statistics
 from xmoe_fairseq.evaluation.compare import mean_of_draws
@@ -38,7 +39,7 @@ def test_counts_scores_and_draws_are_sacrebleus(count: int, name: str, target: s
     assert str(mine.get_signature()) == str(theirs.get_signature())
     drawn = [score.score for score in _bootstrap_resample(expected, theirs, 60)[1]]
     assert draw_scores(mine, [counted, counted], 60, read_seed()).tolist() == [drawn, drawn]
-    means = mean_of_draws({f"en-{target}": (references, hypotheses)}, name, 60)
+    means = mean_of_draws({Direction("en", target): (references, hypotheses)}, name, 60)
     assert means.tolist() == drawn
 
 

@@ -104,8 +104,11 @@ BAD: dict[str, tuple[Callable[[State], None], str]] = {
     "a value of elsewhere": (task(data="${oc.env:HOME}"), "stands for the value of something else"),
     "a list in itself": (task(lang_pairs=endless()), "nested or repeated without end"),
     "a list of lists of lists": (model(activation_fn=repeated()), "nested or repeated without end"),
-    "layers to keep that are text": (model(encoder_layers_to_keep="9"), "'9', it must be a list, each a whole number"),
-    "a list of text": (model(adaptive_softmax_cutoff=["x"]), "adaptive_softmax_cutoff is .*'x'.* it must be a list"),
+    "layers to keep that are text": (model(encoder_layers_to_keep="9"), "9 is no list of different layers from 0 to 1"),
+    "a list of text": (
+        model(adaptive_softmax_cutoff=["x"]),
+        "adaptive_softmax_cutoff is .*'x'.* it must be text, or None. Nothing",
+    ),
     "a tensor among the options": (model(dropout=torch.zeros(3)), "dropout is a Tensor"),
     "options that are a number": (set_to(5, "cfg"), "its options are 5"),
     "a model section that is text": (set_to("xmoe_transformer", "cfg", "model"), "its options are 'xmoe_transf"),
@@ -179,7 +182,13 @@ def test_files_of_embeddings_that_a_checkpoint_names_are_not_opened(
     assert cfg.model.encoder_embed_path is None and loaded.encoder.embed_tokens.weight.isfinite().all()
     with pytest.raises(UserError, match=r"gone\.txt"):
         checkpoint_utils.load_model_ensemble_and_task(
-            [path], {"data": str(toy_data), "decoder_embed_path": str(tmp_path / "gone.txt")}
+            [path],
+            {
+                "data": str(toy_data),
+                "decoder_embed_path": str(tmp_path / "gone.txt"),
+                "share_all_embeddings": False,
+                "share_decoder_input_output_embed": False,
+            },
         )
 
 

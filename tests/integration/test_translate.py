@@ -28,8 +28,6 @@ def prepared(folder: Path) -> Path:
     (folder / "m15.zip").write_bytes(zipped(members))
     command = ["--benchmark", "m4", "--out", str(folder / "data"), "--vocab-size", "330"]
     prepare.main([*command, "--archive", str(folder / "m15.zip")])
-    # Two directions are enough of a test.
-    (folder / "data/bin/lang_pairs.txt").write_text("eng-cat\ncat-eng\n")
     return folder / "data"
 
 
@@ -40,7 +38,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_warm(
         "fairseq-train",
         *(data / "bin", "--user-dir", "xmoe_fairseq", *TRAIN_ARGS, "--task", "multilingual_m4", *TINY_ARGS),
-        *("--max-update", "2", "--save-dir", folder / "run/checkpoints", "--no-epoch-checkpoints"),
+        *(
+            "--lang-pairs",
+            "eng-cat,cat-eng",
+            "--max-update",
+            "2",
+            "--save-dir",
+            folder / "run/checkpoints",
+            "--no-epoch-checkpoints",
+        ),
     )
     return folder
 

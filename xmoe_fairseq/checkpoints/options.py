@@ -267,13 +267,17 @@ def _declared(kind: str, name: str) -> Iterator[tuple[str, _Declaration]]:
         yield action.dest, _of_action(action)
 
 
+_OR_NONE = ", or None"
+
+
 def _of_field(field: Any) -> _Declaration:
     """Of a dataclass's option; a default from another section (II) may be anything of the type, or nothing."""
     plain = _of_type(field.type)
     default = field.default
     open_default = default is None or (isinstance(default, str) and default.startswith("${"))
     if open_default:
-        return _Declaration(lambda value: value is None or plain.holds(value), f"{plain.text}, or None")
+        text = plain.text.removesuffix(_OR_NONE) + _OR_NONE
+        return _Declaration(lambda value: value is None or plain.holds(value), text)
     return plain
 
 
@@ -282,7 +286,7 @@ def _of_type(kind: Any) -> _Declaration:
     if typing.get_origin(kind) is typing.Union and inner:
         choices = [_of_type(one) for one in inner]
         text = " or ".join(choice.text for choice in choices)
-        return _Declaration(lambda v: v is None or any(choice.holds(v) for choice in choices), f"{text}, or None")
+        return _Declaration(lambda v: v is None or any(choice.holds(v) for choice in choices), text + _OR_NONE)
     if typing.get_origin(kind) is list and inner:
         item = _of_type(inner[0])
         return _Declaration(
