@@ -15,7 +15,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer import TransformerModel
 from torch import nn
 
-from .config import check_sizes
+from .config import check_sizes, router_class, router_options
 from .errors import UserError
 from .models.presets import PRESETS
 
@@ -59,14 +59,9 @@ def describe(cfg: Any) -> str:
 
 
 def _experts(cfg: Any) -> Iterator[str]:
-    router = str(cfg.moe_router)
-    taken = {
-        "threshold": f"threshold {cfg.moe_threshold:g}",
-        "topk": f"top {cfg.moe_top_k}",
-        "gshard": "top 2 (GShard)",
-        "switch": "top 1 (Switch)",
-    }.get(router, f"{router} router")
-    family = "SMoE" if cfg.moe_strata else "XMoE" if router == "threshold" else "MoE"
+    router = router_class(cfg)
+    taken = router.label(router_options(cfg))
+    family = "SMoE" if cfg.moe_strata else router.family
     number = f"strata of {cfg.moe_strata}" if cfg.moe_strata else cfg.moe_num_experts
     yield f"{family}: {number} experts of hidden size {cfg.encoder_ffn_embed_dim // cfg.moe_split_ratio}, {taken}"
     if cfg.moe_stack > 1:

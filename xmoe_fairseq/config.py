@@ -7,6 +7,7 @@ command line, to YAML and to ``--model-overrides``.
 
 # No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
 import dataclasses
+import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -15,10 +16,12 @@ from typing import Any, List, Optional  # noqa: UP035
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
 
-from .moe import ROUTERS, RouterOptions
+from .moe import ROUTERS, Router, RouterOptions
 from .moe.exchange import CHOICES as EXCHANGES
 from .moe.kernels import CHOICES
+from .moe.router_options import declared
 
+_PREFIX = "moe_"
 _NESTED = ("encoder", "decoder", "quant_noise")
 # Unless told otherwise the decoder is as wide as the encoder, as in fairseq's own presets.
 _FOLLOW_ENCODER = {
@@ -89,8 +92,23 @@ def _option(
     return dataclasses.field(default=default, metadata=metadata | ({"argparse_alias": alias} if alias else {}))
 
 
+def _router_fields() -> Iterator[tuple[str, Any, Any]]:
+    """Makes fields of what the routers declare (``moe/router_options.py``): ``top_k`` becomes ``moe_top_k``."""
+    for name, (kind, one) in declared(router.Options for router in ROUTERS.values()).items():
+        told = one.metadata
+        kind = ChoiceEnum(told["choices"]) if told["choices"] else kind
+        yield (
+            _PREFIX + name,
+            kind,
+            _option(one.default, told["help"], low=told["low"], high=told["high"], alias=told["alias"]),
+        )
+
+
+RouterConfig: Any = dataclasses.make_dataclass("RouterConfig", list(_router_fields()), bases=(FlatTransformerConfig,))
+
+
 @dataclasses.dataclass
-class MoETransformerConfig(FlatTransformerConfig):
+class MoETransformerConfig(RouterConfig):
     """Options of ``xmoe_transformer*``, ``smoe_transformer*`` and ``moe_transformer*``.
 
     The defaults are the preset ``xmoe_transformer``; what other presets change stands in ``models/presets.py``.
@@ -112,18 +130,6 @@ class MoETransformerConfig(FlatTransformerConfig):
     moe_placement: ChoiceEnum(("both", "encoder", "decoder", "none")) = _option(  # type: ignore[valid-type]
         "both", "which stack has MoE layers; none is the dense transformer"
     )
-    moe_threshold: float = _option(
-        0.9,
-        "threshold router: a token takes its most probable experts until their probability mass reaches this; "
-        "0 takes one expert, 1 takes all",
-        low=0,
-        high=1,
-        alias="--threshold",
-    )
-    moe_second_expert: ChoiceEnum(("gate", "sampling")) = _option(  # type: ignore[valid-type]
-        "gate",
-        "gshard router, in training: the second expert is the second most probable (gate) or drawn by probability",
-    )
     moe_strata: str = _option(
         "", "experts in each stratum of a stratified layer (SMoE), such as 4-12 or 2-2-2-2; empty for one plain layer"
     )
@@ -142,15 +148,6 @@ class MoETransformerConfig(FlatTransformerConfig):
     moe_kernel: ChoiceEnum(CHOICES) = _option(  # type: ignore[valid-type]
         "auto", "how experts are computed; auto takes the fastest for the device and precision"
     )
-    moe_top_k: int = _option(2, "topk router: experts a token", low=1, alias="--moe-k")
-    moe_capacity_factor: float = _option(
-        0.0,
-        "in training an expert takes at most this multiple of (tokens / experts) tokens and drops the rest, lower "
-        "choices first; 0 drops nothing; evaluation never drops",
-        low=0,
-        alias="--capacity-factor",
-    )
-    moe_min_capacity: int = _option(4, "tokens an expert always takes, whatever the capacity factor", low=0)
     moe_expert_parallel: int = _option(
         1, "in training with several processes: how many share the experts of each layer", low=1
     )
@@ -161,15 +158,17 @@ class MoETransformerConfig(FlatTransformerConfig):
     )
 
 
+def router_class(cfg: Any) -> type[Router]:
+    """Finds the router that the options name."""
+    return ROUTERS[str(cfg.moe_router)]
+
+
 def router_options(cfg: Any) -> RouterOptions:
     """Picks out what the router is told."""
-    return RouterOptions(
-        threshold=cfg.moe_threshold,
-        top_k=cfg.moe_top_k,
-        capacity_factor=cfg.moe_capacity_factor,
-        min_capacity=cfg.moe_min_capacity,
-        second_expert=str(cfg.moe_second_expert),
-    )
+    kind = router_class(cfg).Options
+    told = {name: getattr(cfg, _PREFIX + name) for name in declared([kind])}
+    values: dict[str, Any] = {name: str(value) if isinstance(value, Enum) else value for name, value in told.items()}
+    return kind(**values)
 
 
 def strata(cfg: Any) -> tuple[int, ...]:
@@ -272,17 +271,23 @@ def check(cfg: Namespace) -> None:
                 f"--moe-split-ratio {cfg.moe_split_ratio} does not divide --{stack}-ffn-embed-dim {size}: "
                 f"experts of {size / cfg.moe_split_ratio:.1f} hidden units cannot be built"
             )
-    if cfg.moe_router == "topk" and cfg.moe_top_k > cfg.moe_num_experts:
-        raise ValueError(
-            f"--moe-top-k {cfg.moe_top_k} is more than --moe-num-experts {cfg.moe_num_experts}: "
-            "a token cannot take more experts than there are"
-        )
+    _check_router(cfg, cfg.moe_num_experts, f"--moe-num-experts {cfg.moe_num_experts}")
     _check_strata(cfg)
     if cfg.moe_regularizer == "cmr" and (cfg.encoder_layerdrop or cfg.decoder_layerdrop):
         raise ValueError("--moe-regularizer cmr does not work with LayerDrop: its budget counts all layers' gates")
     for name in ("quant_noise_pq", "quant_noise_scalar", "base_layers"):
         if getattr(cfg, name):
             raise ValueError(f"{_flag(name)} {getattr(cfg, name)} does not work with MoE layers: leave it out")
+
+
+def _check_router(cfg: Namespace, num_experts: int, where: str) -> None:
+    router = router_class(cfg)
+    try:
+        router.check(router_options(cfg), num_experts)
+    except ValueError as error:
+        names = re.compile(rf"\b({'|'.join(declared([router.Options]))})\b")
+        reason = names.sub(lambda name: _flag(_PREFIX + name[0]), str(error))
+        raise ValueError(f"{reason} ({where})") from error
 
 
 def _check_strata(cfg: Namespace) -> None:
@@ -296,8 +301,7 @@ def _check_strata(cfg: Namespace) -> None:
         )
     if cfg.moe_stack > 1:
         raise ValueError(f"--moe-stack {cfg.moe_stack} does not work with --moe-strata: strata are stacked already")
-    if cfg.moe_router == "topk" and cfg.moe_top_k > sizes[-1]:
-        raise ValueError(f"--moe-top-k {cfg.moe_top_k} is more than the last stratum's {sizes[-1]} experts")
+    _check_router(cfg, sizes[-1], f"the last stratum of --moe-strata {cfg.moe_strata}")
     for stack in placed(cfg):
         if not getattr(cfg, f"{stack}_normalize_before"):
             raise ValueError(f"--moe-strata needs --{stack}-normalize-before: strata normalise their own input")

@@ -4,9 +4,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from fairseq.criterions import register_criterion
@@ -20,22 +20,18 @@ from fairseq.logging.meters import safe_round
 from torch import Tensor
 
 from ..errors import UserError
+from ..models.layers import MoEFeedForwardMixin
 from ..moe import Router, RoutingStats
+from ..moe.statistics import OPTIONAL, RATIOS, SUMS, Ratio
 from ..processes.batches import DUMMY, of_all_processes
 
 STACKS = {"encoder": "enc", "decoder": "dec"}
-# The auxiliary losses of a stack's routers; the last is there only if its coefficient is not 0.
-LOSSES = ("balance_loss", "z_loss", "entropy_loss")
-# What is shown for a stack: metric, the sum above and below the fraction line, digits.
-RATIOS = (
-    ("experts_wanted", "wanted", "tokens", 3),
-    ("experts", "received", "tokens", 3),
-    ("rc", "passes", "tokens", 3),
-    ("first_dropped", "first_dropped", "passes", 4),
-    ("top1_prob", "top1_prob", "passes", 3),
-    ("load_cv", "load_cv", "tokens", 3),
-    ("gate", "gate", "tokens", 3),
-)
+# The auxiliary losses of a stack's routers; the last two are there only if something is in them.
+LOSSES = ("balance_loss", "z_loss", "entropy_loss", "own_loss")
+# The coefficient of variation of the first choices over the experts is no sum over tokens; it is weighted by them.
+LOAD_CV = Ratio("load_cv", "tokens", 3)
+# What is shown for a stack, by the sum above the fraction line.
+SHOWN = RATIOS | {"load_cv": LOAD_CV}
 
 
 @dataclass
@@ -106,7 +102,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         self.moe_loss_coeff = moe_loss_coeff
         self.moe_z_loss_coeff = moe_z_loss_coeff
         self.moe_entropy_loss_coeff = moe_entropy_loss_coeff
-        self._measured: WeakSet[Any] = WeakSet()  # models whose routers measure entropy
+        self._routers: WeakKeyDictionary[Any, dict[str, list[Router]]] = WeakKeyDictionary()
         self.averaged = moe_loss_combine == "average"
         self.moe_cmr_loss_coeff = moe_cmr_loss_coeff
         self.moe_cmr_budget = moe_cmr_budget
@@ -117,8 +113,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         Returns:
             The loss to minimise, the sample size to divide by, and sums to log.
         """
-        if self.moe_entropy_loss_coeff:
-            self.measure_entropy(model)
+        routers = self.routers_of(model)
         net_output = model(**sample["net_input"])
         loss, nll_loss = self.compute_loss(model, net_output, sample, reduce=reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
@@ -134,22 +129,35 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             logging_output |= {"n_correct": correct.data, "total": total.data}
         stands_in = DUMMY in sample
         routing = net_output[1].get("routing", {})
-        auxiliary, routing_output = self._auxiliary(routing, sample_size, loss, counts=not stands_in)
+        auxiliary, routing_output = self._auxiliary(routing, sample_size, loss, not stands_in, routers)
         loss, logging_output = loss + auxiliary, logging_output | routing_output
         if stands_in:
             return loss * 0, sample_size * 0, {name: value * 0 for name, value in logging_output.items()}
         return loss, sample_size, logging_output
 
-    def measure_entropy(self, model: Any) -> None:
-        """Makes the routers of a model measure the entropy of their probabilities; looks at a model only once."""
-        if model not in self._measured:
-            self._measured.add(model)
-            for module in model.modules():
-                if isinstance(module, Router):
-                    module.measures_entropy = True
+    def routers_of(self, model: Any) -> dict[str, list[Router]]:
+        """Lists the routers of each MoE layer, which measure entropy from then on if it is weighed.
+
+        Looks at a model only once.
+        """
+        if model not in self._routers:
+            layers = {part.moe_name: part for part in model.modules() if isinstance(part, MoEFeedForwardMixin)}
+            self._routers[model] = {
+                name: [router for router in layer.moe.modules() if isinstance(router, Router)]
+                for name, layer in layers.items()
+            }
+            if self.moe_entropy_loss_coeff:
+                for router in chain.from_iterable(self._routers[model].values()):
+                    router.measures_entropy = True
+        return self._routers[model]
 
     def _auxiliary(
-        self, routing: Mapping[str, Sequence[RoutingStats]], sample_size: int, like: Tensor, counts: bool
+        self,
+        routing: Mapping[str, Sequence[RoutingStats]],
+        sample_size: int,
+        like: Tensor,
+        counts: bool,
+        routers: Mapping[str, Sequence[Router]],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the weighted losses of all routers, and sums to log.
 
@@ -161,29 +169,41 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             sample_size: of this process.
             like: a number of the loss's type.
             counts: whether the tokens of this process do.
+            routers: of each layer, to be told in training what they did.
         """
         layers = [record for records in routing.values() for record in records]
         everyone, total_size = of_all_processes(layers, sample_size, counts)
+        if self.training:
+            for record in everyone:
+                # None where routers have no auxiliary losses, such as those that go by token ids.
+                for router, seen in zip(routers.get(record.layer, ()), record.routers, strict=False):
+                    router.notice(seen)
         loss, logging_output = like.new_zeros(()), dict[str, Tensor]()
         share = total_size / len(layers) if self.averaged and layers else total_size
         ahead = iter(everyone)
         for stack, own in routing.items():
             records = list(islice(ahead, len(own)))
-            balance = _total(records, "balance_loss", like)
-            z_loss = _total(records, "z_loss", like)
-            loss = loss + (self.moe_loss_coeff * balance + self.moe_z_loss_coeff * z_loss) * share
             logging_output |= _sums(STACKS[stack], own, records, like)
-            logging_output[f"{STACKS[stack]}_balance_loss"] = balance.detach() * sample_size
-            logging_output[f"{STACKS[stack]}_z_loss"] = z_loss.detach() * sample_size
-            if self.moe_entropy_loss_coeff:
-                entropy = _total(records, "entropy_loss", like)
-                loss = loss + self.moe_entropy_loss_coeff * entropy * share
-                logging_output[f"{STACKS[stack]}_entropy_loss"] = entropy.detach() * sample_size
+            weighted = []
+            for name, weight in self._weights(records).items():
+                total = _total(records, name, like)
+                weighted.append(weight * total)
+                logging_output[f"{STACKS[stack]}_{name}"] = total.detach() * sample_size
+            loss = loss + sum(weighted[1:], weighted[0]) * share
         gated = [record for record in everyone if record.gate is not None]
         if gated:
             mean_gate = _total(gated, "gate", like) / _total(gated, "tokens", like).clamp(min=1)
             loss = loss + self.moe_cmr_loss_coeff * (mean_gate - self.moe_cmr_budget).abs() * total_size
         return loss, logging_output
+
+    def _weights(self, records: Sequence[RoutingStats]) -> dict[str, float]:
+        """Weighs the losses of a stack's routers; a router's own one has its coefficient already."""
+        weights = {"balance_loss": self.moe_loss_coeff, "z_loss": self.moe_z_loss_coeff}
+        if self.moe_entropy_loss_coeff:
+            weights["entropy_loss"] = self.moe_entropy_loss_coeff
+        if any(router.own is not None for record in records for router in record.routers):
+            weights["own_loss"] = 1.0
+        return weights
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Sequence[dict[str, Any]]) -> None:
@@ -199,10 +219,10 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
 
             for key in [name for name in LOSSES if f"{prefix}_{name}" in logging_outputs[0]]:
                 metrics.log_scalar(f"{prefix}_{key}", total(key) / sample_size, sample_size, round=4)
-            shown = [ratio for ratio in RATIOS if f"{prefix}_{ratio[1]}" in logging_outputs[0]]
-            for key in sorted({name for _, above, below, _ in shown for name in (above, below)}):
+            shown = {above: ratio for above, ratio in SHOWN.items() if f"{prefix}_{above}" in logging_outputs[0]}
+            for key in sorted({*shown, *(ratio.per for ratio in shown.values())}):
                 metrics.log_scalar(f"_{prefix}_{key}", total(key))  # a leading underscore hides it
-            for name, above, below, digits in shown:
+            for above, (name, below, digits) in shown.items():
                 ratio = partial(_ratio, above=f"_{prefix}_{above}", below=f"_{prefix}_{below}", digits=digits)
                 metrics.log_derived(f"{prefix}_{name}", ratio)
 
@@ -212,17 +232,16 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
 
 
 def _total(records: Sequence[RoutingStats], name: str, like: Tensor) -> Tensor:
-    """Sums one statistic over layers; zero where LayerDrop skipped them all."""
-    return torch.stack([getattr(record, name) for record in records]).sum() if records else like.new_zeros(())
+    """Sums one statistic over the layers that have it; zero where LayerDrop skipped them all."""
+    values = [value for record in records if (value := getattr(record, name)) is not None]
+    return torch.stack(values).sum() if values else like.new_zeros(())
 
 
 def _sums(
     prefix: str, records: Sequence[RoutingStats], everyone: Sequence[RoutingStats], like: Tensor
 ) -> dict[str, Tensor]:
     """Sums over the layers of a stack; the coefficient of variation of all processes' load is weighted by tokens."""
-    names = ["tokens", "wanted", "received", "passes", "first_dropped", "top1_prob"]
-    if any(record.gate is not None for record in records):
-        names.append("gate")
+    names = [name for name in SUMS if name not in OPTIONAL or any(getattr(one, name) is not None for one in records)]
     sums = {f"{prefix}_{name}": _total(records, name, like).detach() for name in names}
     weighted = (_load_cv(all_) * own.tokens for own, all_ in zip(records, everyone, strict=True))
     sums[f"{prefix}_load_cv"] = sum(weighted, like.new_zeros(()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from ..errors import UserError
 from ..moe.statistics import RoutingStats
 
 Routing = Mapping[str, Sequence[RoutingStats]]
-
-_SUMS = ("tokens", "wanted", "received", "first_dropped", "top1_prob", "expert_load", "first_choices", "passes")
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,9 @@ class LayerUsage:
     def computation_saved(self) -> float:
         """Share of the layer's expert computation saved against giving every token to every expert."""
         return computation_saved([self])
+
+
+_SUMS = tuple(field.name for field in fields(LayerUsage) if field.name != "layer")
 
 
 def computation_saved(layers: Iterable[LayerUsage]) -> float:
@@ -108,23 +109,13 @@ def _layer_usage(layer: str, total: Mapping[str, Tensor]) -> LayerUsage:
     if total["tokens"] == 0:
         raise ValueError(f"MoE layer {layer!r} routed no token")
 
-    def count(name: str) -> int:
-        return round(total[name].item())
+    def number(name: str) -> Any:
+        values = total[name].tolist()
+        if name == "top1_prob":
+            return values
+        return tuple(map(round, values)) if isinstance(values, list) else round(values)
 
-    def counts(name: str) -> tuple[int, ...]:
-        return tuple(round(value) for value in total[name].tolist())
-
-    return LayerUsage(
-        layer=layer,
-        tokens=count("tokens"),
-        wanted=count("wanted"),
-        received=count("received"),
-        first_dropped=count("first_dropped"),
-        top1_prob=total["top1_prob"].item(),
-        expert_load=counts("expert_load"),
-        first_choices=counts("first_choices"),
-        passes=count("passes"),
-    )
+    return LayerUsage(layer=layer, **{name: number(name) for name in _SUMS})
 
 
 def measure(checkpoint: Path, bin_dir: Path, max_tokens: int = 4096, pairs: Sequence[str] = ()) -> list[LayerUsage]:

@@ -15,9 +15,8 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, Trans
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import router_options, strata
+from ..config import router_class, router_options, strata
 from ..moe import (
-    ROUTERS,
     ConditionalMoE,
     Dropout,
     ExpertOutputMasking,
@@ -47,7 +46,7 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
     ways: dict[str, Any] = {"kernel": str(cfg.moe_kernel), "exchange": str(cfg.moe_exchange)}
 
     def router(num_experts: int) -> Router:
-        return ROUTERS[str(cfg.moe_router)](dim, num_experts, router_options(cfg))
+        return router_class(cfg)(dim, num_experts, router_options(cfg))
 
     def experts() -> Experts:
         held = layout.current()

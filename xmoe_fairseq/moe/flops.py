@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
 from .experts import Experts
 from .layer import MoELayer
-from .routers import BalancedRouter, HashRouter, Router, ThresholdRouter, TopKRouter
+from .routers import Router
 from .stratified import StratifiedMoE
 
 
@@ -79,27 +80,15 @@ def expert_sites(model: nn.Module) -> list[ExpertSite]:
     sites = []
     for name, module in model.named_modules():
         if isinstance(module, MoELayer):
-            low, high = _choices(module.router, module.experts)
+            low, high = module.router.bounds()
         elif isinstance(module, StratifiedMoE):
             # The first stratum sees the last one's experts, so that a token may leave after it.
-            ranges = [_choices(router, module.experts) for router in module.routers]
+            ranges = [cast(Router, router).bounds() for router in module.routers]
             low, high = ranges[0][0], sum(most for _, most in ranges)
         else:
             continue
         sites.append(ExpertSite(name, module.experts, low, high))
     return sites
-
-
-def _choices(router: nn.Module, experts: Experts) -> tuple[int, int]:
-    """The fewest and the most experts that a router gives a token in evaluation."""
-    if isinstance(router, HashRouter | BalancedRouter):
-        return 1, 1
-    if isinstance(router, TopKRouter):
-        return router.options.top_k, router.options.top_k
-    seen = router.weight.shape[0] if isinstance(router, Router) else experts.fc1_weight.shape[0]
-    if isinstance(router, ThresholdRouter):
-        return (seen if router.options.threshold == 1 else 1), (1 if router.options.threshold == 0 else seen)
-    return 1, seen
 
 
 def count_parameters(model: nn.Module, taken: Mapping[str, float]) -> Parameters:

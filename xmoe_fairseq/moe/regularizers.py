@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .dropout import Dropout
 from .layer import flat
 from .routing import real_tokens
-from .statistics import RoutingStats, TokenRouting, add_up
+from .statistics import RoutingStats, TokenRouting, add_up, merge
 
 
 class ExpertOutputMasking(nn.Module):
@@ -118,15 +118,8 @@ class StackedMoE(nn.Module):
 
 
 def _together(seen: list[RoutingStats]) -> RoutingStats:
-    sums: dict[str, Any] = {name: torch.stack([getattr(one, name) for one in seen]).sum() for name in _SUMMED}
-    loads: dict[str, Any] = {
-        name: torch.cat([getattr(one, name) for one in seen]) for name in ("expert_load", "first_choices")
-    }
-    return replace(seen[0], **sums, **loads, routers=tuple(router for one in seen for router in one.routers))
+    return merge(seen, torch.cat, seen[0].tokens)
 
 
 def _token_by_token(seen: list[TokenRouting]) -> TokenRouting:
     return add_up(seen, torch.cat([one.taken for one in seen], dim=-1))
-
-
-_SUMMED = ("wanted", "received", "first_dropped", "top1_prob", "passes")

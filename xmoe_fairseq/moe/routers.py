@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -14,47 +15,34 @@ from torch.nn import functional as F
 from .device_routing import plan_on_device, routes_on_device
 from .precise import is_precise, precise_linear
 from .ranking import Limits, RankedProbs, choose
+from .router_options import RouterOptions
 from .routing import RoutingPlan, assign, make_plan, real_tokens
-
-
-@dataclass(frozen=True)
-class RouterOptions:
-    """What a router may be told; each takes what concerns it.
-
-    Attributes:
-        threshold: probability mass, in [0, 1], that a token's experts must reach (threshold router).
-        top_k: experts a token, at least 1 (top-k router).
-        capacity_factor: in training, an expert takes at most this multiple of the mean load per expert
-            if every token took one; 0 drops nothing. Evaluation never drops.
-        min_capacity: tokens that an expert may always take, at least 0.
-        second_expert: how GShard takes the second expert in training: ``gate``, the second most probable, or
-            ``sampling``, at random by probability. Evaluation always takes the most probable.
-        static: make plans whose size follows from the input's, where a bound is known, so that nothing is read
-            back from the device; none does so on devices other than the CPU.
-    """
-
-    threshold: float = 0.9
-    top_k: int = 2
-    capacity_factor: float = 0.0
-    min_capacity: int = 4
-    second_expert: str = "gate"
-    static: bool | None = None
+from .statistics import RouterSums
 
 
 class Router(nn.Module):
-    """A linear router: ``softmax(W x)``, computed in float32 whatever the model's precision.
+    """Decides which experts each token takes, and with which weights.
+
+    A router is a subclass with an entry in `ROUTERS`. What it may be told beyond `RouterOptions` it declares in
+    ``Options``; what it does is in ``forward``. Three seams save it most of the work: `ProbabilityRouter.limits`, where
+    experts are taken in the order of their softmax probabilities; `LinearRouter.plan`, for any choice by linear scores
+    (see `plan_of`); `Router.forward` for all else.
 
     Args:
         dim: d.
         num_experts: E, at least 1.
-        options: see `RouterOptions`.
+        options: an instance of the class's ``Options``.
 
     Raises:
         ValueError: an option is out of range.
     """
 
-    # Whether a token's weights are divided by their sum after dropping.
-    normalize = False
+    # The dataclass of the router's options.
+    Options: ClassVar[type[RouterOptions]] = RouterOptions
+    # What its models are called.
+    family: ClassVar[str] = "MoE"
+    # The option that trades quality for computation in a trained model; None if no option does.
+    dial: ClassVar[str | None] = None
     # Whether statistics have the entropy of the probabilities; a criterion that weighs it sets this.
     measures_entropy: bool = False
 
@@ -62,18 +50,30 @@ class Router(nn.Module):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"a router needs at least 1 expert, not {num_experts}")
+        self.check(options, num_experts)
+        self.num_experts = num_experts
+        self.options = options
+
+    @classmethod
+    def check(cls, options: RouterOptions, num_experts: int) -> None:
+        """Refuses options that do not fit together, or not the number of experts.
+
+        Raises:
+            ValueError: names the option, its value and the values that work.
+        """
         if options.capacity_factor < 0 or options.min_capacity < 0:
             raise ValueError(
                 f"capacity_factor {options.capacity_factor} and min_capacity {options.min_capacity} must be at least 0"
             )
-        self.options = options
-        self._rooms: dict[tuple[int, RouterOptions], int] = {}
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        nn.init.uniform_(self.weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
 
-    def limits(self) -> Limits:
-        """Says when a token takes no more experts."""
-        raise NotImplementedError
+    @classmethod
+    def label(cls, options: RouterOptions) -> str:
+        """Says in a few words how tokens choose, such as ``top 2``."""
+        return cls.__name__
+
+    def bounds(self) -> tuple[int, int]:
+        """Returns the fewest and the most experts that a token takes in evaluation."""
+        return 1, self.num_experts
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> RoutingPlan:
         """Routes hidden states.
@@ -83,6 +83,36 @@ class Router(nn.Module):
             padding_mask: (T,) bool, true for padding.
             tokens: (T,) int64 ids of the tokens; only a router that goes by them needs them.
         """
+        raise NotImplementedError
+
+    def notice(self, seen: RouterSums) -> None:
+        """Is told, in training, what the router did with the tokens of all processes in one batch.
+
+        A router with state that moves between updates adds this up in persistent buffers, and moves the state in
+        ``set_num_updates(n)``, which fairseq calls before each batch, when n has changed: checkpoints then resume
+        exactly, whatever the number of batches per update.
+        """
+
+    def static(self, like: Tensor) -> bool:
+        """Tells whether plans have a size known beforehand."""
+        return like.device.type != "cpu" if self.options.static is None else self.options.static
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, {self.options}"
+
+
+class LinearRouter(Router):
+    """A router by linear scores ``W x``, computed in float32 whatever the model's precision.
+
+    Its subclasses say in `plan` what follows from the scores.
+    """
+
+    def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
+        super().__init__(dim, num_experts, options)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.uniform_(self.weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> RoutingPlan:
         return self.plan(self.logits(x), padding_mask)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -99,49 +129,66 @@ class Router(nn.Module):
 
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
         """Routes by given logits: (T, E); padding_mask: (T,) bool, true for padding."""
+        raise NotImplementedError
+
+
+class ProbabilityRouter(LinearRouter):
+    """A token takes experts in the order of their probabilities ``softmax(W x)`` until `limits` stop it.
+
+    With a capacity, an expert takes so many tokens in training, and the others go without. On a GPU the plan is made by
+    Triton programs, which know of `limits` and the capacity alone: a router that chooses otherwise overrides `plan`.
+    """
+
+    # Whether a token's weights are divided by their sum after dropping.
+    normalize = False
+
+    def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
+        super().__init__(dim, num_experts, options)
+        self._rooms: dict[tuple[int, RouterOptions], int] = {}
+
+    def limits(self) -> Limits:
+        """Says when a token takes no more experts."""
+        raise NotImplementedError
+
+    def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
+        if not routes_on_device(logits):
+            return self._plan_of_ranks(*choose(logits, self.limits()), padding_mask)
         tokens = len(logits)
-        most, most_each = self.most_pairs(tokens) if self.static(logits) else None, self.most_each(tokens)
-        if self.by_probability and routes_on_device(logits):
-            capacity: Tensor | int | None = None
-            if self.limited:
-                capacity = self.room(tokens) if padding_mask is None else self.capacity((~padding_mask).sum())
-            return plan_on_device(
-                logits, self.limits(), padding_mask, capacity, self.normalize, most, most_each, self.measures_entropy
-            )
-        ranked, chosen = self.choose(logits)
+        capacity: Tensor | int | None = None
+        if self.limited:
+            capacity = self.room(tokens) if padding_mask is None else self.capacity((~padding_mask).sum())
+        return plan_on_device(
+            logits, self.limits(), padding_mask, capacity, self.normalize, *self._most(logits), self.measures_entropy
+        )
+
+    def _plan_of_ranks(self, ranked: RankedProbs, chosen: Tensor, padding_mask: Tensor | None) -> RoutingPlan:
         limit = self.capacity if self.limited else None
-        return make_plan(ranked, chosen, padding_mask, limit, self.normalize, most, most_each, self.measures_entropy)
+        return make_plan(
+            ranked, chosen, padding_mask, limit, self.normalize, *self._most(ranked.logits), self.measures_entropy
+        )
+
+    def _most(self, logits: Tensor) -> tuple[int | None, int | None]:
+        """Bounds the pairs of the plan, where its size must be known, and those of an expert."""
+        tokens = len(logits)
+        return self.most_pairs(tokens) if self.static(logits) else None, self.most_each(tokens)
 
     @property
     def limited(self) -> bool:
         """Whether experts take no more than their capacity."""
         return self.training and self.options.capacity_factor > 0
 
-    @property
-    def by_probability(self) -> bool:
-        """Whether experts are taken in the order of their probabilities."""
-        return True
-
-    def static(self, like: Tensor) -> bool:
-        """Says whether plans have a size known beforehand."""
-        return like.device.type != "cpu" if self.options.static is None else self.options.static
-
     def most_pairs(self, tokens: int) -> int | None:
-        """Bounds the pairs that T tokens make, without looking at them; none where they may be all."""
+        """Bounds the pairs that T tokens make, without looking at them; None where they may be all."""
         most_each = self.most_each(tokens)
-        return None if most_each is None else self.weight.shape[0] * most_each
+        return None if most_each is None else self.num_experts * most_each
 
     def most_each(self, tokens: int) -> int | None:
-        """Bounds the pairs that an expert gets of T tokens, without looking at them; none where they may be all."""
+        """Bounds the pairs that an expert gets of T tokens, without looking at them; None where they may be all."""
         return min(self.room(tokens), tokens) if self.limited else None
 
-    def choose(self, logits: Tensor) -> tuple[RankedProbs, Tensor]:
-        """Orders the experts of each token as far as it takes them; (T, R) bool says which it takes."""
-        return choose(logits, self.limits())
-
     def capacity(self, real: Tensor) -> Tensor:
-        """Gives the most tokens an expert takes, from the number of real tokens: () each."""
-        mean = real.double() / self.weight.shape[0]
+        """Returns the most tokens an expert takes, from the number of real tokens: () each."""
+        mean = real.double() / self.num_experts
         return (mean * self.options.capacity_factor).ceil().clamp(min=self.options.min_capacity)
 
     def room(self, tokens: int) -> int:
@@ -151,11 +198,8 @@ class Router(nn.Module):
             self._rooms[key] = int(self.capacity(torch.tensor(tokens)))
         return self._rooms[key]
 
-    def extra_repr(self) -> str:
-        return f"experts={self.weight.shape[0]}, {self.options}"
 
-
-class ThresholdRouter(Router):
+class ThresholdRouter(ProbabilityRouter):
     """A token takes its most probable experts until their mass reaches the threshold, at least one.
 
     Weights are the raw probabilities. Source: Yang et al. 2024 (XMoE), section 3.2.
@@ -164,18 +208,30 @@ class ThresholdRouter(Router):
         ValueError: the threshold is outside [0, 1].
     """
 
-    def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
-        super().__init__(dim, num_experts, options)
+    family = "XMoE"
+    dial = "threshold"
+
+    @classmethod
+    def check(cls, options: RouterOptions, num_experts: int) -> None:
+        super().check(options, num_experts)
         if not 0 <= options.threshold <= 1:
             raise ValueError(f"threshold {options.threshold} is outside [0, 1]")
 
+    @classmethod
+    def label(cls, options: RouterOptions) -> str:
+        return f"threshold {options.threshold:g}"
+
+    def bounds(self) -> tuple[int, int]:
+        threshold = self.options.threshold
+        return (self.num_experts if threshold == 1 else 1), (1 if threshold == 0 else self.num_experts)
+
     def limits(self) -> Limits:
-        experts, threshold = self.weight.shape[0], self.options.threshold
+        threshold = self.options.threshold
         # Rounding of the sum must not leave an expert out.
-        return Limits(experts, None if threshold == 1 else threshold)
+        return Limits(self.num_experts, None if threshold == 1 else threshold)
 
 
-class TopKRouter(Router):
+class TopKRouter(ProbabilityRouter):
     """A token takes its k most probable experts, weighted by their raw probabilities.
 
     Source: Fedus et al. 2022 (Switch, k = 1); Lepikhin et al. 2021 (GShard, k = 2).
@@ -184,10 +240,18 @@ class TopKRouter(Router):
         ValueError: k is below 1 or above the number of experts.
     """
 
-    def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
-        super().__init__(dim, num_experts, options)
+    @classmethod
+    def check(cls, options: RouterOptions, num_experts: int) -> None:
+        super().check(options, num_experts)
         if not 1 <= options.top_k <= num_experts:
             raise ValueError(f"top_k {options.top_k} is outside [1, {num_experts}], the number of experts")
+
+    @classmethod
+    def label(cls, options: RouterOptions) -> str:
+        return f"top {options.top_k}"
+
+    def bounds(self) -> tuple[int, int]:
+        return self.options.top_k, self.options.top_k
 
     def limits(self) -> Limits:
         return Limits(self.options.top_k)
@@ -208,24 +272,30 @@ class GShardRouter(TopKRouter):
     normalize = True
 
     def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
-        if options.second_expert not in ("gate", "sampling"):
-            raise ValueError(f"second_expert {options.second_expert!r} is unknown: choose gate or sampling")
         # A last stratum may have one expert only.
         super().__init__(dim, num_experts, replace(options, top_k=min(2, num_experts)))
 
-    @property
-    def by_probability(self) -> bool:
-        return not self.training or self.options.second_expert == "gate"
+    @classmethod
+    def check(cls, options: RouterOptions, num_experts: int) -> None:
+        super().check(replace(options, top_k=1), num_experts)
+        if options.second_expert not in ("gate", "sampling"):
+            raise ValueError(f"second_expert {options.second_expert!r} is unknown: choose gate or sampling")
 
-    def choose(self, logits: Tensor) -> tuple[RankedProbs, Tensor]:
-        ranked, chosen = super().choose(logits)
-        if self.by_probability or self.limits().number < 2:
-            return ranked, chosen
+    @classmethod
+    def label(cls, options: RouterOptions) -> str:
+        return "top 2 (GShard)"
+
+    def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
+        draws = self.training and self.options.second_expert == "sampling" and self.options.top_k > 1
+        if not draws:
+            return super().plan(logits, padding_mask)
+        ranked, chosen = choose(logits, self.limits())
         order = torch.cat([ranked.order[:, :1], _draw_second(ranked)], dim=-1)
-        return RankedProbs(logits, ranked.probs, ranked.probs.detach().gather(1, order), order), chosen
+        drawn = RankedProbs(logits, ranked.probs, ranked.probs.detach().gather(1, order), order)
+        return self._plan_of_ranks(drawn, chosen, padding_mask)
 
     def capacity(self, real: Tensor) -> Tensor:
-        mean = (real.double() / self.weight.shape[0]).ceil()
+        mean = (real.double() / self.num_experts).ceil()
         return (mean * self.options.capacity_factor).ceil().clamp(min=self.options.min_capacity)
 
 
@@ -249,6 +319,10 @@ class SwitchRouter(GShardRouter):
         super().__init__(dim, num_experts, options)
         self.options = replace(self.options, top_k=1)
 
+    @classmethod
+    def label(cls, options: RouterOptions) -> str:
+        return "top 1 (Switch)"
+
 
 class HashRouter(Router):
     """The token's id alone decides its expert, with weight 1; nothing is learnt, dropped or balanced.
@@ -256,10 +330,12 @@ class HashRouter(Router):
     Source: Roller et al. 2021 (Hash Layers), with a fixed random table.
     """
 
-    def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
-        super().__init__(dim, num_experts, options)
-        del self.weight
-        self.num_experts = num_experts
+    @classmethod
+    def label(cls, options: RouterOptions) -> str:
+        return "hash router"
+
+    def bounds(self) -> tuple[int, int]:
+        return 1, 1
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> RoutingPlan:
         if tokens is None:
@@ -269,16 +345,20 @@ class HashRouter(Router):
         weight = x.new_ones(x.shape[0], dtype=torch.float32)
         return assign(expert, weight, self.num_experts, padding_mask, len(x) if self.static(x) else None)
 
-    def extra_repr(self) -> str:
-        return f"experts={self.num_experts}"
 
-
-class BalancedRouter(Router):
+class BalancedRouter(LinearRouter):
     """In training every expert gets equally many tokens, by the assignment of the highest total score.
 
     A token's weight is the sigmoid of its logit. In evaluation a token takes its best expert, whatever the others
     take. There is no balance loss. Source: Lewis et al. 2021 (BASE layers); the assignment is SciPy's, on the CPU.
     """
+
+    @classmethod
+    def label(cls, options: RouterOptions) -> str:
+        return "balanced router"
+
+    def bounds(self) -> tuple[int, int]:
+        return 1, 1
 
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
         num_experts = logits.shape[1]

@@ -120,6 +120,56 @@ def planned(
     )
 
 
+def plan_of(
+    chosen: Tensor,
+    weights: Tensor,
+    first: Tensor,
+    padding_mask: Tensor | None = None,
+    sums: Callable[[Tensor], RouterSums] | None = None,
+    most: int | None = None,
+    most_each: int | None = None,
+) -> RoutingPlan:
+    """Makes a plan of any choice; a token may choose no expert.
+
+    Args:
+        chosen: (T, E) bool, which experts each token takes.
+        weights: (T, E) shares of their outputs, with their gradient; looked at where ``chosen`` is true.
+        first: (T,) int64, the expert that fits each token best, whether it takes it or not.
+        padding_mask: (T,) bool, true for padding, which is neither routed nor counted.
+        sums: makes what the auxiliary losses are computed from, given which tokens are real, (T,) bool; None for a
+            router without such losses.
+        most: as in `make_plan`.
+        most_each: as in `make_plan`.
+    """
+    keep = real_tokens(padding_mask, weights)
+    taken = chosen & keep.unsqueeze(-1)
+    expert, token, load, used = _grouped(taken, most)
+    weight = weights.reshape(-1).index_select(0, token * weights.shape[1] + expert)
+    if used is not None:
+        weight = weight.masked_fill(~used, 0.0)
+    top1 = weights.detach().gather(1, first.unsqueeze(-1)).squeeze(-1).masked_fill(~keep, 0.0)
+
+    def count() -> RoutingStats:
+        real = keep.sum()
+        return RoutingStats(
+            tokens=real,
+            wanted=load.sum(),
+            received=load.sum(),
+            passes=real,
+            first_dropped=torch.zeros_like(real),
+            top1_prob=top1.sum(),
+            expert_load=load,
+            first_choices=torch.zeros_like(load).index_add_(0, first, keep.to(load.dtype)),
+            routers=() if sums is None else (sums(keep),),
+            idle=(keep & ~taken.any(-1)).sum(),
+        )
+
+    def trace() -> TokenRouting:
+        return TokenRouting(taken.long(), keep.long(), top1, None)
+
+    return RoutingPlan(token, weight, load, first, len(first), count, trace, most_each=most_each)
+
+
 def assign(
     expert: Tensor, weight: Tensor, num_experts: int, padding_mask: Tensor | None = None, most: int | None = None
 ) -> RoutingPlan:

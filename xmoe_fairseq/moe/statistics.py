@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,18 +18,46 @@ class RouterSums(NamedTuple):
 
     Attributes:
         tokens: () their number.
-        first_choices: (E,) tokens whose first choice the expert was, before capacity.
-        probs: (E,) probabilities, with their gradient.
+        load: (E,) what the balance loss calls the load of an expert: tokens whose first choice it was, before capacity,
+            unless the router has another measure.
+        probs: (E,) probabilities, or what the router has in their place, with their gradient.
         squares: () squared log-sum-exp of the logits, with its gradient.
         entropy: () entropies of the probabilities in nats, with their gradient; 0 where the router does not measure
             them.
+        own: () a loss of the router's own, its coefficient included, times ``tokens``, with its gradient; None where it
+            has none.
     """
 
     tokens: Tensor
-    first_choices: Tensor
+    load: Tensor
     probs: Tensor
     squares: Tensor
     entropy: Tensor
+    own: Tensor | None = None
+
+
+class Ratio(NamedTuple):
+    """How a sum is shown.
+
+    Attributes:
+        name: of the metric, without the stack.
+        per: the sum that it is divided by.
+        digits: after the point.
+    """
+
+    name: str
+    per: str
+    digits: int
+
+
+def _sum(name: str = "", per: str = "tokens", digits: int = 3, **more: Any) -> Any:
+    """Declares a sum over tokens; with a name, one that is logged."""
+    return field(metadata={"sum": True, "ratio": Ratio(name, per, digits) if name else None}, **more)
+
+
+def _per_expert() -> Any:
+    """Declares a sum over tokens for each expert."""
+    return field(metadata={"per_expert": True})
 
 
 @dataclass(frozen=True)
@@ -38,39 +66,42 @@ class RoutingStats:
 
     All are tensors on the layer's device, so that collecting them never waits for it; ratios are
     taken where they are shown. Only the losses' sums and CMR's gate carry gradients.
+    A sum that is added here is merged over strata and stacked layers, added up over processes, and logged.
 
     Attributes:
         tokens: () real tokens routed.
         wanted: () (token, expert) pairs that the router chose.
         received: () pairs left after capacity; these are computed.
+        passes: () how often a token was routed, added up: ``tokens``, or more in a stratified layer, where
+            ``passes / tokens`` is the requested capacity (RC).
         first_dropped: () tokens whose first choice was dropped by capacity.
         top1_prob: () sum of the first choice's probability.
         expert_load: (E,) pairs computed by each expert.
         first_choices: (E,) tokens whose first choice the expert was, before capacity.
-        passes: () how often a token was routed, added up: ``tokens``, or more in a stratified layer, where
-            ``passes / tokens`` is the requested capacity (RC).
-        routers: what the auxiliary losses are computed from; one a stratum or stacked layer, none where routers have
+        routers: what the auxiliary losses are computed from; one per stratum or stacked layer, none where routers have
             no such losses.
-        gate: () sum of CMR's gate over the real tokens, with its gradient; none without CMR.
+        gate: () sum of CMR's gate over the real tokens, with its gradient; None without CMR.
+        idle: () tokens that chose no expert, added up over the passes; None where the router always chooses one.
         layer: which layer it was, e.g. ``encoder.1``; empty until a model names it.
     """
 
-    tokens: Tensor
-    wanted: Tensor
-    received: Tensor
-    first_dropped: Tensor
-    top1_prob: Tensor
-    expert_load: Tensor
-    first_choices: Tensor
-    passes: Tensor
+    tokens: Tensor = _sum()
+    wanted: Tensor = _sum("experts_wanted")
+    received: Tensor = _sum("experts")
+    passes: Tensor = _sum("rc")
+    first_dropped: Tensor = _sum("first_dropped", per="passes", digits=4)
+    top1_prob: Tensor = _sum("top1_prob", per="passes")
+    expert_load: Tensor = _per_expert()
+    first_choices: Tensor = _per_expert()
     routers: tuple[RouterSums, ...] = ()
-    gate: Tensor | None = None
+    gate: Tensor | None = _sum("gate", default=None)
+    idle: Tensor | None = _sum("idle", per="passes", digits=4, default=None)
     layer: str = ""
 
     @cached_property
     def balance_loss(self) -> Tensor:
         """() E * sum_e f_e P_e, the balance loss of this call: the mean of the routers that received a token."""
-        return self._mean([balance_loss(one.probs, one.first_choices, one.tokens) for one in self.routers])
+        return self._mean([balance_loss(one.probs, one.load, one.tokens) for one in self.routers])
 
     @cached_property
     def z_loss(self) -> Tensor:
@@ -85,11 +116,44 @@ class RoutingStats:
         """
         return self._mean([entropy_loss(one.entropy, one.tokens) for one in self.routers])
 
+    @cached_property
+    def own_loss(self) -> Tensor:
+        """() the routers' own losses: the mean of the routers that received a token; 0 where they have none."""
+        zero = self.top1_prob.new_zeros(())
+        return self._mean([zero if one.own is None else one.own / one.tokens.clamp(min=1) for one in self.routers])
+
     def _mean(self, losses: list[Tensor]) -> Tensor:
         if len(losses) <= 1:
             return losses[0] if losses else self.top1_prob.new_zeros(())
         entered = torch.stack([one.tokens > 0 for one in self.routers]).sum().clamp(min=1)
         return torch.stack(losses).sum() / entered
+
+
+SUMS = tuple(one.name for one in fields(RoutingStats) if one.metadata.get("sum"))
+# None where a layer does not have them.
+OPTIONAL = tuple(one.name for one in fields(RoutingStats) if one.name in SUMS and one.default is None)
+PER_EXPERT = tuple(one.name for one in fields(RoutingStats) if one.metadata.get("per_expert"))
+# By the name of the sum.
+RATIOS: dict[str, Ratio] = {
+    one.name: one.metadata["ratio"] for one in fields(RoutingStats) if one.metadata.get("ratio")
+}
+
+
+def merge(parts: Sequence[RoutingStats], per_expert: Callable[[list[Tensor]], Tensor], tokens: Tensor) -> RoutingStats:
+    """Makes one record of what several routers did with the same tokens.
+
+    Args:
+        parts: one record per router.
+        per_expert: joins their sums for each expert.
+        tokens: () how many tokens there are.
+    """
+    sums: dict[str, Any] = {}
+    for name in (one for one in SUMS if one != "tokens"):
+        values = [value for part in parts if (value := getattr(part, name)) is not None]
+        sums[name] = torch.stack(values).sum() if values else None
+    sums |= {name: per_expert([getattr(part, name) for part in parts]) for name in PER_EXPERT}
+    routers = tuple(router for part in parts for router in part.routers)
+    return RoutingStats(**sums, tokens=tokens, routers=routers)
 
 
 def pack(records: Sequence[RoutingStats]) -> Tensor:
@@ -111,10 +175,10 @@ def unpack(vector: Tensor, like: Sequence[RoutingStats]) -> list[RoutingStats]:
 
 
 def _parts(record: RoutingStats) -> Iterator[Tensor]:
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if field.name == "routers":
-            yield from (part for one in value for part in one)
+    for one in fields(record):
+        value = getattr(record, one.name)
+        if one.name == "routers":
+            yield from (part for router in value for part in router if part is not None)
         elif isinstance(value, Tensor):
             yield value
 
@@ -122,12 +186,14 @@ def _parts(record: RoutingStats) -> Iterator[Tensor]:
 def _rebuilt(record: RoutingStats, values: Iterator[Tensor]) -> RoutingStats:
     """Takes the next values for a record, in the order of `_parts`."""
     changed: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if field.name == "routers":
-            changed["routers"] = tuple(RouterSums(*(next(values) for _ in one)) for one in value)
+    for one in fields(record):
+        value = getattr(record, one.name)
+        if one.name == "routers":
+            changed["routers"] = tuple(
+                RouterSums._make(None if part is None else next(values) for part in router) for router in value
+            )
         elif isinstance(value, Tensor):
-            changed[field.name] = next(values)
+            changed[one.name] = next(values)
     return replace(record, **changed)
 
 

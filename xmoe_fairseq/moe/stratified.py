@@ -18,7 +18,7 @@ from .layer import flat
 from .pairs import Pairs
 from .routers import Router
 from .routing import RoutingPlan, real_tokens
-from .statistics import RoutingStats, TokenRouting, add_up
+from .statistics import RoutingStats, TokenRouting, add_up, merge
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class StratifiedMoE(nn.Module):
             passes = passes + inside
         if self.exit_norm is not None:
             state = torch.where(keep.unsqueeze(-1), self.exit_norm(state), state)
-        count = partial(self._statistics, plans, keep, passes)
+        count = partial(self._statistics, plans, keep)
         trace = partial(self._token_routing, plans, entered, len(start))
         return (state - start).reshape(x.shape), StratifiedPlan(plans, passes, count, trace)
 
@@ -150,18 +150,11 @@ class StratifiedMoE(nn.Module):
         pairs = Pairs(plan.token, plan.weight, sizes, most_each=plan.most_each)
         return self.regularizer(self.experts(normed, pairs, weights))
 
-    def _statistics(self, plans: Sequence[RoutingPlan], keep: Tensor, passes: Tensor) -> RoutingStats:
-        total = sum(self.sizes)
-        stats = [plan.stats for plan in plans]
-        counted: dict[str, Any] = {
-            name: torch.stack([getattr(one, name) for one in stats]).sum()
-            for name in ("wanted", "received", "first_dropped", "top1_prob")
-        }
-        for name in ("expert_load", "first_choices"):
-            loads = [getattr(one, name) for one in stats]
-            counted[name] = torch.stack([F.pad(load, (total - len(load), 0)) for load in loads]).sum(0)
-        routers = tuple(router for one in stats for router in one.routers)
-        return RoutingStats(tokens=keep.sum(), passes=passes.sum(), routers=routers, **counted)
+    def _statistics(self, plans: Sequence[RoutingPlan], keep: Tensor) -> RoutingStats:
+        def visible_from_the_end(loads: list[Tensor]) -> Tensor:
+            return torch.stack([F.pad(load, (sum(self.sizes) - len(load), 0)) for load in loads]).sum(0)
+
+        return merge([plan.stats for plan in plans], visible_from_the_end, keep.sum())
 
     def _token_routing(
         self, plans: Sequence[RoutingPlan], entered: Sequence[Tensor | None], tokens: int
