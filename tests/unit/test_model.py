@@ -170,7 +170,10 @@ BAD_OPTIONS = {
     "threshold nan": (["--moe-threshold", "nan"], "--moe-threshold nan is out of range"),
     "no experts": (["--moe-num-experts", "0"], "--moe-num-experts 0 .* at least 1"),
     "top k 0": (["--moe-router", "topk", "--moe-top-k", "0"], "--moe-top-k 0 .* at least 1"),
-    "top k above experts": (["--moe-router", "topk", "--moe-top-k", "9"], "--moe-top-k 9 is more than .* 8"),
+    "top k above experts": (
+        ["--moe-router", "topk", "--moe-top-k", "9"],
+        "--moe-top-k 9 is outside .*--moe-num-experts 8",
+    ),
     "interval 0": (["--moe-interval", "0"], "--moe-interval 0 .* at least 1"),
     "interval beyond layers": (["--moe-interval", "3"], "--moe-interval 3 is beyond the 2 layers of the encoder"),
     "split does not divide": (["--moe-split-ratio", "3"], "--moe-split-ratio 3 does not divide .* 256"),
