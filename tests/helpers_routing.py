@@ -12,6 +12,7 @@ from helpers import TINY_ARGS
 from torch import Tensor
 
 from xmoe_fairseq.moe import ROUTERS, Router
+from xmoe_fairseq.moe.routers import LinearRouter
 
 MODELS = {
     **{kind: (*TINY_ARGS, "--moe-router", kind) for kind in ROUTERS},
@@ -83,7 +84,7 @@ class Naive:
             for i, row in enumerate(here):
                 if not real[row]:
                     continue
-                logits = [] if hasattr(router, "num_experts") else (router.weight.detach() @ x[i]).tolist()
+                logits = (router.weight.detach() @ x[i]).tolist() if isinstance(router, LinearRouter) else []
                 chosen, probability, entropy = one_pass(router, logits, int(ids[i]))
                 for expert in chosen:
                     rows[row]["taken"][start + expert] += 1
