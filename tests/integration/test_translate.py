@@ -81,7 +81,7 @@ def test_wrong_arguments_are_one_line(trained: Path) -> None:
         (["data"], "give DATA and RUN"),
         (["nowhere", "run"], "there is no nowhere/MANIFEST.json"),
         (["data", "empty"], "there is no checkpoint empty/checkpoints/checkpoint_best.pt or empty/checkpoint"),
-        (["data", "run", "cat-nso"], "there is no direction 'cat-nso': choose from eng-cat, cat-eng"),
+        (["data", "run", "cat-nso"], "there is no direction 'cat-nso': choose from eng-nso, nso-eng"),
     ):
         failed = translate(trained, *arguments)
         assert failed.returncode == 1 and message in failed.stderr and failed.stderr.count("\n") == 1
