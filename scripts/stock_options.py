@@ -1,7 +1,7 @@
 """Tries every option of stock fairseq's commands, with this plugin and without, and writes docs/stock_options.md.
 
 python scripts/stock_options.py                      # all of them; started again, it goes on
-python scripts/stock_options.py --only "fairseq-train checkpoint"    # tries these anew, writes no page
+python scripts/stock_options.py --only "fairseq-train checkpoint"    # tries these again, writes no page
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs/stock_options", help="folder of what is known so far")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="tries at a time")
     parser.add_argument("--again", choices=[OURS, STOCK, "both"], help="forgets what is known of a side")
-    parser.add_argument("--only", help="regular expression over `COMMAND GROUP --option`: tries these anew")
+    parser.add_argument("--only", help="regular expression over `COMMAND GROUP --option`: tries these again")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/stock_options.md")
     args = parser.parse_args()
 

@@ -188,12 +188,19 @@ class ConstrainedSearch(LexicallyConstrainedBeamSearch):
         super().init_constraints(batch_constraints, beam_size)
 
     def step(self, step: int, lprobs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Chooses the next tokens. A translation that has its longest length ends, even without all constraints: stock
-        fairseq would then allow no token."""
+        """Chooses the next tokens.
+
+        A translation that has its longest length ends, where stock fairseq would allow it no token; one that lacks
+        constraints ends only if none of the sentence has them all.
+        """
         others = lprobs.index_fill(-1, torch.tensor([self.eos], device=lprobs.device), -torch.inf)
-        if bool(torch.isneginf(others).all()):
-            if not all(state.finished for states in self.constraint_states for state in states):
-                logger.warning("a translation is as long as --max-len-b allows, and may lack some of its constraints")
+        if self.constraint_states and bool(torch.isneginf(others).all()):
+            for sentence, states in enumerate(self.constraint_states):
+                lacking = [beam for beam, state in enumerate(states) if not state.finished]
+                if len(lacking) == len(states):
+                    logger.warning("a translation is as long as --max-len-b allows, and may lack some constraints")
+                else:
+                    lprobs[sentence, lacking] = -torch.inf
             self.constraint_states = []
         return super().step(step, lprobs, *args, **kwargs)
 
