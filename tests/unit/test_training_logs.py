@@ -170,7 +170,7 @@ def test_every_loss_of_the_routers_has_a_figure(tmp_path: Path) -> None:
     values = {f"{stack}_{name}": value for name in LOSSES for stack, value in (("enc", 1.5), ("dec", 0.5))}
     (tmp_path / "log").write_text(line(1, 2, **values) + line(2, 2, **values))
     drawn = [one for one in draw(training(tmp_path / "log")) if one.title != "Loss"]
-    assert len(drawn) == len(LOSSES) == 3
+    assert len(drawn) == len(LOSSES)
     assert all([one.last[1] for one in figure.lines] == [1.5, 0.5] for figure in drawn)
     (tmp_path / "log").write_text(line(1, 2, **dict.fromkeys(values, 0.0)))
     assert [one.title for one in draw(training(tmp_path / "log"))] == ["Loss"]

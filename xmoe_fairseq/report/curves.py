@@ -52,6 +52,7 @@ KINDS = (
     Kind("First choices dropped, share", _both("first_dropped"), varies=0),
     Kind("Router z-loss", _both("z_loss"), varies=0),
     Kind("Entropy of the routers, nats per token", _both("entropy_loss"), varies=0),
+    Kind("Losses of single routers", _both("own_loss"), varies=0),
     Kind("Learning rate", ("lr",)),
     Kind("Gradient norm", ("gnorm",), log=True),
     Kind("Words a second", ("wps",)),
