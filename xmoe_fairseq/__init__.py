@@ -13,15 +13,15 @@ if importlib.util.find_spec("fairseq") is not None:
     _disabled = logging.root.manager.disable
     logging.disable(logging.INFO)
 
-    from . import compat
+    from . import patches, versions
 
-    compat.check_versions()
-    compat.install()
+    versions.check_versions()
+    patches.install()
 
-    from . import criterions, models, subword, tasks
+    from . import criterions, models, optim, subword, tasks
 
     logging.disable(_disabled)
 
-    __all__ = ["compat", "criterions", "guard", "models", "subword", "tasks"]
+    __all__ = ["criterions", "guard", "models", "optim", "patches", "subword", "tasks", "versions"]
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ import torch
 from fairseq import checkpoint_utils, options
 from helpers import ROOT
 
-from xmoe_fairseq import compat
+from xmoe_fairseq import patches
 from xmoe_fairseq.errors import UserError
 
 STATE = {
@@ -89,7 +89,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_installing_twice_wraps_once() -> None:
     before = checkpoint_utils.load_checkpoint_to_cpu, options.parse_args_and_arch
-    compat.install()
+    patches.install()
     assert (checkpoint_utils.load_checkpoint_to_cpu, options.parse_args_and_arch) == before
 
 

@@ -1,24 +1,17 @@
 """The optimizer's step in one pass, against stock fairseq's."""
 
-import inspect
 from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 from fairseq import optim
-from fairseq.optim import FairseqOptimizer
-from fairseq.optim.adam import Adam
+from fairseq.optim.adam import Adam, FairseqAdam
 from torch import Tensor, nn
 
-from xmoe_fairseq import adam
-
-
-class Stock(Adam):
-    """Without what the plugin puts in."""
-
-    step = inspect.unwrap(Adam.step)
-
+from xmoe_fairseq.optim import moe_adam
+from xmoe_fairseq.optim.moe_adam import MoEAdam, OnePassAdam
+from xmoe_fairseq.patches.registry import MARK
 
 SETTINGS = [
     {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8},
@@ -50,8 +43,8 @@ def trained(optimizer_class: type, settings: dict, steps: int) -> tuple[list[nn.
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_parameters_and_state_are_those_of_stock(settings: dict) -> None:
-    ours, optimizer = trained(Adam, settings, 10)
-    theirs, stock = trained(Stock, settings, 10)
+    ours, optimizer = trained(OnePassAdam, settings, 10)
+    theirs, stock = trained(Adam, settings, 10)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     state, expected = optimizer.state_dict(), stock.state_dict()
     assert state["param_groups"] == expected["param_groups"]
@@ -64,7 +57,7 @@ def test_parameters_and_state_are_those_of_stock(settings: dict) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_follows_the_formula_in_float64(settings: dict) -> None:
-    ours, _ = trained(Adam, settings, 5)
+    ours, _ = trained(OnePassAdam, settings, 5)
     expected = [naive(parameter, number, settings) for number, parameter in enumerate(parameters())]
     torch.testing.assert_close(list(ours), expected, rtol=1e-5, atol=1e-6)
 
@@ -86,20 +79,20 @@ def naive(parameter: nn.Parameter, number: int, settings: dict) -> Tensor:
 
 
 def test_goes_on_from_the_state_of_stock_and_back() -> None:
-    for first, second in ((Stock, Adam), (Adam, Stock)):
+    for first, second in ((Adam, OnePassAdam), (OnePassAdam, Adam)):
         some, before = trained(first, SETTINGS[0], 4)
         after = second(some, **SETTINGS[0])
         after.load_state_dict(before.state_dict())
         for step in range(4, 8):
             give_gradients(some, step)
             after.step()
-        expected, _ = trained(Stock, SETTINGS[0], 8)
+        expected, _ = trained(Adam, SETTINGS[0], 8)
         torch.testing.assert_close(some, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_is_left_to_stock() -> None:
     results = []
-    for optimizer_class in (Adam, Stock):
+    for optimizer_class in (OnePassAdam, Adam):
         some = [nn.Parameter(parameter.data.bfloat16()) for parameter in parameters()]
         optimizer = optimizer_class(some, **SETTINGS[0])
         for parameter in some:
@@ -109,28 +102,30 @@ def test_half_precision_is_left_to_stock() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def test_the_plugin_puts_it_in_and_all_parameters_take_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_parameters_take_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(adam, "adamw", lambda some, *args, **options: calls.append(len(some)))
+    monkeypatch.setattr(moe_adam, "adamw", lambda some, *args, **options: calls.append(len(some)))
     some = parameters()
     give_gradients(some, step=5)
-    Adam(some).step()
+    OnePassAdam(some).step()
     assert calls == [3]
 
 
-class StockOptimizer(optim.adam.FairseqAdam):
-    """As above, with what fairseq's trainer calls."""
+def test_adam_is_stock_and_moe_adam_is_the_optimizer_of_that_name() -> None:
+    for name, kind in (("moe_adam", OnePassAdam), ("adam", Adam)):
+        assert type(optim.build_optimizer(Namespace(optimizer=name, **CONFIG), parameters()).optimizer) is kind
+    for method in (Adam.step, FairseqAdam.multiply_grads, FairseqAdam.clip_grad_norm, FairseqAdam.zero_grad):
+        assert method.__module__.startswith("fairseq.") and not hasattr(method, MARK)
 
-    multiply_grads = inspect.unwrap(FairseqOptimizer.multiply_grads)
-    clip_grad_norm = inspect.unwrap(FairseqOptimizer.clip_grad_norm)
+
+CONFIG = {
+    **{"lr": [1e-2], "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.01},
+    **{"fp16_adam_stats": False, "use_old_adam": True, "tpu": False},
+}
 
 
 def optimizer_of(kind: Any, some: list[nn.Parameter]) -> Any:
-    given = {"lr": [1e-2], "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.01}
-    optimizer = kind(Namespace(**given, fp16_adam_stats=False, use_old_adam=True, tpu=False), some)
-    if kind is StockOptimizer:
-        optimizer._optimizer.__class__ = Stock
-    return optimizer
+    return kind(Namespace(**CONFIG), some)
 
 
 def steps_of_trainer(kind: Any, max_norm: float, scale: Any = 1.0) -> tuple[list[nn.Parameter], list[Tensor]]:
@@ -150,8 +145,8 @@ def steps_of_trainer(kind: Any, max_norm: float, scale: Any = 1.0) -> tuple[list
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("scale", [1.0, 1 / 7])
 def test_gradients_scaled_and_clipped_in_the_step_do_what_those_of_stock_do(max_norm: float, scale: float) -> None:
-    ours, our_norms = steps_of_trainer(optim.adam.FairseqAdam, max_norm, scale)
-    theirs, norms = steps_of_trainer(StockOptimizer, max_norm, scale)
+    ours, our_norms = steps_of_trainer(MoEAdam, max_norm, scale)
+    theirs, norms = steps_of_trainer(FairseqAdam, max_norm, scale)
     torch.testing.assert_close(our_norms, norms, rtol=1e-5, atol=0)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -161,7 +156,7 @@ def test_norms_of_other_processes_are_of_the_same_scale() -> None:
         return 2 * norm
 
     results = []
-    for kind in (optim.adam.FairseqAdam, StockOptimizer):
+    for kind in (MoEAdam, FairseqAdam):
         some = parameters()
         optimizer = optimizer_of(kind, some)
         give_gradients(some, 5)
@@ -176,13 +171,13 @@ def test_norms_of_many_numbers_are_exact() -> None:
     torch.manual_seed(0)
     large = nn.Parameter(torch.empty(64, 256, 256))
     large.grad = torch.randn(large.shape)
-    norm = optimizer_of(optim.adam.FairseqAdam, [large]).clip_grad_norm(0.0)
+    norm = optimizer_of(MoEAdam, [large]).clip_grad_norm(0.0)
     torch.testing.assert_close(norm.double(), large.grad.double().norm(), rtol=1e-5, atol=0)
 
 
 def test_memory_is_not_passed_over_before_the_step() -> None:
     some = parameters()
-    optimizer = optimizer_of(optim.adam.FairseqAdam, some)
+    optimizer = optimizer_of(MoEAdam, some)
     give_gradients(some, 5)
     given = [parameter.grad.clone() for parameter in some[:3]]
     optimizer.multiply_grads(0.25)
@@ -193,7 +188,7 @@ def test_memory_is_not_passed_over_before_the_step() -> None:
 
 def test_a_factor_is_never_left_out() -> None:
     weight = nn.Parameter(torch.randn(5, 7))
-    optimizer = optimizer_of(optim.adam.FairseqAdam, [weight])
+    optimizer = optimizer_of(MoEAdam, [weight])
     weight.grad = torch.randn(5, 7)
     optimizer.multiply_grads(0.25)
     weight.grad = torch.randn(5, 7).to_sparse()
