@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import prepare
 import pytest
 from helpers_prepare import arguments, assert_nothing_half_written, error_of, remove, rewrite, snapshot, write_input
 
 from xmoe_fairseq import locks
+from xmoe_fairseq.data_prep import prepare
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,14 +115,14 @@ def test_resumes_after_an_interruption(
 def test_resumes_after_a_kill(prepared: Path, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = (
-        "import os, sys, prepare, learn_spm\n"
+        "import os, sys; from xmoe_fairseq.data_prep import learn_spm, prepare\n"
         "def killed(*args):\n"
         "    (args[-1] / 'spm.model').write_text('half')\n"
         "    os.kill(os.getpid(), 9)\n"
         "learn_spm.write = killed\n"
         "prepare.main(sys.argv[1:])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "data_prep")])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program, *arguments(source, out)]
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -9
     assert {path.name for path in out.iterdir()} == {"raw", "spm.tmp", locks.LOCK}

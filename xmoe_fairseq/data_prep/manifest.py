@@ -12,10 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from io_utils import check_file, fingerprint, new_folder, write_lines
-
-from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.schema import build
+from ..errors import UserError
+from ..schema import build
+from .io_utils import check_file, fingerprint, new_folder, write_lines
 
 # Written into a stage's folder before the folder gets its name: where it is, the stage is finished.
 RECORD = ".stage.json"

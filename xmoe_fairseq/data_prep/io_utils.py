@@ -14,9 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from unpacking import DamagedError, opened
-
-from xmoe_fairseq.errors import UserError
+from ..errors import UserError
+from .unpacking import DamagedError, opened
 
 SPLITS = ("train", "valid", "test")
 TEMPORARY = ".tmp"

@@ -11,10 +11,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from io_utils import DISK_FULL, check_file, fingerprint
 from tqdm import tqdm
 
-from xmoe_fairseq.errors import UserError
+from ..errors import UserError
+from .io_utils import DISK_FULL, check_file, fingerprint
 
 # Failures in a row without a new byte before it gives up, and the seconds to wait after the first of them.
 ATTEMPTS = 5

@@ -27,7 +27,9 @@ from babel.dates import format_date, format_time, format_timedelta, get_datetime
 from babel.lists import format_list
 from babel.numbers import format_currency
 from babel.units import format_unit
-from cldr import (
+from tqdm import tqdm
+
+from .cldr import (
     AMOUNTS,
     MONTHS,
     CorpusError,
@@ -43,7 +45,6 @@ from cldr import (
     unit_words,
     usable,
 )
-from tqdm import tqdm
 
 logger = logging.getLogger("demo_corpus")
 DateStyle = Literal["full", "long", "medium"]

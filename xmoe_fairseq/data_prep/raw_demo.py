@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import demo_corpus
-from io_utils import pair_name, write_pairs
 from tqdm import tqdm
 
-from xmoe_fairseq.errors import UserError
+from ..errors import UserError
+from . import demo_corpus
+from .io_utils import pair_name, write_pairs
 
 
 def write(languages: Sequence[str], sizes: Mapping[str, int], seed: int, folder: Path) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import raw_local
-from layout import Layout, Text
-from raw_local import LocalText
-from sources import Corpus
-
-from xmoe_fairseq.directions import Direction, Directions, find_pivot, read_option
-from xmoe_fairseq.errors import UserError
+from ..directions import Direction, Directions, find_pivot, read_option
+from ..errors import UserError
+from . import raw_local
+from .layout import Layout, Text
+from .raw_local import LocalText
+from .sources import Corpus
 
 _UNUSED = "none of its directions is trained, or is from a trained source into a trained target"
 

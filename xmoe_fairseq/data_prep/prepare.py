@@ -6,30 +6,23 @@ import argparse
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import binarize
-import learn_spm
-import local_layout
-import parts
-import raw_local
-import raw_nllb
-import raw_opus100
-import raw_text
-import vocabulary
-from io_utils import DISK_FULL, SPLITS, SourceText, fingerprint, write_lines
-from layout import Layout, centred, lists
-from manifest import check_contents, finished_stage, run_stage, tool_versions, write_manifest
-from options import parse
-from sources import Corpus, Store, merge
 from tqdm import tqdm
 
-from xmoe_fairseq import locks
-from xmoe_fairseq.benchmarks import BENCHMARKS, Benchmark
-from xmoe_fairseq.errors import UserError
+from .. import guard, locks
+from ..benchmarks import BENCHMARKS, Benchmark
+from ..errors import UserError
+from . import binarize, learn_spm, local_layout, parts, raw_local, raw_nllb, raw_opus100, raw_text, vocabulary
+from .io_utils import DISK_FULL, SPLITS, SourceText, fingerprint, write_lines
+from .layout import Layout, centred, lists
+from .manifest import check_contents, finished_stage, run_stage, tool_versions, write_manifest
+from .options import parse
+from .sources import Corpus, Store, merge
 
 
 def prepare(given: argparse.Namespace) -> None:
@@ -107,8 +100,13 @@ def run_stages(
 
     def write_raw(folder: Path) -> dict[str, Any]:
         if benchmark.sizes:
-            # Only the demos need Babel.
-            import raw_demo
+            try:
+                from . import raw_demo
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"--benchmark {benchmark.name} needs {error.name}, which is not installed: pip install "
+                    "'babel>=2.14'"
+                ) from error
 
             return raw_demo.write(layout.others, given.sizes, given.seed, folder)
         return write_text(given, layout, local, folder)
@@ -221,3 +219,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         advice = "; free some space and run the same command again" if error.errno in DISK_FULL else ""
         raise UserError(f"{error.filename or given.out}: {error.strerror or error}{advice}") from error
+    except KeyboardInterrupt:
+        print("\nxmoe_fairseq: interrupted: run the same command again to go on", file=sys.stderr)
+        raise SystemExit(guard.INTERRUPTED) from None

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from io_utils import DISK_FULL
-
-from xmoe_fairseq.errors import UserError
+from ..errors import UserError
+from .io_utils import DISK_FULL
 
 # The name of a member -> where to put it, or None for one that is not needed.
 Choose = Callable[[str], Path | None]

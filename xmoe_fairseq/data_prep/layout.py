@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from io_utils import SPLITS, pair_name
-
-from xmoe_fairseq.benchmarks import directions
-from xmoe_fairseq.directions import TRAINED, ZERO_SHOT, Directions
+from ..benchmarks import directions
+from ..directions import TRAINED, ZERO_SHOT, Directions
+from .io_utils import SPLITS, pair_name
 
 # The split, and the languages of the pair as they are stored.
 Text = tuple[str, str, str]

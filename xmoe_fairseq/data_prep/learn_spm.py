@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from io_utils import read_lines, write_lines
-from layout import Layout, lists
 from tqdm import tqdm
 
-from xmoe_fairseq.errors import UserError
+from ..errors import UserError
+from .io_utils import read_lines, write_lines
+from .layout import Layout, lists
 
 # Three special symbols and 256 bytes come first; below this hardly a letter gets its own piece.
 LEAST_PIECES = 300

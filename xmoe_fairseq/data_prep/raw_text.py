@@ -9,12 +9,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from filters import Filter, Limits, held_out
-from io_utils import Side, SourceText, pair_name, write_pairs
-from sources import Corpus
 from tqdm import tqdm
 
-from xmoe_fairseq.errors import UserError
+from ..errors import UserError
+from .filters import Filter, Limits, held_out
+from .io_utils import Side, SourceText, pair_name, write_pairs
+from .sources import Corpus
 
 
 @dataclass

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from io_utils import SourceText
-from sources import Corpus
+from .io_utils import SourceText
+from .sources import Corpus
 
 
 @dataclass(frozen=True)

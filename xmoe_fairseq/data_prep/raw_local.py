@@ -7,12 +7,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from io_utils import SPLITS, Column, Side, check_file
-from sources import Corpus
-from unpacking import SUFFIXES
-
-from xmoe_fairseq.directions import CODE, Direction, readings
-from xmoe_fairseq.errors import UserError
+from ..directions import CODE, Direction, readings
+from ..errors import UserError
+from .io_utils import SPLITS, Column, Side, check_file
+from .sources import Corpus
+from .unpacking import SUFFIXES
 
 TABLE = "tsv"
 PACKED = "|".join(map(re.escape, SUFFIXES))

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from io_utils import fingerprint, read_lines, write_lines
-from layout import Layout, lists
 
-from xmoe_fairseq.directions import Directions
-from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.subword import UNKNOWN_ID, Subword
-from xmoe_fairseq.tasks.data_folder import count_symbols
+from ..directions import Directions
+from ..errors import UserError
+from ..subword import UNKNOWN_ID, Subword
+from ..tasks.data_folder import count_symbols
+from .io_utils import fingerprint, read_lines, write_lines
+from .layout import Layout, lists
 
 FILES = ("spm.model", "dict.txt")
 # Where a preparation has them, and last the folder itself.

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from download import check, download
-from io_utils import Side
-
-from xmoe_fairseq.benchmarks import Source
-from xmoe_fairseq.errors import UserError
+from ..benchmarks import Source
+from ..errors import UserError
+from .download import check, download
+from .io_utils import Side
 
 # (split, language, other language) -> the files of both, which follow each other; None where a test set has no text.
 Corpus = dict[tuple[str, str, str], list[tuple[Side | None, Side | None]]]

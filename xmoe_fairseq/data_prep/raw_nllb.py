@@ -7,14 +7,14 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from archives import extract_all
-from download import NotThereError
-from io_utils import SPLITS, pair_name, short_lines
-from sources import Corpus, Store, merge
 from tqdm import tqdm
 
-from xmoe_fairseq.benchmarks import FLORES200, Source
-from xmoe_fairseq.errors import UserError
+from ..benchmarks import FLORES200, Source
+from ..errors import UserError
+from .archives import extract_all
+from .download import NotThereError
+from .io_utils import SPLITS, pair_name, short_lines
+from .sources import Corpus, Store, merge
 
 # FLORES-200 has the written standard of Malay, under its own code.
 FLORES_CODES = {"msa": "zsm_Latn"}

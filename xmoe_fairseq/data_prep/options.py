@@ -9,15 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import learn_spm
-import raw_local
-import raw_nllb
-import vocabulary
-from filters import Limits
-from io_utils import SPLITS
-
-from xmoe_fairseq.benchmarks import BENCHMARKS, FLORES200, Benchmark, Source
-from xmoe_fairseq.errors import UserError
+from ..benchmarks import BENCHMARKS, FLORES200, Benchmark, Source
+from ..errors import UserError
+from . import learn_spm, raw_local, raw_nllb, vocabulary
+from .filters import Limits
+from .io_utils import SPLITS
 
 DESCRIPTION = "Prepare a benchmark: text, subword vocabulary, binary files, manifest."
 # Sources that hold all three splits of all languages; the others may be joined.
@@ -44,7 +40,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="prepare.sh", description=DESCRIPTION, allow_abbrev=False)
+    parser = OneLineParser(prog="xmoe prepare", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--benchmark", required=True, choices=BENCHMARKS, help="which set of languages to prepare")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
     parser.add_argument("--source", metavar="NAME", help=f"m4, m15, opus100: where the text is from: {_source_names()}")

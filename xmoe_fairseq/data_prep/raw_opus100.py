@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from archives import extract_all
-from sources import Corpus, Store
-
-from xmoe_fairseq.benchmarks import Source
+from ..benchmarks import Source
+from .archives import extract_all
+from .sources import Corpus, Store
 
 SPLITS = {"train": "train", "dev": "valid", "test": "test"}
 

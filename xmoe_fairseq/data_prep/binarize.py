@@ -8,7 +8,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import parts
 import torch
 from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import (
@@ -17,12 +16,13 @@ from fairseq.data.indexed_dataset import (
     data_file_path,
     index_file_path,
 )
-from io_utils import pair_name, read_lines
-from layout import Layout, lists
 from tqdm import tqdm
 
-from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.subword import Subword
+from ..errors import UserError
+from ..subword import Subword
+from . import parts
+from .io_utils import pair_name, read_lines
+from .layout import Layout, lists
 
 BATCH = 2_000
 VOCABULARY = ("spm.model", "dict.txt")
