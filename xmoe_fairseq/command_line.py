@@ -80,11 +80,12 @@ def _check_pieces(parsed: argparse.Namespace) -> None:
 
 def _check_results_path(parsed: argparse.Namespace) -> None:
     folder = getattr(parsed, "results_path", None)
-    if folder:
+    subset = getattr(parsed, "gen_subset", None)  # fairseq-validate writes nothing there
+    if folder and subset:
         from .evaluation.outputs import check_no_folders, check_writable, generate_file
 
         check_writable(Path(folder), "--results-path")
-        check_no_folders([Path(folder) / generate_file(parsed.gen_subset)])
+        check_no_folders([Path(folder) / generate_file(subset)])
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
