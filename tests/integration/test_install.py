@@ -54,7 +54,8 @@ def test_an_installed_package_goes_from_text_to_scores_in_any_folder(site: Path,
     run(*train, "--max-update", "3", "--save-dir", "run/checkpoints")
     run(xmoe, "translate", "data", "run", "en-fr")
     run(xmoe, "score", "run", "--data", "data", "--pairs", "en-fr")
-    assert json.loads((tmp_path / "run/scores/scores.json").read_text())["directions"]
+    [row] = json.loads((tmp_path / "run/scores/scores.json").read_text())["rows"]
+    assert (row["source"], row["target"]) == ("en", "fr")
     assert (site / "xmoe_fairseq/report/templates/page.html").is_file()  # data, not code
 
 
