@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -216,3 +218,32 @@ print("good")
 def test_a_fairseq_that_was_used_and_wrapped_before_the_import() -> None:
     result = subprocess.run([sys.executable, "-c", BEFORE], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "good", result.stderr
+
+
+def foreign_assignments(path: Path) -> list[str]:
+    """Assignments to an attribute of what a file imports from fairseq."""
+    tree = ast.parse(path.read_text())
+    foreign: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("fairseq", "fairseq_cli"):
+            foreign |= {name.asname or name.name for name in node.names}
+        elif isinstance(node, ast.Import):
+            foreign |= {name.asname or "fairseq" for name in node.names if name.name.startswith("fairseq")}
+    targets: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets += node.targets
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets.append(node.target)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
+            targets.append(ast.Attribute(node.args[0], "..."))
+    owners = [target.value for target in targets if isinstance(target, ast.Attribute)]
+    return [f"{path.name}: {owner.id}" for owner in owners if isinstance(owner, ast.Name) and owner.id in foreign]
+
+
+def test_only_patches_change_fairseq(tmp_path: Path) -> None:
+    package = ROOT / "xmoe_fairseq"
+    files = [path for path in package.rglob("*.py") if package / "patches" not in path.parents]
+    assert [line for path in files for line in foreign_assignments(path)] == []
+    (tmp_path / "bad.py").write_text("from fairseq import utils as u\nu.item = 1\nsetattr(u, 'x', 2)\n")
+    assert foreign_assignments(tmp_path / "bad.py") == ["bad.py: u", "bad.py: u"]
