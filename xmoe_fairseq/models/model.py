@@ -138,10 +138,12 @@ class MoETransformerModel(TransformerModelBase):
         """Takes the experts of this process where a state has all of them."""
         if self.parallel_groups is None:
             return state_dict
-        split = {name for name, parameter in self.named_parameters() if is_expert(parameter)}
-        whole = {name for name in split & state_dict.keys() if len(state_dict[name]) == self.cfg.moe_num_experts}
-        rows = self.parallel_groups.block(self.cfg.moe_num_experts)
-        return {name: value[rows.start : rows.stop] if name in whole else value for name, value in state_dict.items()}
+        state_dict = dict(state_dict)
+        for name, parameter in self.named_parameters():
+            if is_expert(parameter) and name in state_dict and len(state_dict[name]) > len(parameter):
+                rows = self.parallel_groups.block(len(state_dict[name]))
+                state_dict[name] = state_dict[name][rows.start : rows.stop]
+        return state_dict
 
     def _check_shapes(self, state_dict: Mapping[str, Tensor]) -> None:
         own = self.state_dict()
