@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from helpers_distributed import World
 from helpers_processes import Learner, close, configuration, environment, learn, uneven_plan
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
+from xmoe_fairseq.config import MoETransformerConfig, resolve
 from xmoe_fairseq.processes.gradients import ExpertsApart
-from xmoe_fairseq.processes.groups import groups_of
+from xmoe_fairseq.processes.groups import groups_of, parallel_groups
 from xmoe_fairseq.processes.in_step import in_step
 
 SIZE = 2
@@ -108,7 +110,7 @@ def evaluate_several(rank: int, data: Path, path: Path) -> None:
         saved = split.saved()
         if rank == 0:
             torch.save(saved, path)
-        torch.distributed.barrier()
+        dist.barrier()
         for parallel in (1, 2, 1):
             overrides = {"moe_expert_parallel": parallel}
             ensemble, _ = checkpoint_utils.load_model_ensemble([str(path)] * 2, overrides, trainer.task)
@@ -124,3 +126,17 @@ def evaluate_several(rank: int, data: Path, path: Path) -> None:
 
 def test_models_are_loaded_and_evaluated_while_another_trains(world: World, toy_data: Path, tmp_path: Path) -> None:
     world.run(evaluate_several, toy_data, tmp_path / "checkpoint.pt")
+
+
+def use_two_jobs(rank: int, meeting: str) -> None:
+    cfg = resolve(OmegaConf.structured(MoETransformerConfig(moe_expert_parallel=SIZE)))
+    before = parallel_groups(cfg)
+    assert parallel_groups(cfg) is before
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE)
+    groups = parallel_groups(cfg)
+    assert groups is not before and groups.largest(rank) == [SIZE - 1]
+
+
+def test_a_new_job_in_the_same_processes_has_groups_of_its_own(world: World, tmp_path: Path) -> None:
+    world.run(use_two_jobs, str(tmp_path / "meeting"))

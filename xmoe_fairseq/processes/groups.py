@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
 
 from ..errors import UserError
 from ..moe import ExpertGroup
-
-# By P. Models share them: torch.distributed sets groups up for good.
-_made: dict[int, ExpertGroup] = {}
 
 
 def check(expert_parallel: int, processes: int) -> None:
@@ -68,11 +66,13 @@ def parallel_groups(cfg: Namespace) -> ExpertGroup | None:
             f"--moe-expert-parallel {parallel} is more than --moe-num-experts {cfg.moe_num_experts}: each process must "
             "hold an expert"
         )
-    if parallel == 1:
-        return None
-    if parallel not in _made:
-        _made[parallel] = ExpertGroup.of(parallel)
-    return _made[parallel]
+    return _made_once(parallel, dist.group.WORLD) if parallel > 1 else None
+
+
+@cache
+def _made_once(parallel: int, world: Any) -> ExpertGroup:
+    """Models share groups, which torch.distributed sets up for as long as the job, ``world``, lasts."""
+    return ExpertGroup.of(parallel)
 
 
 def groups_of(model: Any) -> ExpertGroup | None:
