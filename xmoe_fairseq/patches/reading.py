@@ -22,8 +22,8 @@ from .registry import Group
 
 GROUP = Group("Reading checkpoints")
 
-# The task of the training that goes on from the checkpoint that is read, if one does.
-trained_task: ContextVar[Any] = ContextVar("trained_task", default=None)
+# The trainer that goes on from the checkpoint that is read, if one does.
+current_trainer: ContextVar[Any] = ContextVar("current_trainer", default=None)
 _SHOWN = 300
 # How torch says which parameters do not fit.
 _MISSING = re.compile(r'Missing key\(s\) in state_dict: "([^"]*)"')
@@ -51,12 +51,13 @@ def load_checkpoint_to_cpu(stock: Any, path: str, arg_overrides: Any = None, loa
     state["last_optimizer_state"] = state.get("last_optimizer_state") or None
     if not isinstance(state.get("task_state"), dict):  # fairseq's older versions wrote none
         state["task_state"] = {}
-    task = trained_task.get()
+    trainer = current_trainer.get()
+    task: Any = getattr(trainer, "task", None)
     if hasattr(task, "identity"):  # for translation, fairseq does the same
         task.load_state_dict(state["task_state"])
         language_tokens.warn_of_others(found, local, task.args)
-    if load_on_all_ranks:  # to train; else one process reads, for all that is in it
-        own_experts(state)
+    if trainer is not None:
+        own_experts(state, trainer.get_model())
     return state
 
 

@@ -20,7 +20,7 @@ from ..criterions.softmax import check_softmax
 from ..errors import UserError
 from ..processes import launch, state
 from ..tasks.lengths import check_valid_sets
-from .reading import trained_task
+from .reading import current_trainer
 from .registry import Group
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def name_other_options(stock: Any, trainer: Any, filename: str, *args: Any, **kw
 def load_newest_intact(stock: Any, trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
     """Where `checkpoint_last.pt` is damaged, training goes on from the most trained intact file of the folder; a file
     that was named is not replaced by another one."""
-    token = trained_task.set(trainer.task)
+    token = current_trainer.set(trainer)
     # Each process reads the file: what fairseq sends from one to the others, torch refuses to unpickle.
     trainer.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = trainer.data_parallel_world_size > 1
     try:
@@ -99,7 +99,7 @@ def load_newest_intact(stock: Any, trainer: Any, filename: str, *args: Any, **kw
             return stock(trainer, other, *args, **kwargs)
         raise
     finally:
-        trained_task.reset(token)
+        current_trainer.reset(token)
 
 
 @GROUP.patch(checkpoint_utils, "load_checkpoint", "cfg trainer **passthrough_args")

@@ -15,17 +15,17 @@ from torch import Tensor
 from ..checkpoints import shards
 from ..errors import UserError
 from ..moe.parallel import ExpertGroup
-from . import layout
+from .groups import groups_of
 
 
 @contextmanager
 def whole_experts(trainer: Any) -> Iterator[None]:
     """For a while, the first process's ``state_dict`` has all experts; all processes must enter."""
-    held = layout.current()
+    groups = groups_of(trainer.get_model())
     trainer.whole_experts = []
-    if held is not None and dist.get_rank() < held.experts.size:  # the first replica
+    if groups is not None and dist.get_rank() < groups.size:  # the first replica
         trainer.consolidate_optimizer()
-        trainer.whole_experts = gather(trainer.state_dict(), held.experts)
+        trainer.whole_experts = gather(trainer.state_dict(), groups)
     try:
         yield
     finally:
@@ -76,17 +76,17 @@ def _replaced(state: Mapping[Any, Any], place: shards.Place, value: Any) -> dict
 
 def holds_parts(trainer: Any) -> bool:
     """Says whether what the trainer would save now has some of the experts only."""
-    return layout.current() is not None and not hasattr(trainer, "whole_experts")
+    return groups_of(trainer.get_model()) is not None and not hasattr(trainer, "whole_experts")
 
 
-def own_experts(state: dict[str, Any]) -> None:
-    """Leaves the experts of this process in a whole checkpoint, which is changed."""
-    held = layout.current()
-    if held is None:
+def own_experts(state: dict[str, Any], model: Any) -> None:
+    """Leaves the experts that a model holds in this process in a whole checkpoint, which is changed."""
+    groups = groups_of(model)
+    if groups is None:
         return
     for place in shards.expert_places(state):
         holder = shards.holder(state, place)
-        rows = held.experts.block(len(holder[place[-1]]))
+        rows = groups.block(len(holder[place[-1]]))
         holder[place[-1]] = holder[place[-1]][rows.start : rows.stop].clone()
 
 
