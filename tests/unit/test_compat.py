@@ -108,7 +108,7 @@ def test_installing_twice_wraps_once() -> None:
 )
 def test_an_unsupported_version_is_refused_in_one_line(change: str, message: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", f"{change}; import xmoe_fairseq"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", f"{change}; import xmoe_fairseq.plugin"], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 1
     last = result.stderr.strip().split("\n")[-1]
