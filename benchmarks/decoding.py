@@ -25,7 +25,16 @@ from turns import take_turns
 from xmoe_fairseq.evaluation.usage import measure
 
 TRAIN = (
-    *("--criterion", "threshold_routing_cross_entropy", "--optimizer", "adam", "--lr", "1e-9", "--max-tokens", "500"),
+    *(
+        "--criterion",
+        "threshold_routing_cross_entropy",
+        "--optimizer",
+        "moe_adam",
+        "--lr",
+        "1e-9",
+        "--max-tokens",
+        "500",
+    ),
     *("--num-workers", "0", "--distributed-world-size", "1", "--disable-validation", "--max-update", "1"),
     *("--no-epoch-checkpoints",),
 )

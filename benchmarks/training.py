@@ -21,7 +21,7 @@ from turns import take_turns
 
 # The learning rate is next to nothing, so that what a token takes does not change while it is measured.
 TRAIN = (
-    *("--criterion", "threshold_routing_cross_entropy", "--label-smoothing", "0.1", "--optimizer", "adam"),
+    *("--criterion", "threshold_routing_cross_entropy", "--label-smoothing", "0.1", "--optimizer", "moe_adam"),
     *("--lr", "1e-9", "--clip-norm", "1", "--distributed-world-size", "1", "--no-save"),
     *("--disable-validation", "--log-format", "json"),
 )

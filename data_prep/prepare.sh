@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepares a benchmark from nothing to binary files that training reads.
+# Prepares a benchmark from nothing to binary files that training reads: the command `xmoe prepare`.
 #
 #   bash data_prep/prepare.sh --benchmark demo4 --out DIR
 #   bash data_prep/prepare.sh --benchmark local --input FOLDER --out DIR [--vocab-size N] [--lang-pairs fr-en,en-de]    see docs/data.md
@@ -12,4 +12,4 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # The package is found next to this folder, whether it was installed or not.
 export PYTHONPATH="${root}${PYTHONPATH:+:${PYTHONPATH}}"
-exec "${PYTHON:-python}" "${root}/data_prep" "$@"
+exec "${PYTHON:-python}" -m xmoe_fairseq prepare "$@"

@@ -42,7 +42,7 @@ train() {
     fairseq-train "$DATA/bin" --user-dir xmoe_fairseq --task multilingual_demo4 \
         --arch xmoe_transformer_tiny --share-all-embeddings --encoder-normalize-before --decoder-normalize-before \
         --dropout 0 --criterion threshold_routing_cross_entropy --label-smoothing 0.1 --moe-loss-coeff 0.01 \
-        --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 0.003 --warmup-updates 100 \
+        --optimizer moe_adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 0.003 --warmup-updates 100 \
         --lr-scheduler polynomial_decay --total-num-update "$UPDATES" --end-learning-rate 0 \
         --max-tokens 2000 --max-update "$UPDATES" --num-workers 0 --distributed-world-size 1 \
         --save-dir "$RUN/checkpoints" --save-interval-updates 200 --keep-interval-updates 1 --no-epoch-checkpoints \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Translates a test set in all directions of a model, or in some. Run again, it goes on where it stopped.
+# Translates a test set in all directions of a model, or in some: the command `xmoe translate`. Run again, it goes on
+# where it stopped.
 #
 #   bash scripts/translate.sh DATA RUN [CHECKPOINT] [--subset SET] [--overwrite] [SRC-TGT ...] [-- OPTION ...]
 #
@@ -19,4 +20,4 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "${PYTHON:-python}" -m xmoe_fairseq.evaluation.translate "$@"
+exec "${PYTHON:-python}" -m xmoe_fairseq translate "$@"

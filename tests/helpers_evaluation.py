@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import prepare
 import torch
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -15,6 +14,8 @@ from fairseq.trainer import Trainer
 from helpers import TRAIN_ARGS
 from helpers_prepare import arguments
 from helpers_processes import environment
+
+from xmoe_fairseq.data_prep import prepare
 
 WORDS = "north south east west house river bridge school garden table window market".split()
 SIZES = {"train": 150, "valid": 23, "test": 4}

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import prepare
 import pytest
 from fairseq_cli import generate, interactive, validate
 from helpers import ROOT
 
 from xmoe_fairseq import cli
+from xmoe_fairseq.data_prep import prepare
 
 PAIRS = ("de", "zu")
 

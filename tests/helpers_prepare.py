@@ -7,13 +7,12 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import prepare
 import pytest
-import raw_nllb
-from io_utils import fingerprint
 from published import flores200, tar_gz, text
 
 from xmoe_fairseq.benchmarks import M15
+from xmoe_fairseq.data_prep import prepare, raw_nllb
+from xmoe_fairseq.data_prep.io_utils import fingerprint
 from xmoe_fairseq.errors import UserError
 
 SIZES = {"train": 200, "valid": 6, "test": 5}

@@ -1,27 +1,24 @@
-"""Adaptive-computation Mixture-of-Experts translation models for stock fairseq (``--user-dir xmoe_fairseq``)."""
+"""Adaptive-computation Mixture-of-Experts translation models for stock fairseq (``--user-dir xmoe_fairseq``).
 
-import importlib.util
-import logging
+Importing this package alone loads neither fairseq nor torch; `imports` says when the plugin is put into fairseq.
+"""
 
-from . import guard
+import importlib
+from typing import Any
 
-guard.install()  # first: what follows takes seconds, in which a user may press Ctrl-C
-
-# Without fairseq installed, `xmoe_fairseq.moe` still works from a plain PyTorch script.
-if importlib.util.find_spec("fairseq") is not None:
-    # Importing fairseq configures logging, and then it says what else could be installed.
-    _disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)
-
-    from . import compat
-
-    compat.check_versions()
-    compat.install()
-
-    from . import criterions, models, subword, tasks
-
-    logging.disable(_disabled)
-
-    __all__ = ["compat", "criterions", "guard", "models", "subword", "tasks"]
+from . import guard, imports
 
 __version__ = "0.1.0"
+
+guard.install()  # first: what follows takes seconds, in which a user may press Ctrl-C
+imports.watch()
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a part of the package when it is asked for."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

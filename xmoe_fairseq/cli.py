@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "checkpoints.command",
         "Says what a checkpoint holds; splits, joins, averages checkpoints; adds languages.",
     ),
+    "prepare": ("data_prep.prepare", "Prepares text: download, clean, vocabulary, binary files."),
+    "translate": ("evaluation.translate", "Translates a test set in all directions of a model, or in some."),
     "score": ("evaluation.score_command", "Translates the test sets with a checkpoint and scores them."),
     "compare": ("evaluation.compare_command", "Compares scored systems, with paired bootstrap."),
     "sweep": ("evaluation.sweep_command", "Measures quality against computation at many thresholds."),

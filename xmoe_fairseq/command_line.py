@@ -6,7 +6,6 @@ import argparse
 import ast
 import dataclasses
 import difflib
-import functools
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -30,31 +29,31 @@ _FEW = 12
 _SHOWN = 300
 
 
-def checked(parse_args_and_arch: Any) -> Any:
-    """Stock fairseq answers a misspelt architecture with the names of all, and reads ``--model-overrides`` after it
-    has loaded the data; options that the checkpoint does not have change nothing."""
+def check(
+    parser: argparse.ArgumentParser, parsed: argparse.Namespace, words: Sequence[str] | None, partial: bool
+) -> None:
+    """Checks what fairseq has parsed, and reads the files that options may name.
 
-    @functools.wraps(parse_args_and_arch)
-    def parse(
-        parser: argparse.ArgumentParser, input_args: Sequence[str] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        parser.error = functools.partial(refuse, parser)  # type: ignore[method-assign]
-        result = parse_args_and_arch(parser, input_args, *args, **kwargs)
-        parsed = result[0] if isinstance(result, tuple) else result
-        check_numbers(vars(parsed))
-        _read_files(parsed, getattr(parsed, "task", None))
-        _check_pieces(parsed)
-        _check_results_path(parsed)
-        overrides = {name: _dictionary(parsed, name) for name in ("model_overrides", "optimizer_overrides")}
-        if overrides["model_overrides"] and getattr(parsed, "path", None):
-            _check_overrides(parsed.path, overrides["model_overrides"])
-        if not kwargs.get("suppress_defaults"):
-            from .checkpoints import language_tokens  # needs fairseq, whose version is checked before
+    Args:
+        parser: fairseq's.
+        parsed: what it gave, changed in place.
+        words: the command line; None for the process's own.
+        partial: whether options that are not given are left out of what is parsed.
 
-            language_tokens.adopt(parser, parsed, input_args)
-        return result
+    Raises:
+        UserError: an option is out of range, names what the checkpoint does not have, or does not go with another.
+    """
+    check_numbers(vars(parsed))
+    _read_files(parsed, getattr(parsed, "task", None))
+    _check_pieces(parsed)
+    _check_results_path(parsed)
+    overrides = {name: _dictionary(parsed, name) for name in ("model_overrides", "optimizer_overrides")}
+    if overrides["model_overrides"] and getattr(parsed, "path", None):
+        _check_overrides(parsed.path, overrides["model_overrides"])
+    if not partial:
+        from .checkpoints import language_tokens  # needs fairseq, whose version is checked before
 
-    return parse
+        language_tokens.adopt(parser, parsed, words)
 
 
 def _read_files(options: Any, task: Any) -> None:
@@ -81,11 +80,12 @@ def _check_pieces(parsed: argparse.Namespace) -> None:
 
 def _check_results_path(parsed: argparse.Namespace) -> None:
     folder = getattr(parsed, "results_path", None)
-    if folder:
+    subset = getattr(parsed, "gen_subset", None)  # fairseq-validate writes nothing there
+    if folder and subset:
         from .evaluation.outputs import check_no_folders, check_writable, generate_file
 
         check_writable(Path(folder), "--results-path")
-        check_no_folders([Path(folder) / generate_file(parsed.gen_subset)])
+        check_no_folders([Path(folder) / generate_file(subset)])
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -141,23 +141,14 @@ def _check_overrides(paths: str, overrides: dict[Any, Any]) -> None:
             options.check_overrides(state, overrides, path)
 
 
-def checked_yaml(add_defaults: Any) -> Any:
-    """Stock fairseq's and hydra's answers to a wrong name or value in YAML are tracebacks."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf.errors import OmegaConfBaseException
+def check_yaml(cfg: Any) -> None:
+    """Checks the names and numbers of a configuration, and reads the files that options may name.
 
-    @functools.wraps(add_defaults)
-    def add(cfg: Any) -> None:
-        if HydraConfig.initialized():
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra itself prints tracebacks, and guard.py sees none
-        _check_names(cfg)
-        _read_files(cfg.get("task"), getattr(cfg.get("task"), "_name", None))
-        try:
-            add_defaults(cfg)
-        except OmegaConfBaseException as error:
-            raise UserError(_yaml_line(error)) from error
-
-    return add
+    Raises:
+        UserError: a name is unknown, or a number out of range.
+    """
+    _check_names(cfg)
+    _read_files(cfg.get("task"), getattr(cfg.get("task"), "_name", None))
 
 
 def _check_names(cfg: Any) -> None:
@@ -191,7 +182,7 @@ def _check_known(place: str, values: Any, known: Collection[str]) -> None:
             raise UserError(f"{place}{name} is unknown{_meant(str(name), known)}")
 
 
-def _yaml_line(error: Any) -> str:
+def yaml_line(error: Any) -> str:
     """Says what is wrong with a value in YAML: the option, the value, and what it may be."""
     text = str(error).split("\n")[0]
     kind, name = getattr(error, "object_type", None), getattr(error, "key", None)

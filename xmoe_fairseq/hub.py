@@ -314,28 +314,26 @@ def from_pretrained(
     return Translator(loaded["args"], loaded["task"], loaded["models"])
 
 
-def found(from_pretrained: Any) -> Any:
-    """Stock fairseq takes a folder that is missing for one to download, unpacks and removes what is no folder, ignores
-    an option that nothing has, and does not see the SentencePiece model of the data."""
+def found(folder: str, checkpoint_file: str, data: str, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Finds and checks what a model is made of.
 
-    @functools.wraps(from_pretrained)
-    def load(
-        model_name_or_path: Any,
-        checkpoint_file: str = "model.pt",
-        data_name_or_path: Any = ".",
-        archive_map: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        folder, data = os.fspath(model_name_or_path), os.fspath(data_name_or_path)
-        if not os.path.isdir(folder) and (folder in (archive_map or {}) or "://" in folder):
-            return from_pretrained(folder, checkpoint_file, data, archive_map=archive_map, **kwargs)
-        paths = _checkpoints(folder, checkpoint_file)
-        data = _data_folder(folder, data)
-        kwargs = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in kwargs.items()}
-        _check_overrides(paths, kwargs)
-        return from_pretrained(os.path.abspath(folder), checkpoint_file, data, **_with_sentencepiece(data, kwargs))
+    Args:
+        folder: of the checkpoints.
+        checkpoint_file: a name in it, or several with ``:`` between them.
+        data: the data folder.
+        given: options for the model and the search.
 
-    return load
+    Returns:
+        The data folder, and the options with the SentencePiece model of the data.
+
+    Raises:
+        UserError: a folder or file is missing, or nothing has an option of that name.
+    """
+    paths = _checkpoints(folder, checkpoint_file)
+    data = _data_folder(folder, data)
+    options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    _check_overrides(paths, options)
+    return data, _with_sentencepiece(data, options)
 
 
 def _checkpoints(folder: str, names: str) -> list[str]:

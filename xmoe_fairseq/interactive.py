@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any, BinaryIO
+
+from fairseq import utils
 
 from .errors import UserError
 
@@ -20,22 +21,6 @@ _LONGEST_LINE = 1 << 20
 _SOFT = "\0"
 
 
-def whole_lines(add_interactive_args: Any) -> Any:
-    """Stock fairseq ends a line of a file at a carriage return too, takes a byte order mark for text, ends where a byte
-    is not UTF-8, makes words of a blank line, and fails on soft alignments.
-
-    Wraps what the command calls before it reads.
-    """
-
-    @functools.wraps(add_interactive_args)
-    def add(*args: Any, **kwargs: Any) -> Any:
-        for module in running("fairseq_cli.interactive"):
-            _mend(module)
-        return add_interactive_args(*args, **kwargs)
-
-    return add
-
-
 def running(command: str) -> Iterator[Any]:
     """Gives the module of a command of fairseq, which has another name under ``python -m``."""
     for name in (command, "__main__"):
@@ -44,31 +29,27 @@ def running(command: str) -> Iterator[Any]:
             yield module
 
 
-def _mend(module: Any) -> None:
-    from fairseq import utils
-    from fairseq.tasks import FairseqTask
+class _Utils(ModuleType):
+    """``fairseq.utils``, but for soft alignments: the command prints pairs only, so each token's probabilities are put
+    into a pair that `show` takes apart."""
 
-    from .tasks.decoding import blank_stays_blank
+    @staticmethod
+    def post_process_prediction(*args: Any, **kwargs: Any) -> tuple[Any, str, Any]:
+        """Is fairseq's function, with the soft alignment as pairs."""
+        tokens, text, alignment = utils.post_process_prediction(*args, **kwargs)
+        if isinstance(alignment, list) and alignment and isinstance(alignment[0], list):
+            alignment = [(",".join(probabilities), _SOFT) for probabilities in alignment]
+        return tokens, text, alignment
 
-    module.buffered_read = buffered_read
-    module.print = _print
-    module.utils = SimpleNamespace(**{**vars(utils), "post_process_prediction": _pairs})
-    if FairseqTask.inference_step.__globals__["__name__"] == FairseqTask.__module__:
-        FairseqTask.inference_step = blank_stays_blank(FairseqTask.inference_step)
-
-
-def _pairs(*args: Any, **kwargs: Any) -> tuple[Any, str, Any]:
-    """Is fairseq's function, but for soft alignments: the command prints pairs only, so each token's probabilities are
-    put into a pair that `_print` takes apart."""
-    from fairseq import utils
-
-    tokens, text, alignment = utils.post_process_prediction(*args, **kwargs)
-    if isinstance(alignment, list) and alignment and isinstance(alignment[0], list):
-        alignment = [(",".join(probabilities), _SOFT) for probabilities in alignment]
-    return tokens, text, alignment
+    def __getattr__(self, name: str) -> Any:
+        return getattr(utils, name)
 
 
-def _print(line: str) -> None:
+UTILS = _Utils("fairseq.utils")
+
+
+def show(line: str) -> None:
+    """Prints a line of the command's output."""
     print(line.replace(f"-{_SOFT}", "") if line.startswith("A-") else line)
 
 

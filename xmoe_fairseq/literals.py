@@ -1,14 +1,13 @@
 """Values written as Python, such as ``(0.9, 0.98)`` or ``[(512, 3)] * 20``, read without running anything.
 
-Stock fairseq hands such options to ``eval``, whoever wrote them: a user, a YAML file, a checkpoint. `install` puts
-`literal` in the place of ``eval`` in every module of fairseq, for this process only.
+Stock fairseq hands such options to ``eval``, whoever wrote them: a user, a YAML file, a checkpoint. `literal` takes the
+place of ``eval`` in every module of fairseq (patches/options.py).
 """
 
 from __future__ import annotations
 
 import ast
 import operator
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,13 +28,6 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 
 class NotLiteral(UserError):
     """Something else than a literal, such as a call."""
-
-
-def install() -> None:
-    """Replaces ``eval`` in the modules of fairseq; calling it again includes those that were imported since."""
-    for name, module in list(sys.modules.items()):
-        if module is not None and name.partition(".")[0] in ("fairseq", "fairseq_cli"):
-            module.__dict__.setdefault("eval", literal)
 
 
 def literal(text: Any) -> Any:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
-import os
 from typing import Any
 
 from .errors import UserError
@@ -37,7 +34,7 @@ def check_metric(trainer: Any) -> None:
             f"--best-checkpoint-metric {metric} without --maximize-best-checkpoint-metric: the best checkpoint is the "
             f"one whose {metric} is least"
         )
-    names = set(_translation_metrics(task))
+    names = set(translation_metrics(task))
     for subset in trainer.cfg.dataset.valid_subset.split(","):
         if metric not in names:
             found = names | _validated(trainer, subset, metric)
@@ -45,7 +42,7 @@ def check_metric(trainer: Any) -> None:
                 raise UserError(_unknown(metric, sorted(found), task))
 
 
-def _translation_metrics(task: Any) -> tuple[str, ...]:
+def translation_metrics(task: Any) -> tuple[str, ...]:
     """Names what validation gives where it translates."""
     if hasattr(task, "translation_metrics"):
         names: tuple[str, ...] = task.translation_metrics
@@ -76,60 +73,18 @@ def _unknown(metric: str, names: list[str], task: Any) -> str:
     return f"--best-checkpoint-metric {metric} is not given by validation: choose from {', '.join(shown)}{advice}"
 
 
-def with_bleu(get_valid_stats: Any) -> Any:
-    """Stock ``translation --eval-bleu`` gives no BLEU where all translations are empty, as of a model that has hardly
-    been trained, and fairseq ends if it is to choose by it."""
+def note(saved: dict[str, Any], trainer: Any) -> None:
+    """Keeps in a checkpoint by which metric the best one is chosen, and what ``--patience`` has counted.
 
-    @functools.wraps(get_valid_stats)
-    def stats(cfg: Any, trainer: Any, values: dict[str, Any], *args: Any) -> Any:
-        if "bleu" in _translation_metrics(trainer.task):
-            values.setdefault("bleu", 0.0)
-        return get_valid_stats(cfg, trainer, values, *args)
-
-    return stats
-
-
-def keeps_as_many(save_checkpoint: Any) -> Any:
-    """Stock fairseq saves one of ``--keep-best-checkpoints`` only if it is no worse than the worst that is kept, also
-    where fewer than that are kept: of losses that rise it keeps one."""
-    from fairseq import checkpoint_utils
-
-    @functools.wraps(save_checkpoint)
-    def save(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        stock = checkpoint_utils.checkpoint_paths
-
-        def with_worst(path: str, pattern: str = r"checkpoint(\d+)\.pt", keep_match: bool = False) -> Any:
-            found = stock(path, pattern, keep_match)
-            if not pattern.startswith(r"checkpoint\.best_") or len(found) >= cfg.keep_best_checkpoints:
-                return found
-            # The place of a file that is not there yet, worse than all: fairseq reads the value from the name.
-            worst = -math.inf if cfg.maximize_best_checkpoint_metric else math.inf
-            place = os.path.join(path, f"checkpoint.best_{cfg.best_checkpoint_metric}_{worst}.pt")
-            return [*found, place] if worst < 0 else [place, *found]
-
-        checkpoint_utils.checkpoint_paths = with_worst
-        try:
-            return save_checkpoint(cfg, *args, **kwargs)
-        finally:
-            checkpoint_utils.checkpoint_paths = stock
-
-    return save
-
-
-def noted(state_dict: Any) -> Any:
-    """Keeps in a checkpoint by which metric the best one is chosen, and what ``--patience`` has counted."""
-
-    @functools.wraps(state_dict)
-    def state(trainer: Any) -> dict[str, Any]:
-        saved: dict[str, Any] = state_dict(trainer)
-        early_stop = _early_stop()
-        best = getattr(early_stop, "best", None)
-        runs = getattr(early_stop, "num_runs", 0)
-        counted = {} if best is None else {"best": float(best), "runs": int(runs)}
-        saved["extra_state"][_KEY] = {"metric": trainer.cfg.checkpoint.best_checkpoint_metric, **counted}
-        return saved
-
-    return state
+    Args:
+        saved: the checkpoint, changed in place.
+        trainer: fairseq's, which saves it.
+    """
+    early_stop = _early_stop()
+    best = getattr(early_stop, "best", None)
+    runs = getattr(early_stop, "num_runs", 0)
+    counted = {} if best is None else {"best": float(best), "runs": int(runs)}
+    saved["extra_state"][_KEY] = {"metric": trainer.cfg.checkpoint.best_checkpoint_metric, **counted}
 
 
 def restore(cfg: Any, extra_state: Any) -> None:

@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from .left_out import reason_not_tried
 from .parsers import Option
-from .values import needs_of, reason_not_tried, values_of
+from .values import needs_of, values_of
 
 
 class Row(NamedTuple):

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
-import download as module
 import pytest
-from archives import extract_all
-from download import download
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from published import tar_gz
 
+from xmoe_fairseq.data_prep import download as module
+from xmoe_fairseq.data_prep.archives import extract_all
+from xmoe_fairseq.data_prep.download import download
 from xmoe_fairseq.errors import UserError
 
 TEXT = b"".join(b"a sentence of some words, number %d\n" % i for i in range(200))

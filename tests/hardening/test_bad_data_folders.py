@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import learn_spm
 import numpy as np
 import pytest
 from fairseq import tasks
@@ -20,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xmoe_fairseq.benchmarks import BENCHMARKS
+from xmoe_fairseq.data_prep import learn_spm
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.subword import Subword
 from xmoe_fairseq.tasks.binary_text import check_text

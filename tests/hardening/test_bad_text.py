@@ -13,9 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import io_utils
-import learn_spm
-import prepare
 import pytest
 from helpers import ROOT
 from helpers_commands import heed_interrupts
@@ -30,6 +27,7 @@ from helpers_prepare import (
     write_input,
 )
 
+from xmoe_fairseq.data_prep import io_utils, learn_spm, prepare
 from xmoe_fairseq.errors import UserError
 
 

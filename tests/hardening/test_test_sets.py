@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import prepare
 import pytest
 from helpers_identity import prepared, write_text
 from helpers_training import MODEL, train
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.analysis.text import origin
+from xmoe_fairseq.data_prep import prepare
 from xmoe_fairseq.directions import Direction
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.outputs import read_lines, write_lines

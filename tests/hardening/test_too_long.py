@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import prepare
 import pytest
 from fairseq_cli import generate, interactive, validate
 from helpers_training import MODEL, Run, train
 
+from xmoe_fairseq.data_prep import prepare
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.interactive import buffered_read
 

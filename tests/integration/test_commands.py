@@ -25,7 +25,7 @@ MODEL = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--dropout
 TRAIN = (
     *("--user-dir", "xmoe_fairseq", "--task", "multilingual_demo4", "--num-workers", "0", "--cpu"),
     *("--criterion", "threshold_routing_cross_entropy", "--label-smoothing", "0.1", "--max-tokens", "800"),
-    *("--optimizer", "adam", "--lr", "0.003", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "10"),
+    *("--optimizer", "moe_adam", "--lr", "0.003", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "10"),
     *("--log-format", "simple", "--log-interval", "2", "--no-epoch-checkpoints"),
 )
 

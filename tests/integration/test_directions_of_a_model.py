@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-import prepare
 import pytest
 from helpers_training import MODEL, train
 
 from xmoe_fairseq import cli
+from xmoe_fairseq.data_prep import prepare
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation import translate
 

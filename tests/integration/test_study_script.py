@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import prepare
 import pytest
 from helpers import ROOT
 from helpers_prepare import arguments, write_input
 
+from xmoe_fairseq.data_prep import prepare
 from xmoe_fairseq.report.logs import read_training
 
 ROWS = """

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import prepare
 import pytest
 from helpers import ROOT, TINY_ARGS, TRAIN_ARGS
 from helpers_commands import run_warm
 from published import text, zipped
 
 from xmoe_fairseq.benchmarks import M4
+from xmoe_fairseq.data_prep import prepare
 
 
 def prepared(folder: Path) -> Path:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import prepare
 import pytest
 from helpers_prepare import arguments, write_input
+
+from xmoe_fairseq.data_prep import prepare
 
 
 @pytest.fixture(scope="session")

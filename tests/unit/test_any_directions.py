@@ -11,13 +11,12 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import local_layout
-import prepare
 import pytest
 from helpers_prepare import arguments, error_of, nllb_command, read, write_flores, write_input, write_local
-from io_utils import Column, SourceText
 
 from xmoe_fairseq.benchmarks import M4
+from xmoe_fairseq.data_prep import local_layout, prepare
+from xmoe_fairseq.data_prep.io_utils import Column, SourceText
 from xmoe_fairseq.directions import Direction, Directions
 from xmoe_fairseq.errors import UserError
 

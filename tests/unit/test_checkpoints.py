@@ -285,6 +285,7 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
 MEASURE = """
 import sys, threading, time
 from xmoe_fairseq.cli import main
+import xmoe_fairseq.plugin
 def own_memory():
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))

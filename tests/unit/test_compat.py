@@ -15,7 +15,7 @@ import torch
 from fairseq import checkpoint_utils, options
 from helpers import ROOT
 
-from xmoe_fairseq import compat
+from xmoe_fairseq import patches
 from xmoe_fairseq.errors import UserError
 
 STATE = {
@@ -89,7 +89,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_installing_twice_wraps_once() -> None:
     before = checkpoint_utils.load_checkpoint_to_cpu, options.parse_args_and_arch
-    compat.install()
+    patches.install()
     assert (checkpoint_utils.load_checkpoint_to_cpu, options.parse_args_and_arch) == before
 
 
@@ -108,7 +108,7 @@ def test_installing_twice_wraps_once() -> None:
 )
 def test_an_unsupported_version_is_refused_in_one_line(change: str, message: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", f"{change}; import xmoe_fairseq"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", f"{change}; import xmoe_fairseq.plugin"], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 1
     last = result.stderr.strip().split("\n")[-1]

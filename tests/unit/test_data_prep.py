@@ -10,8 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import learn_spm
-import prepare
 import pytest
 import torch
 from fairseq.binarizer import FileBinarizer, VocabularyDatasetBinarizer
@@ -28,8 +26,9 @@ from helpers_prepare import (
     snapshot,
     write_input,
 )
-from io_utils import SourceText
 
+from xmoe_fairseq.data_prep import learn_spm, prepare
+from xmoe_fairseq.data_prep.io_utils import SourceText
 from xmoe_fairseq.subword import Subword
 
 ROOT = Path(__file__).parents[2]

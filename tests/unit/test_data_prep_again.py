@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import prepare
 import pytest
 from helpers_prepare import arguments, assert_nothing_half_written, error_of, remove, rewrite, snapshot, write_input
 
 from xmoe_fairseq import locks
+from xmoe_fairseq.data_prep import prepare
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = prepare.__package__
 
 
 def test_finished_stages_are_skipped(prepared: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,8 +79,8 @@ def test_manifest_vanishes_with_what_it_describes(
 
     out = shutil.copytree(prepared, tmp_path / "out", symlinks=True)
     shutil.rmtree(out / "bin")
-    monkeypatch.setattr("binarize.write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(f"{PACKAGE}.binarize.write", interrupted)
+    with pytest.raises(SystemExit, match="130"):
         prepare.main(arguments(source, out))
     assert_nothing_half_written(out)
     assert not (out / "MANIFEST.json").exists()
@@ -102,8 +103,8 @@ def test_resumes_after_an_interruption(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(stage, interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"{PACKAGE}.{stage}", interrupted)
+        with pytest.raises(SystemExit, match="130"):
             prepare.main(arguments(source, out))
     assert_nothing_half_written(out)
     if stage == "binarize.write":
@@ -115,14 +116,14 @@ def test_resumes_after_an_interruption(
 def test_resumes_after_a_kill(prepared: Path, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = (
-        "import os, sys, prepare, learn_spm\n"
+        "import os, sys; from xmoe_fairseq.data_prep import learn_spm, prepare\n"
         "def killed(*args):\n"
         "    (args[-1] / 'spm.model').write_text('half')\n"
         "    os.kill(os.getpid(), 9)\n"
         "learn_spm.write = killed\n"
         "prepare.main(sys.argv[1:])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "data_prep")])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program, *arguments(source, out)]
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -9
     assert {path.name for path in out.iterdir()} == {"raw", "spm.tmp", locks.LOCK}
@@ -134,7 +135,7 @@ def test_unfinished_by_other_versions_is_refused(
     prepared: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = shutil.copytree(prepared, tmp_path / "out", symlinks=True)
-    monkeypatch.setattr("prepare.tool_versions", lambda: {"sentencepiece": "9"})
+    monkeypatch.setattr(f"{PACKAGE}.prepare.tool_versions", lambda: {"sentencepiece": "9"})
     prepare.main(arguments(source, out))
     (out / "MANIFEST.json").unlink()
     assert "tools sentencepiece = " in error_of(*arguments(source, out))

@@ -12,12 +12,12 @@ from datetime import date
 from pathlib import Path
 from random import Random
 
-import cldr
-import demo_corpus
 import pytest
 from babel import localedata
 from babel.dates import format_timedelta
-from demo_corpus import CorpusError, Language, build, main, open_language
+
+from xmoe_fairseq.data_prep import cldr, demo_corpus
+from xmoe_fairseq.data_prep.demo_corpus import CorpusError, Language, build, main, open_language
 
 SIZES = {"train": 600, "valid": 60, "test": 60}
 LANGUAGES = ("ca", "ka", "sw", "tl")
@@ -81,7 +81,7 @@ def test_the_order_of_languages_does_not_matter(corpus: dict[str, dict[str, list
 
 def test_same_bytes_in_processes_with_different_hash_seeds(tmp_path: Path) -> None:
     for seed in ("0", "1"):
-        command = [sys.executable, demo_corpus.__file__, *arguments(tmp_path / seed)]
+        command = [sys.executable, "-m", demo_corpus.__name__, *arguments(tmp_path / seed)]
         subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed})
     assert digest(tmp_path / "0") == digest(tmp_path / "1")
     assert len(digest(tmp_path / "0")) == 12
@@ -251,7 +251,7 @@ def test_unusable(text: str) -> None:
 def test_bad_request(
     changes: dict[str, object], code: int, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, demo_corpus.__file__, *arguments(tmp_path / "out", **changes)]
+    command = [sys.executable, "-m", demo_corpus.__name__, *arguments(tmp_path / "out", **changes)]
     assert subprocess.run(command).returncode == code
     errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1
@@ -282,7 +282,7 @@ def test_out_is_not_writable(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     """Let the system refuse the bytes beyond the first 200 of a file, in a process of its own."""
     (tmp_path / "train.en-ca.en").write_text("older\n")
-    command = [sys.executable, demo_corpus.__file__, *arguments(tmp_path)]
+    command = [sys.executable, "-m", demo_corpus.__name__, *arguments(tmp_path)]
     done = subprocess.run(
         command,
         capture_output=True,

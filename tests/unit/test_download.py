@@ -9,12 +9,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import download as module
 import pytest
-from archives import extract, extract_all
-from download import NotThereError, download
 from published import Site, serve, tar_gz, zipped
 
+from xmoe_fairseq.data_prep import download as module
+from xmoe_fairseq.data_prep.archives import extract, extract_all
+from xmoe_fairseq.data_prep.download import NotThereError, download
 from xmoe_fairseq.errors import UserError
 
 CONTENT = bytes(range(256)) * 1200

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import prepare
 import pytest
-import raw_nllb
 from fairseq.data import data_utils
 from helpers_prepare import FLORES_SIZES, error_of, nllb_command, read, write_flores, write_local
 from published import text
 
 from xmoe_fairseq.benchmarks import M4
+from xmoe_fairseq.data_prep import prepare, raw_nllb
 
 
 @pytest.fixture

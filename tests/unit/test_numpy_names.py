@@ -13,14 +13,14 @@ import pytest
 from helpers import write_toy_data
 from helpers_commands import run_warm
 
-from xmoe_fairseq import compat
+from xmoe_fairseq.patches.numpy_names import MODULES, OlderNumPy
 
 FOLDER = Path(fairseq.__file__).parent
 TRAIN = ("--optimizer", "adam", "--lr", "0.002", "--max-tokens", "200", "--num-workers", "0", "--cpu", "--no-save")
 PLUGIN = ("--user-dir", "xmoe_fairseq")
 
 
-def numpy_names(path: Path) -> set[str]:
+def names_used(path: Path) -> set[str]:
     """The first names after ``np.`` in a module."""
     text = path.read_text(encoding="utf-8")
     return set(re.findall(r"\bnp\.([a-zA-Z_]\w*)", text)) if "import numpy as np" in text else set()
@@ -29,18 +29,18 @@ def numpy_names(path: Path) -> set[str]:
 def test_every_name_of_numpy_that_fairseq_uses_is_there() -> None:
     lacking = set()
     for path in FOLDER.rglob("*.py"):
-        if "examples" not in path.parts and any(not hasattr(np, name) for name in numpy_names(path)):
+        if "examples" not in path.parts and any(not hasattr(np, name) for name in names_used(path)):
             lacking.add(".".join(path.relative_to(FOLDER.parent).with_suffix("").parts))
-    assert lacking <= set(compat._OLDER_NUMPY)
-    for module in compat._OLDER_NUMPY:
-        names = numpy_names(FOLDER.parent / f"{module.replace('.', '/')}.py")
+    assert lacking <= set(MODULES)
+    for module in MODULES:
+        names = names_used(FOLDER.parent / f"{module.replace('.', '/')}.py")
         assert all(hasattr(importlib.import_module(module).np, name) for name in names), module
 
 
 def test_numpy_itself_stays_as_it_is() -> None:
     assert not hasattr(np, "compat")
     with pytest.raises(AttributeError):
-        _ = compat._OlderNumPy("numpy").no_such_name
+        _ = OlderNumPy("numpy").no_such_name
 
 
 @pytest.fixture(scope="module")

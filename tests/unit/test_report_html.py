@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import prepare
 import pytest
 import torch
 from fairseq import checkpoint_utils
 from helpers_training import train
 from helpers_translation import generated, write_output
 
+from xmoe_fairseq.data_prep import prepare
 from xmoe_fairseq.evaluation import score_command
 from xmoe_fairseq.evaluation.outputs import read_lines, write_lines
 from xmoe_fairseq.moe import Router

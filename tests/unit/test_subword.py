@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import learn_spm
 import pytest
 import sentencepiece
 from fairseq.data import Dictionary
@@ -14,9 +13,10 @@ from fairseq.data.encoders import build_bpe
 from fairseq.tokenizer import tokenize_line
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from io_utils import write_pairs
-from layout import centred
 
+from xmoe_fairseq.data_prep import learn_spm
+from xmoe_fairseq.data_prep.io_utils import write_pairs
+from xmoe_fairseq.data_prep.layout import centred
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.subword import Subword
 

@@ -7,7 +7,6 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import prepare
 import pytest
 import sentencepiece
 from fairseq.data import Dictionary
@@ -24,6 +23,7 @@ from helpers_prepare import (
 )
 
 from xmoe_fairseq import identity
+from xmoe_fairseq.data_prep import prepare
 from xmoe_fairseq.evaluation.test_sets import check_binarised
 from xmoe_fairseq.subword import Subword
 

@@ -1,12 +1,4 @@
-"""Translates a test set in all directions of a model, or in some. Run again, it goes on where it stopped.
-
-.. code-block:: bash
-
-    python -m xmoe_fairseq.evaluation.translate DATA RUN [CHECKPOINT] [--subset SET] [--overwrite] [SRC-TGT ...] \
-        [-- OPTION ...]
-
-``scripts/translate.sh`` says what the words mean.
-"""
+"""Translates a test set in all directions of a model, or in some: ``xmoe translate``."""
 
 from __future__ import annotations
 
@@ -33,6 +25,25 @@ from .score_job import read_benchmark
 from .test_sets import MADE, check_made, read_made
 
 logger = logging.getLogger(__name__)
+
+HELP = """usage: xmoe translate DATA RUN [CHECKPOINT] [--subset SET] [--overwrite] [SRC-TGT ...] [-- OPTION ...]
+
+Translates a test set in all directions of a model, or in some. Run again, it goes on where it stopped.
+
+  DATA         folder made by xmoe prepare
+  RUN          folder of the run; RUN/generate/SRC-TGT is written for each direction
+  CHECKPOINT   default: checkpoint_best.pt of RUN/checkpoints or of RUN, or else checkpoint_last.pt
+  --subset     valid, or a further set such as test1, which may lack references: RUN/generate-SET/SRC-TGT is written
+  --overwrite  translates again what is finished; each old folder stays until the new one is complete
+  SRC-TGT      directions, also zero-shot ones; default: those that the model was trained on, in the order of
+               DATA/bin/lang_pairs.txt
+  OPTION       more for fairseq-generate, such as --max-tokens 12000 --fp16
+
+Beam and length penalty are those of the benchmark that DATA was prepared for, language tokens those that the model
+was trained with. A folder under its final name is complete and is skipped; where it was translated with another
+checkpoint or other options, that is an error.
+
+Example: xmoe translate data/local runs/local en-ca ca-en -- --max-tokens 12000"""
 
 # Options of fairseq-generate that the words before ``--`` decide.
 _OURS = {
@@ -132,18 +143,21 @@ def _translate(translation: Translation, pair: Direction, lock: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the words of ``scripts/translate.sh`` and does what they say.
+    """Reads the words of ``xmoe translate`` and does what they say.
 
     Raises:
         UserError: a word or a file is refused, or something could not be translated.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words[: words.index("--")] if "--" in words else words):
+        print(HELP)
+        return
     end = words.index("--") if "--" in words else len(words)
     options, words = words[end + 1 :], words[:end]
     overwrite = _take(words, "--overwrite", 0) is not None
     subset = subset_name((_take(words, "--subset", 1) or ["test"])[0])
     if len(words) < 2:
-        raise UserError("give DATA and RUN, the folders of the data and of the run; scripts/translate.sh says more")
+        raise UserError("give DATA and RUN, the folders of the data and of the run; xmoe translate --help says more")
     for word in options:
         if (name := word.partition("=")[0]) in _OURS:
             raise UserError(f"{name} after the -- is refused: give {_OURS[name]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ class Experts(nn.Module):
         self.fc2_bias = nn.Parameter(torch.empty(held, dim))
         self.memory = Buffers()
         self.reset_parameters()
+        self._mark()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -79,9 +81,19 @@ class Experts(nn.Module):
             for expert in range(self.num_experts):
                 values = parameter[expert - self.block.start] if expert in self.block else elsewhere
                 nn.init.uniform_(values, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-            if self.group:
-                # By this fairseq's legacy_ddp leaves it out where the gradients of all processes are averaged.
-                parameter.expert = True  # type: ignore[attr-defined]
+
+    def _mark(self) -> None:
+        """Tells data parallelism which parameters other processes hold other values of.
+
+        fairseq looks for the attribute ``expert`` and leaves such a parameter out where it averages gradients.
+        """
+        if self.group:
+            for parameter in self.parameters(recurse=False):
+                parameter.expert = self.group  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()  # a copy of a parameter loses its attributes
 
     def forward(self, x: Tensor, pairs: Pairs, weights: ExpertWeights | None = None) -> Tensor:
         """Adds up each token's weighted experts.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import layout
+from ..moe import ExpertGroup
+from .groups import groups_of
 
 
 def is_expert(parameter: Tensor) -> bool:
@@ -30,48 +30,44 @@ class ExpertsApart(DistributedDataParallel):
         super().__init__(module, device_ids, output_device, **options)
 
 
-def average_experts(all_reduce_grads: Any) -> Any:
+def average_experts(module: nn.Module) -> None:
     """Averages the gradients of experts over the processes that hold them.
 
     An expert's gradient has the losses of all processes of its group in it, and fairseq expects of every gradient the
     sum over all processes divided by their number.
     """
-
-    @functools.wraps(all_reduce_grads)
-    def reduce(optimizer: Any, module: nn.Module) -> None:
-        all_reduce_grads(optimizer, module)
-        held = layout.current()
-        if held is None:
-            return
-        for parameter in filter(is_expert, module.parameters()):
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.div_(dist.get_world_size())
-                dist.all_reduce(parameter.grad, group=held.replicas)
-
-    return reduce
+    for parameter in module.parameters():
+        groups = getattr(parameter, "expert", None)
+        if isinstance(groups, ExpertGroup) and parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.div_(dist.get_world_size())
+            dist.all_reduce(parameter.grad, group=groups.replicas)
 
 
-def norm_of_all(clip_grad_norm: Any) -> Any:
-    """Counts every parameter once in the norm of the gradient, which stock fairseq takes without the experts."""
+def clip(stock: Any, trainer: Any, clip_norm: float) -> Tensor:
+    """Clips the gradient by its norm, in which every parameter is counted once.
 
-    @functools.wraps(clip_grad_norm)
-    def clip(trainer: Any, clip_norm: float) -> Tensor:
-        held = layout.current()
-        if held is None:
-            norm: Tensor = clip_grad_norm(trainer, clip_norm)
-            return norm
+    Args:
+        stock: fairseq's ``Trainer.clip_grad_norm``, which takes the norm without the experts.
+        trainer: fairseq's.
+        clip_norm: the largest norm; 0 for none.
 
-        def with_experts(shared: Tensor) -> Tensor:
-            squares = _squares(filter(is_expert, trainer.optimizer.params))
-            dist.all_reduce(squares, group=held.experts.group)
-            return (shared.double().square() + squares.to(shared.device)).sqrt().to(shared.dtype)
-
-        norm = trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=with_experts)
+    Returns:
+        The norm before: ().
+    """
+    groups = groups_of(trainer.get_model())
+    if groups is None:
+        norm: Tensor = stock(trainer, clip_norm)
         return norm
 
-    return clip
+    def with_experts(shared: Tensor) -> Tensor:
+        squares = _squares(filter(is_expert, trainer.optimizer.params))
+        dist.all_reduce(squares, group=groups.group)
+        return (shared.double().square() + squares.to(shared.device)).sqrt().to(shared.dtype)
+
+    norm = trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=with_experts)
+    return norm
 
 
 def norm_of(gradients: Sequence[Tensor]) -> Tensor:

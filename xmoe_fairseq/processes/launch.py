@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib.util
 import os
 import re
@@ -20,7 +19,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from .. import locks
 from ..checkpoints.reading import LAST
 from ..errors import UserError
-from . import layout
+from . import groups
 
 # What torchrun, and nothing else, sets in each of its processes.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -28,36 +27,40 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
 
 
-def one_job(call_main: Any) -> Any:
-    """Makes the processes of ``torchrun`` one job also without GPUs, where stock fairseq trains as many models as there
-    are processes; and one GPU each where each sees one only."""
+def run(call_main: Callable[..., Any], cfg: Any, main: Callable[..., Any], **kwargs: Any) -> None:
+    """Runs a command of fairseq in all processes of its job.
 
-    @functools.wraps(call_main)
-    def call(cfg: Any, main: Callable[..., Any], **kwargs: Any) -> None:
-        options = cfg.distributed_training
-        if cfg.common_eval.path is not None:  # a trained model: one process is enough
-            return call_main(cfg, main, **kwargs)
-        on_gpu = torch.cuda.is_available() and not cfg.common.cpu
-        with open_dict(cfg):
-            if options.distributed_init_method is None and all(name in os.environ for name in _TORCHRUN):
-                _join_torchrun(options, on_gpu)
-            if options.distributed_world_size > 1 and not on_gpu and not cfg.common.tpu:
-                _without_gpu(options)
-        check(cfg, on_gpu)
-        check_files(cfg)
-        try:
-            call_main(cfg, main, **kwargs)
-        except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                raise
-            raise UserError(
-                f"process {options.distributed_rank} cannot reach the others any more ({str(error).splitlines()[0]}): "
-                "the log of one that ended says why; start again, and training goes on from its last checkpoint"
-            ) from error
-        finally:
-            locks.release_all()
+    Args:
+        call_main: fairseq's, which starts processes or joins those that are there.
+        cfg: the command's configuration.
+        main: the command.
+        kwargs: for the command.
 
-    return call
+    Raises:
+        UserError: the options do not go together, or another process has ended.
+    """
+    options = cfg.distributed_training
+    if cfg.common_eval.path is not None:  # a trained model: one process is enough
+        return call_main(cfg, main, **kwargs)
+    on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+    with open_dict(cfg):
+        if options.distributed_init_method is None and all(name in os.environ for name in _TORCHRUN):
+            _join_torchrun(options, on_gpu)
+        if options.distributed_world_size > 1 and not on_gpu and not cfg.common.tpu:
+            _without_gpu(options)
+    check(cfg, on_gpu)
+    check_files(cfg)
+    try:
+        call_main(cfg, main, **kwargs)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            f"process {options.distributed_rank} cannot reach the others any more ({str(error).splitlines()[0]}): "
+            "the log of one that ended says why; start again, and training goes on from its last checkpoint"
+        ) from error
+    finally:
+        locks.release_all()
 
 
 def _join_torchrun(options: Any, on_gpu: bool) -> None:
@@ -117,7 +120,7 @@ def check(cfg: Any, on_gpu: bool) -> None:
         _check_fully_sharded(on_gpu)
     if experts == 1:
         return
-    layout.check(experts, size)
+    groups.check(experts, size)
     flat = cfg.common.fp16 and not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16)
     for name, given, instead in (
         (f"--ddp-backend {backend}", backend not in _BACKENDS, "use legacy_ddp or pytorch_ddp"),

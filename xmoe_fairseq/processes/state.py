@@ -3,8 +3,6 @@ its parts."""
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,32 +15,17 @@ from torch import Tensor
 from ..checkpoints import shards
 from ..errors import UserError
 from ..moe.parallel import ExpertGroup
-from . import layout
-
-logger = logging.getLogger(__name__)
-
-
-def whole_files(save_checkpoint: Any) -> Any:
-    """Brings the experts of all processes together in the first one, which writes the files."""
-
-    @functools.wraps(save_checkpoint)
-    def save(cfg: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if cfg.no_save:
-            return save_checkpoint(cfg, trainer, *args, **kwargs)
-        with whole_experts(trainer):
-            return save_checkpoint(cfg, trainer, *args, **kwargs)
-
-    return save
+from .groups import groups_of
 
 
 @contextmanager
 def whole_experts(trainer: Any) -> Iterator[None]:
     """For a while, the first process's ``state_dict`` has all experts; all processes must enter."""
-    held = layout.current()
+    groups = groups_of(trainer.get_model())
     trainer.whole_experts = []
-    if held is not None and dist.get_rank() < held.experts.size:  # the first replica
+    if groups is not None and dist.get_rank() < groups.size:  # the first replica
         trainer.consolidate_optimizer()
-        trainer.whole_experts = gather(trainer.state_dict(), held.experts)
+        trainer.whole_experts = gather(trainer.state_dict(), groups)
     try:
         yield
     finally:
@@ -76,19 +59,13 @@ def gather(state: dict[str, Any], group: ExpertGroup) -> list[tuple[shards.Place
     return places
 
 
-def with_whole_experts(state_dict: Any) -> Any:
+def with_whole_experts(saved: dict[str, Any], trainer: Any) -> dict[str, Any]:
     """Puts the gathered experts into what is saved, which names no layout of processes."""
-
-    @functools.wraps(state_dict)
-    def state(trainer: Any) -> dict[str, Any]:
-        saved: dict[str, Any] = state_dict(trainer)
-        for place, tensor in getattr(trainer, "whole_experts", ()):
-            saved = _replaced(saved, place, tensor)
-        if "moe_expert_parallel" in (saved["cfg"]["model"] or ()):
-            saved = _replaced(saved, ["cfg", "model", "moe_expert_parallel"], 1)
-        return saved
-
-    return state
+    for place, tensor in getattr(trainer, "whole_experts", ()):
+        saved = _replaced(saved, place, tensor)
+    if "moe_expert_parallel" in (saved["cfg"]["model"] or ()):
+        saved = _replaced(saved, ["cfg", "model", "moe_expert_parallel"], 1)
+    return saved
 
 
 def _replaced(state: Mapping[Any, Any], place: shards.Place, value: Any) -> dict[Any, Any]:
@@ -97,27 +74,19 @@ def _replaced(state: Mapping[Any, Any], place: shards.Place, value: Any) -> dict
     return {**state, key: _replaced(state[key], rest, value) if rest else value}
 
 
-def no_parts(save_checkpoint: Any) -> Any:
-    """Writes no ``crash.pt`` where one process has an error and holds some of the experts only."""
-
-    @functools.wraps(save_checkpoint)
-    def save(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
-        if layout.current() is not None and not hasattr(trainer, "whole_experts"):
-            logger.error(f"{filename} is not written: this process holds some of the experts only")
-            return None
-        return save_checkpoint(trainer, filename, extra_state)
-
-    return save
+def holds_parts(trainer: Any) -> bool:
+    """Says whether what the trainer would save now has some of the experts only."""
+    return groups_of(trainer.get_model()) is not None and not hasattr(trainer, "whole_experts")
 
 
-def own_experts(state: dict[str, Any]) -> None:
-    """Leaves the experts of this process in a whole checkpoint, which is changed."""
-    held = layout.current()
-    if held is None:
+def own_experts(state: dict[str, Any], model: Any) -> None:
+    """Leaves the experts that a model holds in this process in a whole checkpoint, which is changed."""
+    groups = groups_of(model)
+    if groups is None:
         return
     for place in shards.expert_places(state):
         holder = shards.holder(state, place)
-        rows = held.experts.block(len(holder[place[-1]]))
+        rows = groups.block(len(holder[place[-1]]))
         holder[place[-1]] = holder[place[-1]][rows.start : rows.stop].clone()
 
 
@@ -138,27 +107,3 @@ def agree(trainer: Any) -> None:
             f"process {trainer.data_parallel_rank} found a checkpoint of {updates} updates, others {least} to {most}: "
             "--save-dir must be the same folder on all machines"
         )
-
-
-def position_of_all(state_dict: Any) -> Any:
-    """Notes how many batches of the epoch all processes have had."""
-
-    @functools.wraps(state_dict)
-    def state(iterator: Any) -> dict[str, Any]:
-        saved: dict[str, Any] = state_dict(iterator)
-        return {**saved, "batches_in_epoch": saved["iterations_in_epoch"] * iterator.num_shards}
-
-    return state
-
-
-def position_of_one(load_state_dict: Any) -> Any:
-    """Goes on after the batches that the processes of before, however many, have had; where they cannot be dealt out
-    evenly, the last ones are had again."""
-
-    @functools.wraps(load_state_dict)
-    def load(iterator: Any, state: dict[str, Any]) -> None:
-        if "batches_in_epoch" in state:  # files of stock fairseq do not have it
-            state = {**state, "iterations_in_epoch": state["batches_in_epoch"] // iterator.num_shards}
-        load_state_dict(iterator, state)
-
-    return load

@@ -2,40 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
-
-_trains: ContextVar[bool] = ContextVar("_trains", default=False)
-
-
-def training_batches(get_train_iterator: Any) -> Any:
-    """Lets `every_sentence` know that what is batched is trained on."""
-
-    @functools.wraps(get_train_iterator)
-    def get(*args: Any, **kwargs: Any) -> Any:
-        token = _trains.set(True)
-        try:
-            return get_train_iterator(*args, **kwargs)
-        finally:
-            _trains.reset(token)
-
-    return get
-
-
-def every_sentence(get_batch_iterator: Any) -> Any:
-    """Stock fairseq leaves out the last batch where ``--required-batch-size-multiple``, 8 by default, does not divide
-    it: up to 7 sentences would not be translated, or not be in a validation loss. In training that stays as it is."""
-
-    @functools.wraps(get_batch_iterator)
-    def get(*args: Any, **kwargs: Any) -> Any:
-        if not _trains.get() and "required_batch_size_multiple" in kwargs:
-            kwargs["required_batch_size_multiple"] = 1
-        return get_batch_iterator(*args, **kwargs)
-
-    return get
 
 
 class PooledOrder:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from argparse import Namespace
 from typing import Any
 
 import torch
@@ -19,51 +17,18 @@ from .lengths import nothing
 
 logger = logging.getLogger(__name__)
 
-# What fairseq's parser gives for an option without its value.
-_NO_FILE = "@@ "
-
-
-def with_constraints(build_dataset_for_inference: Any) -> Any:
-    """Lets multilingual tasks carry the constraints of each sentence to the search, as stock ``translation`` does."""
-
-    @functools.wraps(build_dataset_for_inference)
-    def build(task: Any, src_tokens: Any, src_lengths: Any, constraints: Any = None) -> Any:
-        dataset = build_dataset_for_inference(task, src_tokens, src_lengths)
-        pairs(dataset).constraints = constraints
-        return dataset
-
-    return build
-
 
 def pairs(dataset: Any) -> Any:
     """Gives the dataset of sentence pairs inside one that replaces their first or last tokens."""
     return dataset.dataset if isinstance(dataset, TransformEosLangPairDataset) else dataset
 
 
-def whole_generator(build_generator: Any) -> Any:
-    """Gives the search of multilingual tasks what fairseq's other tasks give it: the tokens that a prefix allows, and a
-    language model that need not know the tokens of languages."""
+def knowing_languages(model: Any, task: Any) -> nn.Module:
+    """Gives a language model that may stand beside the translation model of a task.
 
-    @functools.wraps(build_generator)
-    def build(
-        task: Any,
-        models: Any,
-        args: Any,
-        seq_gen_cls: Any = None,
-        extra_gen_cls_kwargs: dict[str, Any] | None = None,
-        prefix_allowed_tokens_fn: Any = None,
-    ) -> Any:
-        if prefix_allowed_tokens_fn is not None:
-            args = Namespace(**dict(args), prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
-        extra = dict(extra_gen_cls_kwargs or {})
-        if extra.get("lm_model") is not None:
-            extra["lm_model"] = _knowing_languages(extra["lm_model"], task)
-        return build_generator(task, models, args, seq_gen_cls, extra)
-
-    return build
-
-
-def _knowing_languages(model: Any, task: Any) -> nn.Module:
+    Raises:
+        UserError: it has another dictionary.
+    """
     known, needed = model.decoder.dictionary.symbols, task.target_dictionary.symbols
     if known == needed:
         return model
@@ -118,36 +83,14 @@ class WithLanguages(nn.Module):
         return torch.full_like(whole, 0.0 if log_probs else 1.0) if waits else whole
 
 
-def whole_inference_step(inference_step: Any) -> Any:
-    """Where ``--lang-tok-replacing-bos-eos`` is given, stock multilingual tasks drop the constraints on their way to
-    the search. See `blank_stays_blank` too."""
-
-    @functools.wraps(inference_step)
-    def step(
-        task: Any, generator: Any, models: Any, sample: Any, prefix_tokens: Any = None, constraints: Any = None
-    ) -> Any:
-        if constraints is not None and task.args.lang_tok_replacing_bos_eos:
-            generate = functools.partial(generator.generate, constraints=constraints)
-            generator = Namespace(generate=generate, search=generator.search)
-        return inference_step(task, generator, models, sample, prefix_tokens, constraints)
-
-    return blank_stays_blank(step)
-
-
-def blank_stays_blank(inference_step: Any) -> Any:
-    """Gives a source without text an empty translation; a model makes words of it."""
-
-    @functools.wraps(inference_step)
-    def step(task: Any, generator: Any, models: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        translations = inference_step(task, generator, models, sample, *args, **kwargs)
-        sources = sample["net_input"].get("src_tokens")
-        if hasattr(generator, "search") and sources is not None:  # else references are scored
-            blank = torch.isin(sources, torch.tensor(_no_text(task), device=sources.device)).all(dim=1)
-            for row in blank.nonzero().flatten().tolist():
-                translations[row : row + 1] = nothing(sources[row : row + 1], task.target_dictionary.eos())
-        return translations
-
-    return step
+def without_text(task: Any, generator: Any, sample: Any, translations: Any) -> Any:
+    """Puts an empty translation in the place of that of a source without text."""
+    sources = sample["net_input"].get("src_tokens")
+    if hasattr(generator, "search") and sources is not None:  # else references are scored
+        blank = torch.isin(sources, torch.tensor(_no_text(task), device=sources.device)).all(dim=1)
+        for row in blank.nonzero().flatten().tolist():
+            translations[row : row + 1] = nothing(sources[row : row + 1], task.target_dictionary.eos())
+    return translations
 
 
 def _no_text(task: Any) -> list[int]:
@@ -215,49 +158,12 @@ class RepeatBlock(NGramRepeatBlock):
         return blocked
 
 
-def mended_search(build_generator: Any) -> Any:
-    """Puts the classes above in the place of fairseq's."""
-
-    @functools.wraps(build_generator)
-    def build(task: Any, *args: Any, **kwargs: Any) -> Any:
-        generator = build_generator(task, *args, **kwargs)
-        search: Any = getattr(generator, "search", None)
-        blocker: Any = getattr(generator, "repeat_ngram_blocker", None)
-        if type(search) is LexicallyConstrainedBeamSearch:
-            generator.search = ConstrainedSearch(task.target_dictionary, search.representation)
-        if type(blocker) is NGramRepeatBlock:
-            generator.repeat_ngram_blocker = RepeatBlock(blocker.no_repeat_ngram_size)
-        return generator
-
-    return build
-
-
-def by_pairs(replace_unk: Any) -> Any:
-    """Stock fairseq replaces unknown words by an alignment in a form that it no longer has: now they are pairs of
-    places in the source and in the translation, whose first token may be a language's."""
-
-    @functools.wraps(replace_unk)
-    def replace(hypo_str: str, src_str: str, alignment: Any, align_dict: Any, unk: str) -> str:
-        words = hypo_str.split()
-        if unk not in words:
-            return hypo_str
-        if not len(alignment) or len(alignment[0]) != 2:
-            raise UserError("--replace-unk needs an alignment: add --print-alignment hard")
-        sources = {int(target): int(source) for source, target in alignment}
-        before = max(max(sources) + 1 - len(words), 0)
-        end = len(src_str.split())  # the place of the end of the sentence
-        places = [sources.get(number + before, end) for number in range(len(words))]
-        replaced: str = replace_unk(hypo_str, src_str, places, align_dict, unk)
-        return replaced
-
-    return replace
-
-
-def without_a_file(load_align_dict: Any) -> Any:
-    """``--replace-unk`` alone copies the source's words; stock fairseq looks for a file of the name ``@@``."""
-
-    @functools.wraps(load_align_dict)
-    def load(replace_unk: Any) -> Any:
-        return load_align_dict(True if replace_unk == _NO_FILE else replace_unk)
-
-    return load
+def mended_search(generator: Any, task: Any) -> Any:
+    """Puts the classes above in the place of fairseq's in a generator."""
+    search: Any = getattr(generator, "search", None)
+    blocker: Any = getattr(generator, "repeat_ngram_blocker", None)
+    if type(search) is LexicallyConstrainedBeamSearch:
+        generator.search = ConstrainedSearch(task.target_dictionary, search.representation)
+    if type(blocker) is NGramRepeatBlock:
+        generator.repeat_ngram_blocker = RepeatBlock(blocker.no_repeat_ngram_size)
+    return generator

@@ -1,0 +1,16 @@
+"""The groups of patches, in the order in which they are installed and listed."""
+
+from . import commands, decoding, distributed, numpy_names, options, reading, resuming, saving, training
+
+ON_IMPORT = (
+    reading.GROUP,
+    saving.GROUP,
+    resuming.GROUP,
+    options.GROUP,
+    training.GROUP,
+    distributed.GROUP,
+    decoding.GROUP,
+    commands.GROUP,
+    numpy_names.GROUP,
+)
+ALL = (*ON_IMPORT, commands.INTERACTIVE, commands.GENERATE)
