@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -23,7 +23,7 @@ class Watch(MetaPathFinder):
     """Sees every import; finds nothing itself."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Imports the plugin before a part of this package that needs fairseq, and after fairseq.
+        """Imports the plugin before a part of this package that needs fairseq, before fairseq's commands, after fairseq.
 
         Args:
             name: of the module that is imported.
@@ -32,14 +32,13 @@ class Watch(MetaPathFinder):
         if _PLUGIN in sys.modules:
             return None
         package, _, part = name.partition(".")
-        if package == _PACKAGE and part and part.partition(".")[0] not in LIGHT:
+        heavy = package == _PACKAGE and part and part.partition(".")[0] not in LIGHT
+        if heavy or name == "fairseq_cli":  # whose modules are patched, too, so none may be half imported
             importlib.import_module(_PLUGIN)
             return ModuleSpec(name, _Imported(sys.modules[name])) if name in sys.modules else None
         if name != "fairseq":
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(name, path, target) for finder in others)
-        return next((_followed(spec) for spec in specs if spec is not None), None)
+        return around(found_by_others(self, name, path, target), after=_plug_in)
 
 
 class _Imported(Loader):
@@ -58,17 +57,39 @@ class _Imported(Loader):
         module.__spec__ = self.spec
 
 
-def _followed(spec: ModuleSpec) -> ModuleSpec:
-    """Imports the plugin after the module of a specification, which is fairseq."""
-    loader: Any = spec.loader
+def _plug_in(module: ModuleType) -> None:
+    if _PLUGIN not in sys.modules:
+        importlib.import_module(_PLUGIN)
+
+
+def found_by_others(
+    finder: MetaPathFinder, name: str, path: Sequence[str] | None, target: ModuleType | None
+) -> ModuleSpec | None:
+    """Looks for a module with all finders but one."""
+    others = (one for one in sys.meta_path if one is not finder)
+    specs = (one.find_spec(name, path, target) for one in others)
+    return next((spec for spec in specs if spec is not None), None)
+
+
+def around(
+    spec: ModuleSpec | None,
+    before: Callable[[ModuleType], None] | None = None,
+    after: Callable[..., None] | None = None,
+) -> ModuleSpec | None:
+    """Does something with a module before and after it is executed."""
+    loader: Any = getattr(spec, "loader", None)
+    if loader is None:
+        return spec
     execute = loader.exec_module
 
-    def execute_and_plug_in(module: ModuleType) -> None:
+    def execute_between(module: ModuleType) -> None:
+        if before is not None:
+            before(module)
         execute(module)
-        if _PLUGIN not in sys.modules:
-            importlib.import_module(_PLUGIN)
+        if after is not None:
+            after(module)
 
-    loader.exec_module = execute_and_plug_in
+    loader.exec_module = execute_between
     return spec
 
 

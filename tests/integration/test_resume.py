@@ -102,7 +102,9 @@ def test_the_newest_intact_checkpoint_replaces_a_damaged_last_one(toy_data: Path
     last.write_bytes(last.read_bytes()[:-1000])
     with flipped_bit(newest, newest.stat().st_size // 2):
         resumed = train(toy_data, tmp_path / "run", 12, *options)
-    warnings = [line for line in resumed.said.split("\n") if "WARNING" in line and "xmoe_fairseq.patches.resuming" in line]
+    warnings = [
+        line for line in resumed.said.split("\n") if "WARNING" in line and "xmoe_fairseq.patches.resuming" in line
+    ]
     assert len(warnings) == 2
     assert "checkpoint_1_9.pt" in warnings[0] and "checksum" in warnings[0]
     assert "checkpoint_last.pt" in warnings[1] and warnings[1].endswith("the most trained intact one of the folder")

@@ -29,6 +29,21 @@ ORDERS = {
         import xmoe_fairseq.moe
         check_user_dir()
     """,
+    "a light part, then a command": """
+        import xmoe_fairseq.moe
+        from fairseq_cli.train import add_defaults
+        import fairseq_cli.train
+        assert add_defaults is fairseq_cli.train.add_defaults and add_defaults.xmoe_patches
+        check_registered()
+    """,
+    "a command after the plugin": """
+        import xmoe_fairseq.plugin
+        assert "fairseq_cli.validate" not in sys.modules
+        import fairseq_cli.validate, fairseq.benchmark
+        from xmoe_fairseq.literals import literal
+        assert fairseq_cli.validate.eval is fairseq.benchmark.eval is literal
+        assert fairseq_cli.validate.__spec__.origin == fairseq_cli.validate.__file__
+    """,
     "the package, then fairseq": """
         import xmoe_fairseq
         check_registered()

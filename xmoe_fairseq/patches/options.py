@@ -8,6 +8,9 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -21,12 +24,15 @@ from omegaconf.errors import OmegaConfBaseException
 from .. import command_line
 from ..benchmarks import BY_TASK
 from ..errors import UserError
+from ..imports import around, found_by_others
 from ..literals import literal
 from .registry import ABSENT, Group, Replacement
 
 logger = logging.getLogger(__name__)
 
 GROUP = Group("Options")
+
+_PACKAGES = ("fairseq", "fairseq_cli")
 
 
 @GROUP.patch(options, "parse_args_and_arch", "parser input_args parse_known suppress_defaults modify_parser")
@@ -82,12 +88,31 @@ def raise_if_valid_subsets_unintentionally_ignored(stock: Any, train_cfg: Any) -
 
 def _modules() -> list[ModuleType]:
     """Lists fairseq's modules that are imported."""
-    packages = ("fairseq", "fairseq_cli")
-    return [module for name, module in sorted(sys.modules.items()) if module and name.partition(".")[0] in packages]
+    return [module for name, module in sorted(sys.modules.items()) if module and name.partition(".")[0] in _PACKAGES]
+
+
+class _Literals(MetaPathFinder):
+    """Puts `literal` into modules of fairseq before they run."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Finds modules of fairseq; for the parameters, see any finder."""
+        if name.partition(".")[0] not in _PACKAGES:
+            return None
+        return around(found_by_others(self, name, path, target), before=lambda module: setattr(module, "eval", literal))
+
+
+class _Eval(Replacement):
+    """``eval`` in the modules that are imported, and in those to come."""
+
+    def apply(self) -> None:
+        """Replaces it."""
+        super().apply()
+        if not any(isinstance(finder, _Literals) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Literals())
 
 
 GROUP.changes.append(
-    Replacement(
+    _Eval(
         "every module of fairseq",
         _modules,
         "eval",
