@@ -141,7 +141,7 @@ class ProbabilityRouter(LinearRouter):
     Triton programs, which know of `limits` and the capacity alone: a router that chooses otherwise overrides `plan`.
     """
 
-    uses = ("capacity_factor", "min_capacity")
+    uses: ClassVar[tuple[str, ...]] = ("capacity_factor", "min_capacity")
     # Whether a token's weights are divided by their sum after dropping.
     normalize = False
 
@@ -213,7 +213,7 @@ class ThresholdRouter(ProbabilityRouter):
 
     family = "XMoE"
     dial = "threshold"
-    uses = ("threshold", *ProbabilityRouter.uses)
+    uses: ClassVar[tuple[str, ...]] = ("threshold", *ProbabilityRouter.uses)
 
     @classmethod
     def check(cls, options: RouterOptions, num_experts: int) -> None:
@@ -244,7 +244,7 @@ class TopKRouter(ProbabilityRouter):
         ValueError: k is below 1 or above the number of experts.
     """
 
-    uses = ("top_k", *ProbabilityRouter.uses)
+    uses: ClassVar[tuple[str, ...]] = ("top_k", *ProbabilityRouter.uses)
 
     @classmethod
     def check(cls, options: RouterOptions, num_experts: int) -> None:
@@ -275,7 +275,7 @@ class GShardRouter(TopKRouter):
     al. 2021 (GShard), and Xu et al. 2023 (SMoE), which uses it in every stratum. With k = 1 it is `SwitchRouter`.
     """
 
-    uses = ("second_expert", *ProbabilityRouter.uses)
+    uses: ClassVar[tuple[str, ...]] = ("second_expert", *ProbabilityRouter.uses)
     normalize = True
 
     def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
@@ -320,7 +320,7 @@ def _draw_second(ranked: RankedProbs) -> Tensor:
 class SwitchRouter(GShardRouter):
     """A token takes its most probable expert, weighted by the raw probability. Source: Fedus et al. 2022 (Switch)."""
 
-    uses = ProbabilityRouter.uses
+    uses: ClassVar[tuple[str, ...]] = ProbabilityRouter.uses
     normalize = False
 
     def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
