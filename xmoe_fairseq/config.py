@@ -131,17 +131,17 @@ class MoETransformerConfig(RouterConfig):
         "both", "which stack has MoE layers; none is the dense transformer"
     )
     moe_strata: str = _option(
-        "", "experts in each stratum of a stratified layer (SMoE), such as 4-12 or 2-2-2-2; empty for one plain layer"
+        "", "experts in each stratum of a stratified layer (SMoE), such as 4-12 or 2-2-2-2; empty for a plain layer"
     )
     smoe_form: ChoiceEnum(("paper", "released")) = _option(  # type: ignore[valid-type]
         "paper", "stratified layers as the paper describes them or as the authors' code computes them"
     )
-    moe_stack: int = _option(1, "MoE layers one after the other in each place, naively stacked", low=1)
+    moe_stack: int = _option(1, "MoE layers in sequence in each place (naive stacking)", low=1)
     moe_regularizer: ChoiceEnum(("none", "eom", "cmr")) = _option(  # type: ignore[valid-type]
         "none",
         "eom: mask random tokens' expert outputs in training; cmr: a gate mixes a shared feed-forward network in",
     )
-    moe_eom_rate: float = _option(0.1, "eom: share of tokens masked", low=0, high=1)
+    moe_eom_rate: float = _option(0.1, "eom: fraction of tokens masked", low=0, high=1)
     moe_cmr_gate_dropout: float = _option(
         0.1, "cmr: probability that a token's gate is closed in training", low=0, high=1
     )
@@ -153,8 +153,8 @@ class MoETransformerConfig(RouterConfig):
     )
     moe_exchange: ChoiceEnum(EXCHANGES) = _option(  # type: ignore[valid-type]
         "auto",
-        "how tokens reach experts of other processes; counted: as many as there are; static: as many as the capacity "
-        "allows; auto: static where there is a capacity, on a GPU",
+        "how tokens reach experts of other processes; counted: sizes are exchanged first; static: buffers sized "
+        "by the capacity; auto: static on a GPU if there is a capacity, otherwise counted",
     )
 
 

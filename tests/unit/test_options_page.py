@@ -1,72 +1,53 @@
-"""The table of options for users says what the dataclasses say: every option, its default and its choices."""
+"""docs/options.md is made from the code; what it says of routers is seen in their plans."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterator
-from enum import Enum
 from typing import Any
 
 import pytest
-from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterionConfig
+import torch
 from helpers import ROOT
 
 from xmoe_fairseq.config import FlatTransformerConfig, MoETransformerConfig
-from xmoe_fairseq.criterions.threshold_routing import ThresholdRoutingCrossEntropyConfig
-from xmoe_fairseq.tasks.multilingual import MultilingualConfig
+from xmoe_fairseq.models.options_page import own_fields, router_flags, whole_page
+from xmoe_fairseq.moe import ROUTERS, RouterOptions
 
-HEADER = "| option | default | meaning |"
-
-
-def own_options(config: type, stock: type) -> dict[str, Any]:
-    """Lists the options that stock fairseq does not have, by their names on the command line."""
-    known = {field.name for field in dataclasses.fields(stock)}
-    fields = [field for field in dataclasses.fields(config) if field.name not in known]
-    return {"--" + field.name.replace("_", "-"): field for field in fields}
+# A value of each option that changes the plan of some router in training, from the options below.
+CHANGED = {"threshold": 0.1, "top_k": 1, "capacity_factor": 0.5, "min_capacity": 31, "second_expert": "sampling"}
+OPTIONS = RouterOptions(threshold=0.9, top_k=2, capacity_factor=1.5, min_capacity=0)
 
 
-OPTIONS = own_options(MoETransformerConfig, FlatTransformerConfig) | own_options(
-    ThresholdRoutingCrossEntropyConfig, LabelSmoothedCrossEntropyCriterionConfig
-)
-# Options of tasks have pages of their own; the table may name some of them.
-ALL = OPTIONS | {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(MultilingualConfig)}
+def test_the_page_is_what_the_code_makes() -> None:
+    made = "python -m xmoe_fairseq.models.options_page > docs/options.md"
+    assert (ROOT / "docs/options.md").read_text() == whole_page(), made
 
 
-def rows() -> Iterator[tuple[list[str], str, str]]:
-    """Gives the options, the defaults and the whole text of each row."""
-    lines = iter((ROOT / "README.md").read_text().splitlines())
-    assert HEADER in lines and next(lines).startswith("|---")
-    for line in lines:
-        if not line.startswith("|"):
-            return
-        options, defaults, _ = [cell.strip() for cell in line.split("|")[1:-1]]
-        yield re.findall(r"`(--[a-z-]+)`", options), defaults, line
+def test_every_number_has_its_range_and_every_option_of_a_router_a_router() -> None:
+    rows = [line.split("|") for line in whole_page().splitlines() if line.startswith("| `--moe-")]
+    assert len(rows) >= 24
+    assert [row[1] for row in rows if row[2].strip().replace(".", "").isdecimal() and not row[3].strip()] == []
+    flags = {flag for router in ROUTERS.values() for flag in router_flags(router)}
+    assert {f"--moe-{name.replace('_', '-')}" for name in CHANGED} <= flags
+    names = {field.name for field in own_fields(MoETransformerConfig, FlatTransformerConfig)}
+    assert {flag.removeprefix("--").replace("-", "_") for flag in flags} <= names
 
 
-ROWS = list(rows())
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("option", CHANGED)
+def test_a_router_reads_the_options_that_it_names_and_no_others(name: str, option: str) -> None:
+    before, after = (plan_of(name, options) for options in (OPTIONS, changed(option)))
+    assert (before != after) == (option in ROUTERS[name].uses)
 
 
-def shown(value: Any) -> str:
-    """Writes a default as the table does."""
-    value = value.value if isinstance(value, Enum) else value
-    if isinstance(value, str):
-        return f"`{value}`" if value else ""
-    return f"{value:g}"
+def changed(option: str) -> RouterOptions:
+    values: dict[str, Any] = {option: CHANGED[option]}
+    return dataclasses.replace(OPTIONS, **values)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row[0]))
-def test_a_row_has_the_defaults_and_the_choices_of_its_options(row: tuple[list[str], str, str]) -> None:
-    options, defaults, text = row
-    assert options and set(options) <= ALL.keys()
-    assert defaults == ", ".join(shown(ALL[option].default) for option in options)
-    for option in options:
-        kind = ALL[option].type
-        choices = [choice.value for choice in kind] if isinstance(kind, type) and issubclass(kind, Enum) else []
-        assert [choice for choice in choices if f"`{choice}`" not in text] == [], option
-
-
-def test_every_option_of_models_and_losses_is_in_the_table() -> None:
-    named = {name for _, _, text in ROWS for name in re.findall(r"`(--[a-z-]+)[ `]", text)}
-    assert OPTIONS.keys() - named == set()
-    assert len(ROWS) > 20 and "--moe-threshold" in OPTIONS and "--moe-cmr-budget" in OPTIONS
+def plan_of(name: str, options: RouterOptions) -> tuple[list[int], list[float]]:
+    """Routes the same tokens, which prefer some experts, by a router with the same weights and random numbers."""
+    torch.manual_seed(1)
+    router = ROUTERS[name](8, 4, options).train()
+    plan = router(torch.randn(32, 8) + 2, tokens=torch.arange(32))
+    return plan.token.tolist(), plan.weight.tolist()

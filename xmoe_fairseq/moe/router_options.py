@@ -57,15 +57,16 @@ class RouterOptions:
     top_k: int = router_option(2, "topk router: experts per token", low=1, alias="--moe-k")
     capacity_factor: float = router_option(
         0.0,
-        "in training an expert takes at most this multiple of (tokens / experts) tokens and drops the rest, lower "
-        "choices first; 0 drops nothing; evaluation never drops",
+        "in training, an expert takes at most this multiple of (tokens / experts) tokens and drops the rest, lower "
+        "choices first; 0 disables dropping; evaluation never drops",
         low=0,
         alias="--capacity-factor",
     )
-    min_capacity: int = router_option(4, "tokens an expert always takes, whatever the capacity factor", low=0)
+    min_capacity: int = router_option(4, "least capacity of an expert, in tokens, whatever the capacity factor", low=0)
     second_expert: str = router_option(
         "gate",
-        "gshard router, in training: the second expert is the second most probable (gate) or drawn by probability",
+        "gshard router, in training: the second expert is the second most probable (gate) or sampled by probability "
+        "(sampling)",
         choices=("gate", "sampling"),
     )
     static: bool | None = None

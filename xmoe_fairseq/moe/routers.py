@@ -39,6 +39,8 @@ class Router(nn.Module):
 
     # The dataclass of the router's options.
     Options: ClassVar[type[RouterOptions]] = RouterOptions
+    # The fields of `RouterOptions` that it reads; a field of its own is always read.
+    uses: ClassVar[tuple[str, ...]] = ()
     # What its models are called.
     family: ClassVar[str] = "MoE"
     # The option that trades quality for computation in a trained model; None if no option does.
@@ -139,6 +141,7 @@ class ProbabilityRouter(LinearRouter):
     Triton programs, which know of `limits` and the capacity alone: a router that chooses otherwise overrides `plan`.
     """
 
+    uses: ClassVar[tuple[str, ...]] = ("capacity_factor", "min_capacity")
     # Whether a token's weights are divided by their sum after dropping.
     normalize = False
 
@@ -210,6 +213,7 @@ class ThresholdRouter(ProbabilityRouter):
 
     family = "XMoE"
     dial = "threshold"
+    uses: ClassVar[tuple[str, ...]] = ("threshold", *ProbabilityRouter.uses)
 
     @classmethod
     def check(cls, options: RouterOptions, num_experts: int) -> None:
@@ -240,6 +244,8 @@ class TopKRouter(ProbabilityRouter):
         ValueError: k is below 1 or above the number of experts.
     """
 
+    uses: ClassVar[tuple[str, ...]] = ("top_k", *ProbabilityRouter.uses)
+
     @classmethod
     def check(cls, options: RouterOptions, num_experts: int) -> None:
         super().check(options, num_experts)
@@ -269,6 +275,7 @@ class GShardRouter(TopKRouter):
     al. 2021 (GShard), and Xu et al. 2023 (SMoE), which uses it in every stratum. With k = 1 it is `SwitchRouter`.
     """
 
+    uses: ClassVar[tuple[str, ...]] = ("second_expert", *ProbabilityRouter.uses)
     normalize = True
 
     def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
@@ -313,6 +320,7 @@ def _draw_second(ranked: RankedProbs) -> Tensor:
 class SwitchRouter(GShardRouter):
     """A token takes its most probable expert, weighted by the raw probability. Source: Fedus et al. 2022 (Switch)."""
 
+    uses: ClassVar[tuple[str, ...]] = ProbabilityRouter.uses
     normalize = False
 
     def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:

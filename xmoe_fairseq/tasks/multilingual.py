@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 # These follow from the data folder, which is made for one benchmark.
 _FROM_DATA = ("data", "langs", "lang_dict", "source_dict", "target_dict", "fixed_dictionary")
-_StockOptions: Any = stock_dataclass(
+StockOptions: Any = stock_dataclass(
     "StockMultilingualOptions",
     leave_out=_FROM_DATA,
     defaults={"encoder_langtok": "tgt", "sampling_method": "temperature"},
@@ -48,7 +48,7 @@ _StockOptions: Any = stock_dataclass(
 
 
 @dataclasses.dataclass
-class MultilingualConfig(EvalBleuConfig, _StockOptions):
+class MultilingualConfig(EvalBleuConfig, StockOptions):
     """Options of ``multilingual_*``: those of stock ``translation_multi_simple_epoch`` that the data leaves open."""
 
     data: str = dataclasses.field(
