@@ -23,7 +23,7 @@ class Watch(MetaPathFinder):
     """Sees every import; finds nothing itself."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Imports the plugin before a part of this package that needs fairseq, before fairseq's commands, after fairseq.
+        """Imports the plugin where a program needs it: before our parts and commands that do, or after fairseq.
 
         Args:
             name: of the module that is imported.
