@@ -10,7 +10,7 @@ from pathlib import Path
 
 import figure
 import pytest
-from rows import Row, output_file
+from rows import Row, finish, output_file
 
 ROWS = [
     Row("forward, T 4096", 1.1, 1.0, 1.2, "<= 1.15"),
@@ -57,3 +57,9 @@ def test_another_file_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(SystemExit, match=r"rows.json is not what a benchmark writes"):
         figure.read(tmp_path / "rows.json")
+
+
+def test_small_sizes_have_no_goals(capsys: pytest.CaptureFixture[str]) -> None:
+    for quick, shown in ((True, "|  |  |"), (False, "| <= 1.1 | yes |")):
+        finish([Row("layer", 1.0, 0.9, 1.1, "<= 1.1")], argparse.Namespace(quick=quick, device="cpu", json=None))
+        assert shown in capsys.readouterr().out
