@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ class FakeTranslator:
     def __init__(self, checkpoint: Path, data: Path, decoding: Decoding) -> None:
         self.data, self.decoding = data, decoding
         self.device = type("Device", (), {"type": "cpu"})()
+
+    def at(self, threshold: float | None) -> FakeTranslator:
+        self.decoding = replace(self.decoding, moe_threshold=threshold)
+        return self
 
     def translate(self, source: str, target: str) -> Translated:
         pair = f"{source}-{target}"

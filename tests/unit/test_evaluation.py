@@ -333,9 +333,9 @@ def test_measure_runs_the_whole_test_set_in_inference_mode(monkeypatch: pytest.M
 
 
 def test_measure_names_what_is_missing(checkpoint: Path) -> None:
-    with pytest.raises(UserError, match=r"no checkpoint .*none.pt"):
+    with pytest.raises(UserError, match=r"there is no checkpoint .*none.pt"):
         usage.measure(checkpoint.with_name("none.pt"), checkpoint.with_name("bin"))
-    with pytest.raises(UserError, match="no folder of binarised data"):
+    with pytest.raises(UserError, match="there is no data folder"):
         usage.measure(checkpoint, checkpoint.with_name("none"))
 
 

@@ -63,7 +63,8 @@ def _analyze(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # fairseq's, not the user's
     start = time.monotonic()
     chosen = directions(args.checkpoint, args.data, args.split, args.pairs)
-    model, task = load(args.checkpoint, args.data, chosen.pairs if chosen else ())
+    trained = load(args.checkpoint, args.data, chosen.pairs if chosen else ())
+    model, task = trained.model, trained.task
     if not places(model):
         raise UserError(f"the model of {args.checkpoint} is dense: there are no experts to analyse")
     texts = read(task, model, args.split, args.max_sentences, args.max_tokens)

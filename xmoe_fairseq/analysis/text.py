@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 
 from .. import identity
 from ..checkpoints.shards import fingerprint
 from ..directions import readings
 from ..errors import UserError
 from ..evaluation.model_directions import Chosen, choose_directions
+from ..evaluation.trained_model import TrainedModel, binarised
 from ..tasks.lengths import Fitting
 
 
@@ -58,14 +58,14 @@ def directions(checkpoint: Path, data: Path, split: str, pairs: Sequence[str] = 
     Raises:
         UserError: as of `choose_directions`.
     """
-    binarised = _binarised(data)
-    if binarised.name != "bin" or not (binarised / "lang_pairs.txt").is_file():
+    folder = binarised(data)
+    if folder.name != "bin" or not (folder / "lang_pairs.txt").is_file():
         return Chosen([one for name in pairs for one in readings(name)]) if pairs else None
-    return choose_directions(binarised.parent, checkpoint, split, pairs)
+    return choose_directions(folder.parent, checkpoint, split, pairs)
 
 
-def load(checkpoint: Path, data: Path, pairs: Sequence[str] = ()) -> tuple[Any, Any]:
-    """Loads a model for evaluation, on the GPU where there is one, and its task.
+def load(checkpoint: Path, data: Path, pairs: Sequence[str] = ()) -> TrainedModel:
+    """Loads a model for evaluation.
 
     Args:
         checkpoint: as written by ``fairseq-train``.
@@ -75,17 +75,11 @@ def load(checkpoint: Path, data: Path, pairs: Sequence[str] = ()) -> tuple[Any, 
     Raises:
         UserError: a file is missing or damaged, or the data lack a direction.
     """
-    if not checkpoint.is_file():
-        raise UserError(f"there is no checkpoint {checkpoint}: check the name")
-    if not data.is_dir():
-        raise UserError(f"there is no data folder {data}: give the folder made by data_prep/prepare.sh")
-    binarised = _binarised(data)
     # Only options that the checkpoint's task has are replaced.
-    overrides: dict[str, Any] = {"data": str(binarised), "valid_lines": 0}
+    overrides: dict[str, Any] = {"valid_lines": 0}
     if pairs:
         overrides["lang_pairs"] = ",".join(pairs)
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
-    return models[0].to("cuda" if torch.cuda.is_available() else "cpu").eval(), task
+    return TrainedModel.load(checkpoint, data, overrides)
 
 
 def origin(checkpoint: Path, data: Path, split: str) -> dict[str, str]:
@@ -95,12 +89,8 @@ def origin(checkpoint: Path, data: Path, split: str) -> dict[str, str]:
         checkpoint, data: as `load` takes them.
         split: that was read.
     """
-    text = identity.of_split(_binarised(data), split)
+    text = identity.of_split(binarised(data), split)
     return {"checkpoint": fingerprint(str(checkpoint)), "split": split, "text": text}
-
-
-def _binarised(data: Path) -> Path:
-    return data / "bin" if (data / "bin").is_dir() else data
 
 
 def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int | None) -> list[Text]:

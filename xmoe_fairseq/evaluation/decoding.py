@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from fairseq import checkpoint_utils, tasks, utils
+from fairseq import tasks, utils
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq_cli.generate import get_symbols_to_strip_from_output
@@ -19,10 +19,10 @@ from omegaconf import open_dict
 
 from ..errors import UserError
 from ..info import measured, model_flops
-from ..moe.flops import count_parameters, expert_sites
-from ..moe.routers import ThresholdRouter
+from ..moe.flops import count_parameters
 from ..subword import SentencepieceBytes
 from ..tasks.multilingual import MultilingualTask
+from .trained_model import TrainedModel
 from .usage import LayerUsage, accumulate, make_batches, routings
 
 
@@ -101,26 +101,37 @@ class Translator:
     """
 
     def __init__(self, checkpoint: Path, data: Path, decoding: Decoding) -> None:
-        self.decoding = decoding
-        overrides: dict[str, Any] = {"data": str(data / "bin")}
-        if decoding.moe_threshold is not None:
-            overrides["moe_threshold"] = decoding.moe_threshold
-        models, self.cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
-        if not isinstance(task, MultilingualTask):
+        self.trained = TrainedModel.load(checkpoint, data, fp16=decoding.fp16)
+        self.cfg, self.model = self.trained.cfg, cast(Any, self.trained.model)
+        if not isinstance(self.trained.task, MultilingualTask):
             raise UserError(
                 f"{checkpoint} was trained with --task {self.cfg.task._name}: only checkpoints of multilingual_* "
                 "can be scored on a data folder"
             )
         self.bpe = SentencepieceBytes(SentencepieceConfig(sentencepiece_model=str(data / "bin" / "spm.model")))
-        self.model: Any = models[0].eval()
-        if decoding.moe_threshold is not None:
-            check_threshold_router(self.model, checkpoint)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if decoding.fp16:
-            self.model.half()
-        self.model.to(self.device)
         self.search = GenerationConfig(beam=decoding.beam, lenpen=decoding.lenpen, max_len_b=decoding.max_len_b)
         self.model.prepare_for_inference_(SimpleNamespace(generation=self.search))
+        self.decoding = decoding
+        self.at(decoding.moe_threshold)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.trained.device
+
+    def at(self, threshold: float | None) -> Translator:
+        """Translates with another threshold from now on.
+
+        Args:
+            threshold: of the routers; None leaves it as it is.
+
+        Raises:
+            UserError: the model has none.
+        """
+        if threshold is not None:
+            self.trained.set_threshold(threshold)
+        self.decoding = replace(self.decoding, moe_threshold=threshold)
+        return self
 
     def translate(self, source: str, target: str) -> Translated:
         """Translates one direction and measures the use of experts on it.
@@ -189,18 +200,3 @@ class Translator:
             experts_per_token=received / tokens if tokens else 0.0,
             computation_saved=1 - received / pairs if pairs else None,
         )
-
-
-def check_threshold_router(model: Any, checkpoint: Path) -> None:
-    """Refuses a model in which a threshold does not decide the experts of a token.
-
-    Raises:
-        UserError: says what the model has instead.
-    """
-    if any(isinstance(module, ThresholdRouter) for module in model.modules()):
-        return
-    if not expert_sites(model):
-        reason = "it is dense, without experts"
-    else:
-        reason = f"its router is {model.cfg.moe_router}, which gives every token the experts that it was trained with"
-    raise UserError(f"{checkpoint} has no threshold to choose: {reason}; use a model with --moe-router threshold")

@@ -110,6 +110,10 @@ class ScoreJob:
             self._translator = Translator(self.checkpoint, self.data, self.decoding)
         return self._translator
 
+    def take(self, translator: Translator | None) -> None:
+        """Translates with the model of another job, whose decoding differs in the threshold at most."""
+        self._translator = translator and translator.at(self.decoding.moe_threshold)
+
     def run(self, out: Path, bar: tqdm) -> Scores:
         """Translates what is not finished, scores everything and writes it to ``out``.
 

@@ -12,6 +12,7 @@ from .. import locks
 from ..arguments import CommandParser, bounded, file_path, quiet_libraries
 from ..errors import printable
 from ..schema import json_text
+from .decoding import Translator
 from .model_directions import ZERO_SHOT
 from .outputs import check_no_folders, check_writable, replacing_all
 from .score import METRICS
@@ -112,12 +113,16 @@ def _parser() -> CommandParser:
 
 
 def _score(jobs: dict[float, ScoreJob], out: Path, quiet: bool) -> dict[float, Scores]:
-    """Runs the jobs one after the other, so that only one model is in memory, under one progress bar."""
-    found = {}
+    """Runs the jobs one after the other with one model, under one progress bar."""
+    found: dict[float, Scores] = {}
+    translator: Translator | None = None
     with tqdm(total=sum(len(job.pairs) for job in jobs.values()), unit="direction", disable=quiet) as bar:
         for threshold in list(jobs):
             bar.set_postfix(threshold=f"{threshold:g}")
-            found[threshold] = jobs.pop(threshold).run(out / f"threshold-{threshold:g}", bar)
+            job = jobs.pop(threshold)
+            job.take(translator)
+            found[threshold] = job.run(out / f"threshold-{threshold:g}", bar)
+            translator = job.translator
     return found
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..moe.statistics import RoutingStats
+from .trained_model import TrainedModel
 
 Routing = Mapping[str, Sequence[RoutingStats]]
 
@@ -133,21 +134,15 @@ def measure(checkpoint: Path, bin_dir: Path, max_tokens: int = 4096, pairs: Sequ
     Raises:
         UserError: the checkpoint, the folder or its test set is missing, or no sentence of the test set is usable.
     """
-    if not checkpoint.is_file():
-        raise UserError(f"no checkpoint {checkpoint}")
-    if not bin_dir.is_dir():
-        raise UserError(f"no folder of binarised data {bin_dir}")
-    overrides = {"data": str(bin_dir)} | ({"lang_pairs": ",".join(pairs)} if pairs else {})
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
-    model = models[0].to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    trained = TrainedModel.load(checkpoint, bin_dir, {"lang_pairs": ",".join(pairs)} if pairs else {})
     try:
-        task.load_dataset("test")
+        trained.task.load_dataset("test")
     except FileNotFoundError as error:
         raise UserError(f"no binarised test set in {bin_dir}: {error}") from error
-    batches = make_batches(task, model, "test", max_tokens)
+    batches = make_batches(trained.task, trained.model, "test", max_tokens)
     if len(batches) == 0:
         raise UserError(f"no usable sentence in the binarised test set of {bin_dir}")
-    return accumulate(routings(model, tqdm(batches, desc="expert usage", unit="batch")))
+    return accumulate(routings(trained.model, tqdm(batches, desc="expert usage", unit="batch")))
 
 
 def make_batches(task: Any, model: Any, split: str, max_tokens: int) -> Any:

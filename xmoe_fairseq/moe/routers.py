@@ -77,6 +77,18 @@ class Router(nn.Module):
         """Returns the fewest and the most experts that a token takes in evaluation."""
         return 1, self.num_experts
 
+    def turn(self, value: float) -> None:
+        """Gives the option that `dial` names another value.
+
+        Raises:
+            ValueError: the router has no such option, or the value is out of range.
+        """
+        if self.dial is None:
+            raise ValueError(f"{type(self).__name__} has no option that trades quality for computation")
+        options = replace(self.options, **{self.dial: value})  # type: ignore[arg-type]
+        self.check(options, self.num_experts)
+        self.options = options
+
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> RoutingPlan:
         """Routes hidden states.
 

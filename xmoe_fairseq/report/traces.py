@@ -34,7 +34,8 @@ def trace(checkpoint: Path, data: Path, samples: Sequence[Sample]) -> list[Trace
     if not samples:
         return []
     pairs = dict.fromkeys(f"{sample.source_language}-{sample.target_language}" for sample in samples)
-    model, task = load(checkpoint, data, list(pairs))
+    trained = load(checkpoint, data, list(pairs))
+    model, task = trained.model, trained.task
     if not any(hasattr(module, "moe_name") for module in model.modules()):
         return []
     texts = {text.name: text for text in read(task, model, "test", 0, None)}
