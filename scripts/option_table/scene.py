@@ -85,7 +85,7 @@ class Scene:
 
     def make_data(self) -> None:
         """Writes the corpus and all other files but the models; imports the plugin."""
-        sys.path.insert(0, str(ROOT / "tests"))
+        sys.path.insert(0, str(ROOT / "tests/support"))
         from helpers import write_toy_data
 
         data = write_toy_data(self.files["data"], _LANGUAGES[1:], lines=30, symbols=30)

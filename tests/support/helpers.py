@@ -14,7 +14,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 import xmoe_fairseq  # noqa: F401  (registers the plugin)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN_ARGS = (
     *("--task", "multilingual_local", "--criterion", "threshold_routing_cross_entropy", "--label-smoothing", "0.1"),
     *("--optimizer", "adam", "--lr", "0.002", "--max-tokens", "500", "--num-workers", "0", "--cpu"),

@@ -2,9 +2,9 @@
 
 .. code-block:: bash
 
-    python tests/helpers_load.py score 200000
-    python tests/helpers_load.py compare 200000 --samples 1000
-    python tests/helpers_load.py report 500 --directions 188 --log 100
+    python tests/support/helpers_load.py score 200000
+    python tests/support/helpers_load.py compare 200000 --samples 1000
+    python tests/support/helpers_load.py report 500 --directions 188 --log 100
 """
 
 from __future__ import annotations
