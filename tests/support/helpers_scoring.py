@@ -51,8 +51,10 @@ class FakeTranslator:
 
     asked: list[str]
     change: Change
+    made = 0
 
     def __init__(self, checkpoint: Path, data: Path, decoding: Decoding) -> None:
+        type(self).made += 1
         self.data, self.decoding = data, decoding
         self.device = type("Device", (), {"type": "cpu"})()
 

@@ -95,6 +95,7 @@ def test_sweep_measures_each_threshold_once(
     capsys.readouterr()
     cli.main([*words, "--thresholds", "0.2:1:0.4", "--json"])
     assert fake.asked == [*PAIRS, *PAIRS, *PAIRS]
+    assert fake.made == 2  # one model for all thresholds of a sweep
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((out / "sweep.json").read_text())
     assert [one["threshold"] for one in found["points"]] == [0.2, 0.6, 1.0]

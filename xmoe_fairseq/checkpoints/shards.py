@@ -7,6 +7,7 @@ where the places are; each shard holds its rows of all of them in the same order
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re

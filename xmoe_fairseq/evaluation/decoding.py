@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from fairseq import tasks, utils
@@ -102,7 +102,7 @@ class Translator:
 
     def __init__(self, checkpoint: Path, data: Path, decoding: Decoding) -> None:
         self.trained = TrainedModel.load(checkpoint, data, fp16=decoding.fp16)
-        self.cfg, self.model = self.trained.cfg, cast(Any, self.trained.model)
+        self.cfg, self.model = self.trained.cfg, self.trained.model
         if not isinstance(self.trained.task, MultilingualTask):
             raise UserError(
                 f"{checkpoint} was trained with --task {self.cfg.task._name}: only checkpoints of multilingual_* "

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils
-from torch import nn
 
 from ..errors import UserError
 from ..moe import Router
@@ -28,7 +27,7 @@ class TrainedModel:
     """
 
     checkpoint: Path
-    model: nn.Module
+    model: Any
     cfg: Any
     task: Any
 
@@ -61,7 +60,8 @@ class TrainedModel:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def set_threshold(self, threshold: float) -> None:
         """Gives all threshold routers another threshold.
@@ -85,8 +85,9 @@ class TrainedModel:
     def _instead(self) -> str:
         if not expert_sites(self.model):
             return "it is dense, without experts"
-        router = getattr(self.model, "cfg").moe_router  # noqa: B009  (a module's attributes have no type)
-        return f"its router is {router}, which gives every token the experts that it was trained with"
+        return (
+            f"its router is {self.model.cfg.moe_router}, which gives every token the experts that it was trained with"
+        )
 
 
 def binarised(data: Path) -> Path:
