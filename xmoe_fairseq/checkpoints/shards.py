@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..moe.expert_kinds import EXPERTS
 from ..moe.parallel import block
 from ..schema import build
 from .reading import SHARD, SHARD_SET, DamagedCheckpoint, check_sums, read_shard
@@ -26,7 +27,8 @@ Place = list[Any]  # keys from the state down to a tensor
 Concatenate = Callable[[list[Tensor]], Tensor]
 
 _AGAIN = "shard the whole checkpoint again"
-_EXPERTS = re.compile(r"(.*\.)?experts\.fc[12]_(weight|bias)")
+# The path of a set of experts, the size where they have several (`SizedExperts`), and the parameter.
+_EXPERTS = re.compile(r"((?:.*\.)?experts)\.(?:parts\.\d+\.)?(\w+)")
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,15 @@ class Shard:
 
 
 def is_expert(name: str) -> bool:
-    """Says whether a parameter is stacked by experts."""
-    return _EXPERTS.fullmatch(name) is not None
+    """Says whether a parameter is stacked by experts, of any kind."""
+    match = _EXPERTS.fullmatch(name)
+    return match is not None and any(match[2] in kind.names_of_tensors() for kind in EXPERTS.values())
+
+
+def set_of(name: str) -> str:
+    """Names the set of experts that a parameter of experts belongs to."""
+    match = _EXPERTS.fullmatch(name)
+    return match[1] if match else ""
 
 
 def shard_path(path: str, number: int, shards: int) -> str:
