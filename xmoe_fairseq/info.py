@@ -197,7 +197,9 @@ def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, Taken], as
         context=args.context,
         parameters=count_parameters(model, taken),
         layers=tuple(
-            MoELayerInfo(s.name, s.num_experts, s.low, s.high, number_taken(taken[s.name]), Counter(s.experts.sizes))
+            MoELayerInfo(
+                s.name, s.num_experts, s.low, s.high, number_taken(taken[s.name]), dict(Counter(s.experts.sizes))
+            )
             for s in sites
         ),
         assumption=assumption,

@@ -165,10 +165,13 @@ def check_number(state: dict[str, Any], shards: int) -> int:
     Raises:
         UserError: they are fewer than the shards, or there are none.
     """
-    tensors = [holder(state, place)[place[-1]] for place in expert_places(state)]
-    fewest = min(map(len, tensors), default=0)
+    sets = {name: len(tensor) for name, tensor in state["model"].items() if is_expert(name)}
+    fewest = min(sets.values(), default=0)
     if not 1 <= shards <= fewest:
-        raise UserError(f"--shards {shards} is out of range: the checkpoint has {fewest} experts, one a shard at most")
+        of_size = " of one size" if any(".parts." in name for name, number in sets.items() if number == fewest) else ""
+        raise UserError(
+            f"--shards {shards} is out of range: the checkpoint has {fewest} experts{of_size}, one a shard at most"
+        )
     return fewest
 
 

@@ -58,6 +58,8 @@ STRATEGIES: dict[str, Callable[[int], list[float]]] = {
 def apportion(relative: Sequence[float], total: int, unit: int = UNIT) -> tuple[int, ...]:
     """Divides hidden units among experts in proportion, each a multiple of a unit, by the largest remainders.
 
+    Experts that would get nothing get a unit, and the others divide the rest.
+
     Args:
         relative: how large each expert is, ascending.
         total: hidden units of all, a multiple of the unit, of which there is at least one for each expert.
@@ -66,16 +68,23 @@ def apportion(relative: Sequence[float], total: int, unit: int = UNIT) -> tuple[
     Returns:
         (E,) sizes, ascending, which add up to the total.
     """
-    units, whole = total // unit, sum(relative)
+    smallest = 0
+    while True:
+        counts = _by_largest_remainders(relative[smallest:], total // unit - smallest)
+        if 0 not in counts:
+            return (unit,) * smallest + tuple(count * unit for count in counts)
+        smallest += counts.count(0)
+
+
+def _by_largest_remainders(relative: Sequence[float], units: int) -> list[int]:
+    whole = sum(relative)
     shares = [one * units / whole for one in relative]
     counts = [int(share) for share in shares]
     # Of equal remainders the larger expert's comes first.
     order = sorted(range(len(shares)), key=lambda number: (counts[number] - shares[number], -number))
     for number in order[: units - sum(counts)]:
         counts[number] += 1
-    missing = counts.count(0)
-    counts[-1] -= missing
-    return tuple(sorted(max(count, 1) * unit for count in counts))
+    return counts
 
 
 def hidden_sizes(options: ExpertOptions, num_experts: int, hidden: int) -> tuple[int, ...] | None:
