@@ -141,7 +141,7 @@ def _given(sites: Sequence[ExpertSite], experts: float) -> dict[str, Taken]:
 
 
 def measured(model: nn.Module, usage: Iterable[LayerUsage]) -> dict[str, Taken]:
-    """Gives by site the experts that a token took, by expert where their sizes differ.
+    """Returns by site the mean number of experts per token, by expert if their sizes differ.
 
     Stacked MoE layers of equal experts, which are measured together, share them equally.
 

@@ -12,7 +12,7 @@ from .moe.flops import Flops, Parameters
 
 @dataclass(frozen=True)
 class MoELayerInfo:
-    """One set of experts: how many there are; the fewest, the most and on average a token takes; how many by size."""
+    """One set of experts: their number, the least, the most and the mean per token, and their number by hidden size."""
 
     name: str
     experts: int

@@ -50,7 +50,7 @@ from xmoe_fairseq.moe import (
 from xmoe_fairseq.moe.expert_options import STRATEGIES, hidden_sizes
 from xmoe_fairseq.moe.flops import cost_of, count_parameters, expert_sites
 from xmoe_fairseq.moe.gated_experts import GATES, GatedOptions
-from xmoe_fairseq.moe.kernels import KERNELS, choose
+from xmoe_fairseq.moe.kernels import KERNELS, StackedWeights, choose
 from xmoe_fairseq.moe.options import declared
 from xmoe_fairseq.moe.pairs import Pairs
 
@@ -202,6 +202,40 @@ def test_any_kind_goes_into_any_layer(kind: str, shape: str) -> None:
     if shape == "dropout":
         assert not torch.equal(layer(x)[0], y)
         assert torch.equal(layer.eval()(x)[0], layer(x)[0])
+
+
+class RescaledExperts(MaxoutExperts):
+    """Maxout experts whose output is multiplied by a vector that they share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale = torch.nn.Parameter(torch.linspace(0.5, 2, self.dim))
+
+    @staticmethod
+    def network(x: Tensor, tensors: Any, activation: Any, dropout: float) -> Tensor:
+        return MaxoutExperts.network(x, tensors, activation, dropout) * tensors["scale"]
+
+    def prepare(self, tensors: dict[str, Tensor]) -> StackedWeights:
+        return super().prepare(tensors | {"scale": self.scale.expand(len(self.block), -1)})
+
+
+def test_experts_may_share_a_parameter() -> None:
+    torch.manual_seed(0)
+    experts = RescaledExperts(NUMBER, DIM, HIDDEN).double()
+    plain = MaxoutExperts(NUMBER, DIM, HIDDEN).double()
+    plain.load_state_dict({name: value for name, value in experts.state_dict().items() if name != "scale"})
+    layer = MoELayer(ThresholdRouter(DIM, NUMBER, RouterOptions(threshold=0.7)), experts).double()
+    x = torch.randn(9, DIM, dtype=torch.double)
+    y, plan = layer(x)
+    unscaled = plain(x, plan)
+    torch.testing.assert_close(y, unscaled * experts.scale)
+    y.sum().backward()
+    torch.testing.assert_close(experts.scale.grad, unscaled.sum(0))
+    assert experts.own_parameters() == plain.own_parameters()
+    (site,) = expert_sites(layer)
+    counted = count_parameters(layer, {site.name: 2.0})
+    assert counted.expert == sum(experts.own_parameters()) + DIM
+    assert counted.active == NUMBER * DIM + DIM + 2 * experts.own_parameters()[0]  # router, scale, two experts
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -37,7 +37,7 @@ class MoEPlace:
         expert_flops: of one expert for one token, on average; a multiplication and an addition count as two.
         other_flops: of routers, gates and a shared network for one token.
         dense_flops: of the feed-forward network that a dense model has in this place.
-        flops_by_expert: as ``expert_flops``, of each expert where their sizes differ; None where they do not.
+        flops_by_expert: as ``expert_flops``, of each expert; None if all have one size.
     """
 
     name: str

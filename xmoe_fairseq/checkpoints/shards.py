@@ -27,7 +27,7 @@ Place = list[Any]  # keys from the state down to a tensor
 Concatenate = Callable[[list[Tensor]], Tensor]
 
 _AGAIN = "shard the whole checkpoint again"
-# The path of a set of experts, the size where they have several (`SizedExperts`), and the parameter.
+# The path of a set of experts, the number of a size if there are several (`SizedExperts`), and the parameter.
 _EXPERTS = re.compile(r"((?:.*\.)?experts)\.(?:parts\.\d+\.)?(\w+)")
 
 
@@ -67,7 +67,7 @@ class Shard:
 
 
 def is_expert(name: str) -> bool:
-    """Says whether a parameter is stacked by experts, of any kind."""
+    """Returns whether a parameter is stacked by experts, of any kind."""
     match = _EXPERTS.fullmatch(name)
     return match is not None and any(match[2] in kind.names_of_tensors() for kind in EXPERTS.values())
 

@@ -48,10 +48,12 @@ def least_parameters(cfg: Namespace, entries: int) -> int:
         with_experts = moe_layers(trained, cfg.moe_interval) if stack in placed(cfg) else []
         layers, moe = len(kept), sum(number + 1 in with_experts for number in kept)
         total += getattr(cfg, f"max_{side}_positions") * dim + layers * 4 * dim**2 + (layers - moe) * 2 * dim * hidden
-        # Of experts of several sizes a process holds some of each; the smallest are the least that they can be.
-        sizes = (expert_sizes(cfg, stack) if moe else None) or ()
-        each = [kind.matrices(dim, size, options) for size in sizes[:experts]]
-        total += moe * cfg.moe_stack * (sum(each) or experts * kind.matrices(dim, hidden_size(cfg, stack), options))
+        sizes = expert_sizes(cfg, stack) if moe else None
+        if sizes is None:
+            matrices = experts * kind.matrices(dim, hidden_size(cfg, stack), options)
+        else:  # a process holds some of each size; the smallest ones are the least that it can hold
+            matrices = sum(kind.matrices(dim, size, options) for size in sizes[:experts])
+        total += moe * cfg.moe_stack * matrices
     return total
 
 

@@ -52,15 +52,15 @@ class ExpertSet(nn.Module):
         Args:
             x: (T, d).
             pairs: which token goes to which expert, of all.
-            weights: what `weights` gave, where the experts run several times in a forward pass.
+            weights: the result of `weights`, if the experts run several times in a forward pass.
 
         Returns:
-            (T, d), in the autocast precision where one is set.
+            (T, d), in the autocast precision if one is set.
         """
         raise NotImplementedError
 
     def weights(self, device: torch.device) -> Any:
-        """Prepares the parameters for one forward pass, in the autocast precision where one is set for the device."""
+        """Prepares the parameters for one forward pass, in the autocast precision if one is set for the device."""
         raise NotImplementedError
 
     def hidden_units(self, load: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class ExpertSet(nn.Module):
         raise NotImplementedError
 
     def notice(self, load: Tensor) -> None:
-        """Is told, in training, how many tokens of all processes each expert computed in one batch: (E,).
+        """Receives, in training, the tokens of all processes that each expert computed in one batch: (E,).
 
         Experts with state that moves between updates keep it as `Router.notice` says.
         """
@@ -78,8 +78,8 @@ class Stack(NamedTuple):
     """A tensor of each expert, stacked over all of them.
 
     Attributes:
-        shape: of one expert's.
-        fan_in: f, whose inverse square root bounds its values at the start.
+        shape: of one expert's; a vector is a bias, which does not count as FLOPs.
+        fan_in: the bound of its initial values is 1 / sqrt(fan in).
     """
 
     shape: tuple[int, ...]
@@ -89,10 +89,9 @@ class Stack(NamedTuple):
 class StackedExperts(ExpertSet):
     """E networks of one kind and size, whose tensors are stacked, each drawn anew: no two start equal.
 
-    A kind says in `tensors` what an expert consists of and in `network` what it computes; the rest follows: drawing,
-    kernels, autocast, expert parallelism, checkpoints in shards, parameters and FLOPs. Options of its own it declares
-    in ``Options``. Tensors that all experts share it makes in ``__init__``, hands on in `prepare`, and counts in
-    `flops`.
+    A kind declares the tensors of an expert in `tensors` and their use in `network`. The rest follows: initial values,
+    kernels, autocast, expert parallelism, checkpoints in shards, parameters and FLOPs. A kind with options declares
+    them in ``Options``. A parameter that all experts share is made in ``__init__`` and passed on by `prepare`.
 
     In a group of processes each holds a block of them, and the outputs of all reach every process's tokens. A backward
     pass gives an expert the sum of the gradients of all processes' losses.
@@ -155,7 +154,7 @@ class StackedExperts(ExpertSet):
 
     @classmethod
     def label(cls, options: Any) -> str:
-        """Says in a few words what the experts are, such as ``experts``."""
+        """Describes the experts in a few words, such as ``experts``."""
         return "experts"
 
     @classmethod
@@ -244,7 +243,7 @@ class StackedExperts(ExpertSet):
         return self.prepare(parts)
 
     def prepare(self, tensors: dict[str, Tensor]) -> StackedWeights:
-        """Hands the tensors, by name, to the kernels."""
+        """Wraps the stacked tensors, by name, for the kernels."""
         return StackedWeights(self.network, tensors)
 
     def extra_repr(self) -> str:

@@ -13,8 +13,8 @@ from .layer import MoELayer
 from .routers import Router
 from .stratified import StratifiedMoE
 
-# The experts that a token takes on average: their number, of which all experts have an equal share, or (E,) numbers by
-# expert. Between experts of equal cost the shares make no difference.
+# Experts per token on average: their number, if all experts are taken equally often or cost the same; else (E,), the
+# mean by expert.
 Taken = float | Sequence[float]
 
 
@@ -39,12 +39,12 @@ class ExpertSite:
 
     @property
     def cheapest(self) -> Taken:
-        """What a token takes at the least: the fewest experts, the smallest ones."""
+        """The fewest experts that a token takes, the smallest ones."""
         return self._first(self.low, self.experts.flops())
 
     @property
     def dearest(self) -> Taken:
-        """What a token takes at the most: the most experts, the largest ones."""
+        """The most experts that a token takes, the largest ones."""
         return self._first(self.high, [-cost for cost in self.experts.flops()])
 
     def _first(self, number: int, key: Sequence[int]) -> Taken:
@@ -113,12 +113,12 @@ def expert_sites(model: nn.Module) -> list[ExpertSite]:
 
 
 def number_taken(taken: Taken) -> float:
-    """Adds up the experts that a token takes."""
+    """Returns the number of experts per token."""
     return sum(taken) if isinstance(taken, Sequence) else taken
 
 
 def cost_of(taken: Taken, costs: Sequence[float]) -> float:
-    """Adds up the costs, (E,), of the experts that a token takes."""
+    """Returns the cost per token, given that of each expert, (E,)."""
     if isinstance(taken, Sequence):
         return sum(number * cost for number, cost in zip(taken, costs, strict=True))
     return sum(costs) * taken / len(costs)

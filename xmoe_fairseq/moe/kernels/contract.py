@@ -26,7 +26,7 @@ def feed_forward(x: Tensor, tensors: Mapping[str, Tensor], activation: Activatio
 
 
 def aligned(x: Tensor, hidden: int) -> bool:
-    """Says whether rows of x: (T, d) and of h hidden units are whole multiples of 16 bytes in 16 bits."""
+    """Returns whether rows of x: (T, d) and of h hidden units are multiples of 16 bytes in half precision."""
     return x.shape[-1] % 8 == 0 and hidden % 8 == 0
 
 
@@ -130,7 +130,7 @@ class Kernel:
         return self.compute(x, pairs, weights, activation, dropout)
 
     def computes(self, network: Network) -> bool:
-        """Says whether experts of a network are in its reach."""
+        """Returns whether it computes experts of a network."""
         return self.networks is None or network in self.networks
 
 
@@ -138,7 +138,7 @@ def kernel(*networks: Network, suits: Suits) -> Callable[[ExpertKernel], Kernel]
     """Declares a kernel.
 
     Args:
-        networks: the networks that it computes; none named means all.
+        networks: the networks that it computes; all if none is named.
         suits: see `Kernel`.
     """
     return lambda compute: Kernel(compute, networks or None, suits)
