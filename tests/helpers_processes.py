@@ -100,37 +100,65 @@ def learn(data: Path, plan: Plan, words: Sequence[str], mine: bool = False) -> d
         mine: take this process's sentences; else those of all, batch by batch.
 
     Returns:
-        The logged values of each update, and in the first process all parameters at the end.
+        The logged values of each update, and in the first process all parameters at the end, and their moving averages
+        where there are any.
     """
-    parser = options.get_training_parser()
-    given = options.parse_args_and_arch(parser, [str(data), *TRAIN_ARGS, "--dropout", "0", *words])
     result: dict[str, Any] = {}
 
     def main(cfg: Any) -> None:
+        learner = Learner(cfg)
+        logs = []
+        for update in plan:
+            batches = [batch[learner.rank] if mine else [one for part in batch for one in part] for batch in update]
+            logs.append(learner.update(batches))
+        saved = learner.saved()
+        result.update(logs=logs, model=None)
+        if learner.rank == 0:
+            result.update(model=saved["model"], average=saved["extra_state"].get("ema"))
+
+    distributed_utils.call_main(configuration(data, *words), main)
+    return result
+
+
+def configuration(data: Path, *words: str) -> Any:
+    """Reads a command line of training."""
+    parser = options.get_training_parser()
+    given = options.parse_args_and_arch(parser, [str(data), *TRAIN_ARGS, "--dropout", "0", *words])
+    return convert_namespace_to_omegaconf(given)
+
+
+class Learner:
+    """A model of which each update is given its sentences.
+
+    Args:
+        cfg: of the training; its job is started.
+    """
+
+    def __init__(self, cfg: Any) -> None:
         torch.manual_seed(1)
         task = tasks.setup_task(cfg.task)
-        trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+        self.trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
         task.load_dataset("valid")
-        dataset = task.dataset("valid")
-        rank = trainer.data_parallel_rank
-
-        def collate(sentences: Sequence[int]) -> Any:
-            return dataset.collater([dataset[number] for number in sentences]) if sentences else {}
-
-        trainer.reset_dummy_batch(collate([0, 1]))
-        logs = []
+        self.dataset = task.dataset("valid")
+        self.rank = self.trainer.data_parallel_rank
+        self.trainer.reset_dummy_batch(self.collate([0, 1]))
         metrics.reset()
-        for update in plan:
-            chosen = [batch[rank] if mine else [one for part in batch for one in part] for batch in update]
-            with metrics.aggregate(new_root=True) as shown:
-                trainer.train_step([collate(sentences) for sentences in chosen])
-            logs.append({name: float(value) for name, value in shown.get_smoothed_values().items()})
-        trainer.consolidate_optimizer()
-        with state.whole_experts(trainer):
-            result.update(logs=logs, model=trainer.state_dict()["model"] if rank == 0 else None)
 
-    distributed_utils.call_main(convert_namespace_to_omegaconf(given), main)
-    return result
+    def collate(self, sentences: Sequence[int]) -> Any:
+        return self.dataset.collater([self.dataset[number] for number in sentences]) if sentences else {}
+
+    def update(self, batches: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Makes an update and returns the values it logs."""
+        with metrics.aggregate(new_root=True) as shown:
+            self.trainer.train_step([self.collate(sentences) for sentences in batches])
+        return {name: float(value) for name, value in shown.get_smoothed_values().items()}
+
+    def saved(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds, with all experts in the first process."""
+        self.trainer.consolidate_optimizer()
+        with state.whole_experts(self.trainer):
+            saved: dict[str, Any] = self.trainer.state_dict()
+        return saved
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 1e-5) -> None:

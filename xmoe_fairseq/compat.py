@@ -50,8 +50,8 @@ MIN_PYTHON = (3, 11)
 MIN_TORCH = (2, 6)
 FAIRSEQ_VERSIONS = ("0.12.3",)
 
-# What goes on from a checkpoint that is read, if anything does.
-_trained_task: ContextVar[Any] = ContextVar("_trained_task", default=None)
+# The trainer that goes on from the checkpoint that is read, if one does.
+_trainer: ContextVar[Any] = ContextVar("_trainer", default=None)
 # Beside exp_avg and others in the optimizer's state.
 MASTER = "fp32_param"
 # Modules of fairseq that use names which `_OlderNumPy` has and NumPy 2 has not.
@@ -202,12 +202,13 @@ def _whole_checkpoints(load_checkpoint_to_cpu: Any) -> Any:
         state["last_optimizer_state"] = state.get("last_optimizer_state") or None
         if not isinstance(state.get("task_state"), dict):  # fairseq's older versions wrote none
             state["task_state"] = {}
-        task = _trained_task.get()
+        trainer = _trainer.get()
+        task: Any = getattr(trainer, "task", None)
         if hasattr(task, "identity"):  # for translation, fairseq does the same
             task.load_state_dict(state["task_state"])
             language_tokens.warn_of_others(found, local, task.args)
-        if load_on_all_ranks:  # to train; else one process reads, for all that is in it
-            own_experts(state)
+        if trainer is not None:
+            own_experts(state, trainer.get_model())
         return state
 
     return load
@@ -222,7 +223,7 @@ def _newest_intact(load_checkpoint: Any) -> Any:
 
     @functools.wraps(load_checkpoint)
     def load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
-        token = _trained_task.set(trainer.task)
+        token = _trainer.set(trainer)
         # Each process reads the file: what fairseq sends from one to the others, torch refuses to unpickle.
         trainer.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = trainer.data_parallel_world_size > 1
         try:
@@ -241,7 +242,7 @@ def _newest_intact(load_checkpoint: Any) -> Any:
                 return load_checkpoint(trainer, other, *args, **kwargs)
             raise
         finally:
-            _trained_task.reset(token)
+            _trainer.reset(token)
 
     return load
 

@@ -211,12 +211,13 @@ def check_start(rank: int) -> None:
     for name, parameter in ours.named_parameters():
         wanted = whole.get_parameter(name)
         if name.startswith("experts."):
-            assert parameter.expert
+            assert parameter.expert is group
             wanted = wanted[rows.start : rows.stop]
         torch.testing.assert_close(parameter, wanted, rtol=0, atol=0)
         assert not hasattr(whole.get_parameter(name), "expert")
     assert len(whole.get_parameter("experts.fc1_weight").flatten(1).unique(dim=0)) == experts
-    assert copy.deepcopy(ours).experts.group is group
+    copied = copy.deepcopy(ours).experts
+    assert copied.group is group and all(parameter.expert is group for parameter in copied.parameters())
     with pytest.raises(ValueError, match="1 experts cannot be split"):
         make_layer("threshold", 1, group)
     with pytest.raises(ValueError, match=f"groups of {size + 1} processes do not divide {size}"):

@@ -444,7 +444,7 @@ def test_analysis_counts_each_token_at_the_sizes_of_its_own_experts(toy_data: Pa
 def test_memory_is_that_of_the_kind() -> None:
     def least(*words: str) -> int:
         model: Any = build_on_meta("xmoe_transformer_tiny", 100, words)
-        return least_parameters(model.cfg, 100)
+        return least_parameters(model.cfg, 100, None)
 
     ffn = least()
     assert least("--moe-expert", "glu") - ffn == 2 * 8 * 128 * 128  # a third matrix in two layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -286,19 +287,27 @@ def test_half_precision_routes_in_float32(dtype: torch.dtype) -> None:
     assert abs(int(half_plan.stats.received) - int(plan.stats.received)) <= 2
 
 
-def test_autocast_equals_half_precision_experts() -> None:
-    layer = make_layer()
-    x = torch.randn(20, 6, requires_grad=True)
+@pytest.mark.parametrize("kernel", ["fused", "grouped_mm", "loop"])
+def test_autocast_equals_half_precision_experts(kernel: str) -> None:
+    """Bit for bit, beside a router in float32; parameters and their gradients stay in float32."""
+    layer = make_layer(dim=8, hidden=8)
+    layer.experts.kernel = kernel
+    half = copy.deepcopy(layer)
+    half.experts.to(torch.bfloat16)
+    x = torch.randn(20, 8, requires_grad=True)
+    other = x.detach().clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, plan = layer(x)
-    assert y.dtype == torch.bfloat16
-    assert plan.weight.dtype == torch.float32
+    expected, expected_plan = half(other)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    assert plan.weight.dtype == torch.float32 and torch.equal(plan.weight, expected_plan.weight)
     y.float().square().sum().backward()
-    reference = make_layer()
-    other = x.detach().clone().requires_grad_()
-    reference(other)[0].square().sum().backward()
-    torch.testing.assert_close(x.grad, other.grad, rtol=0.1, atol=0.05)
-    assert layer.experts.fc1_weight.grad is not None and layer.experts.fc1_weight.grad.dtype == torch.float32
+    expected.float().square().sum().backward()
+    assert torch.equal(x.grad, other.grad)
+    wanted = dict(half.named_parameters())
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert torch.equal(parameter.grad, wanted[name].grad.float()) and parameter.grad.any(), name
 
 
 def test_dropout_only_in_training() -> None:

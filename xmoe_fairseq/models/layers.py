@@ -27,7 +27,6 @@ from ..moe import (
     StratifiedMoE,
     make_experts,
 )
-from ..processes import layout
 from .recorder import RoutingRecorder
 
 
@@ -35,7 +34,7 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
     """Builds what replaces a feed-forward network, as the options say.
 
     Args:
-        cfg: a checked configuration.
+        cfg: a checked configuration, with the model's `parallel_groups`.
         stack: ``encoder`` or ``decoder``.
     """
     sizes = strata(cfg)
@@ -44,16 +43,18 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
         "activation": utils.get_activation_fn(activation=str(cfg.activation_fn)),
         "dropout": cfg.activation_dropout or cfg.relu_dropout or 0.0,
     }
-    ways: dict[str, Any] = {"kernel": str(cfg.moe_kernel), "exchange": str(cfg.moe_exchange)}
+    ways: dict[str, Any] = {
+        "kernel": str(cfg.moe_kernel),
+        "exchange": str(cfg.moe_exchange),
+        "group": cfg.parallel_groups,
+    }
 
     def router(num_experts: int) -> Router:
         return router_class(cfg)(dim, num_experts, router_options(cfg))
 
     def experts() -> ExpertSet:
-        held = layout.current()
-        group = held.experts if held else None
         kind, size = expert_class(cfg), hidden // cfg.moe_split_ratio
-        return make_experts(kind, cfg.moe_num_experts, dim, size, expert_options(cfg), **network, **ways, group=group)
+        return make_experts(kind, cfg.moe_num_experts, dim, size, expert_options(cfg), **network, **ways)
 
     masking = ExpertOutputMasking(cfg.moe_eom_rate) if cfg.moe_regularizer == "eom" else None
     moe: nn.Module

@@ -12,9 +12,11 @@ from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from fairseq.modules import FairseqDropout, MultiheadAttention
 from torch import Tensor
 
-from ..config import check, kept_layers, resolve, transformer_config
+from ..config import check, kept_layers, placed, resolve, transformer_config
 from ..errors import UserError
-from ..processes import layout
+from ..moe import ExpertGroup
+from ..processes.gradients import is_expert
+from ..processes.groups import parallel_groups
 from .size import check_memory
 from .stacks import MoETransformerDecoder, MoETransformerEncoder
 
@@ -38,9 +40,12 @@ class MoETransformerModel(TransformerModelBase):
 
     Attributes:
         trained_layers: by stack, of how many layers those that are kept are.
+        parallel_groups: the processes that share its experts and those that hold the same ones; None: this process
+            holds all experts.
     """
 
     trained_layers: dict[str, int]
+    parallel_groups: ExpertGroup | None
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
@@ -61,9 +66,12 @@ class MoETransformerModel(TransformerModelBase):
         resolved = resolve(cfg)
         try:
             check(resolved)
-            layout.set_up(resolved)
-            check_memory(resolved, len(task.source_dictionary))
-            model = super().build_model(transformer_config(resolved), task)
+            groups = parallel_groups(resolved) if placed(resolved) else None
+            check_memory(resolved, len(task.source_dictionary), groups)
+            nested = transformer_config(resolved)
+            nested.parallel_groups = groups  # fairseq hands the configuration on to each layer, and nothing else
+            model = super().build_model(nested, task)
+            model.parallel_groups = groups
             for module in model.modules():
                 if isinstance(module, MultiheadAttention):
                     module.register_forward_pre_hook(_take_quantized)
@@ -96,12 +104,12 @@ class MoETransformerModel(TransformerModelBase):
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, model_cfg: Any = None, args: Any = None
     ) -> Any:
-        """Loads parameters, of layers that are left out none.
+        """Loads parameters: none of layers that are left out, and of experts those that this process holds.
 
         Raises:
             UserError: the checkpoint has another dictionary, or other shapes or layers, than this model.
         """
-        state_dict = self._of_kept_layers(state_dict)
+        state_dict = self._own_experts(self._of_kept_layers(state_dict))
         self._check_shapes(state_dict)
         # Told of the options, fairseq would leave out layers itself, and take them for those of the stack in each MoE
         # layer, or both stacks for one.
@@ -124,6 +132,17 @@ class MoETransformerModel(TransformerModelBase):
                     f"{len(found)}: leave the option out, or give a checkpoint with all of them"
                 )
             state_dict = dict(_renumbered(state_dict, stack, kept))
+        return state_dict
+
+    def _own_experts(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Takes the experts of this process where a state has all of them."""
+        if self.parallel_groups is None:
+            return state_dict
+        state_dict = dict(state_dict)
+        for name, parameter in self.named_parameters():
+            if is_expert(parameter) and name in state_dict and len(state_dict[name]) > len(parameter):
+                rows = self.parallel_groups.block(len(state_dict[name]))
+                state_dict[name] = state_dict[name][rows.start : rows.stop]
         return state_dict
 
     def _check_shapes(self, state_dict: Mapping[str, Tensor]) -> None:

@@ -9,24 +9,25 @@ import torch
 from fairseq.distributed.fully_sharded_data_parallel import has_FSDP
 
 from ..config import expert_class, expert_options, expert_sizes, hidden_size, kept_layers, moe_layers, placed
-from ..processes import layout
+from ..moe import ExpertGroup
 
 _BYTES = 4  # of a parameter, which is built in 32 bits
 
 
-def check_memory(cfg: Namespace, entries: int) -> None:
+def check_memory(cfg: Namespace, entries: int, group: ExpertGroup | None = None) -> None:
     """Refuses a model whose parameters alone are more than the machine's memory.
 
     Args:
         cfg: a checked configuration.
         entries: rows of the embeddings.
+        group: the processes that share the experts; None: this one holds all.
 
     Raises:
         ValueError: says how much would be needed and how much there is.
     """
     if torch.empty(0).device.type == "meta" or has_FSDP:  # shapes only; or each layer is split when it is built
         return
-    needed, there = _BYTES * least_parameters(cfg, entries), _memory()
+    needed, there = _BYTES * least_parameters(cfg, entries, group), _memory()
     if needed > there:
         raise ValueError(
             f"the model needs {needed / 2**30:,.1f} GiB for its parameters alone, this machine has "
@@ -35,10 +36,9 @@ def check_memory(cfg: Namespace, entries: int) -> None:
         )
 
 
-def least_parameters(cfg: Namespace, entries: int) -> int:
+def least_parameters(cfg: Namespace, entries: int, group: ExpertGroup | None) -> int:
     """Counts the matrices of a process: embeddings once, positions, attention, feed-forward networks and experts."""
-    held = layout.current()
-    experts = -(-cfg.moe_num_experts // (held.experts.size if held and held.experts else 1))
+    experts = -(-cfg.moe_num_experts // (group.size if group else 1))
     kind, options = expert_class(cfg), expert_options(cfg)
     total = entries * cfg.encoder_embed_dim
     for stack, side in (("encoder", "source"), ("decoder", "target")):

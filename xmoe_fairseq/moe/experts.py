@@ -143,6 +143,7 @@ class StackedExperts(ExpertSet):
         for name, stack in stacks.items():
             self.register_parameter(name, nn.Parameter(torch.empty(len(self.block), *stack.shape)))
         self.reset_parameters()
+        self._mark()
 
     @classmethod
     def check_options(cls, options: Any) -> None:
@@ -202,9 +203,19 @@ class StackedExperts(ExpertSet):
             for expert in range(self.num_experts):
                 values = parameter[expert - self.block.start] if expert in self.block else elsewhere
                 nn.init.uniform_(values, -bound, bound)
-            if self.group:
-                # By this fairseq's legacy_ddp leaves it out where the gradients of all processes are averaged.
-                parameter.expert = True  # type: ignore[attr-defined]
+
+    def _mark(self) -> None:
+        """Tells data parallelism which parameters other processes hold other values of.
+
+        fairseq looks for the attribute ``expert`` and leaves such a parameter out where it averages gradients.
+        """
+        if self.group:
+            for name in self.names:
+                self.get_parameter(name).expert = self.group  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()  # a copy of a parameter loses its attributes
 
     @property
     def sizes(self) -> tuple[int, ...]:

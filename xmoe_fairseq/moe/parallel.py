@@ -27,12 +27,14 @@ class ExpertGroup:
         group: what torch.distributed made of them; none: all processes.
         host: a group of the same processes in which numbers of the host are agreed on without waiting for the device;
             none: ``group``.
+        replicas: the processes that hold the same experts as this one, over which their gradients are averaged.
     """
 
     rank: int
     size: int
     group: dist.ProcessGroup | None = None
     host: dist.ProcessGroup | None = None
+    replicas: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, size: int, timeout: timedelta | None = None) -> ExpertGroup:
@@ -56,7 +58,8 @@ class ExpertGroup:
         host = None
         if dist.get_backend() != "gloo":
             host = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
-        return cls(here % size, size, group, host)
+        replicas = dist.new_group(list(range(here % size, world, size)), timeout, use_local_synchronization=True)
+        return cls(here % size, size, group, host, replicas)
 
     def block(self, experts: int) -> range:
         """Gives the experts that this process holds, of E.

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import layout
+from ..moe import ExpertGroup
+from .groups import groups_of
 
 
 def is_expert(parameter: Tensor) -> bool:
@@ -40,15 +41,13 @@ def average_experts(all_reduce_grads: Any) -> Any:
     @functools.wraps(all_reduce_grads)
     def reduce(optimizer: Any, module: nn.Module) -> None:
         all_reduce_grads(optimizer, module)
-        held = layout.current()
-        if held is None:
-            return
-        for parameter in filter(is_expert, module.parameters()):
-            if parameter.requires_grad:
+        for parameter in module.parameters():
+            groups = getattr(parameter, "expert", None)
+            if isinstance(groups, ExpertGroup) and parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 parameter.grad.div_(dist.get_world_size())
-                dist.all_reduce(parameter.grad, group=held.replicas)
+                dist.all_reduce(parameter.grad, group=groups.replicas)
 
     return reduce
 
@@ -58,14 +57,14 @@ def norm_of_all(clip_grad_norm: Any) -> Any:
 
     @functools.wraps(clip_grad_norm)
     def clip(trainer: Any, clip_norm: float) -> Tensor:
-        held = layout.current()
-        if held is None:
+        groups = groups_of(trainer.get_model())
+        if groups is None:
             norm: Tensor = clip_grad_norm(trainer, clip_norm)
             return norm
 
         def with_experts(shared: Tensor) -> Tensor:
             squares = _squares(filter(is_expert, trainer.optimizer.params))
-            dist.all_reduce(squares, group=held.experts.group)
+            dist.all_reduce(squares, group=groups.group)
             return (shared.double().square() + squares.to(shared.device)).sqrt().to(shared.dtype)
 
         norm = trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=with_experts)

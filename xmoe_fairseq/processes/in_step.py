@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..moe.parallel import ExpertGroup
-from . import layout
+from .groups import groups_of
 
 _NOTHING, _ENCODE, _DECODE = range(3)
 
@@ -27,11 +27,11 @@ def in_step(model: Any, sample: Any) -> Iterator[None]:
         model: an encoder and a decoder, in evaluation.
         sample: a batch of one sentence or more, of which any will do.
     """
-    held = layout.current()
-    if held is None:
+    groups = groups_of(model)
+    if groups is None:
         yield
         return
-    steps = _Steps(model, sample, held.experts)
+    steps = _Steps(model, sample, groups)
     # fairseq's search calls these two methods by their names.
     model.encoder.forward = steps.agreed(_ENCODE, steps.encode)
     model.decoder.forward = steps.agreed(_DECODE, steps.decode)

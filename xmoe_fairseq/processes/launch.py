@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from .. import locks
 from ..checkpoints.reading import LAST
 from ..errors import UserError
-from . import layout
+from . import groups
 
 # What torchrun, and nothing else, sets in each of its processes.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -117,7 +117,7 @@ def check(cfg: Any, on_gpu: bool) -> None:
         _check_fully_sharded(on_gpu)
     if experts == 1:
         return
-    layout.check(experts, size)
+    groups.check(experts, size)
     flat = cfg.common.fp16 and not (cfg.common.fp16_no_flatten_grads or cfg.common.memory_efficient_fp16)
     for name, given, instead in (
         (f"--ddp-backend {backend}", backend not in _BACKENDS, "use legacy_ddp or pytorch_ddp"),

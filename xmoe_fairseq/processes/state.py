@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoints import shards
 from ..errors import UserError
 from ..moe.parallel import ExpertGroup
-from . import layout
+from .groups import groups_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ def whole_files(save_checkpoint: Any) -> Any:
 @contextmanager
 def whole_experts(trainer: Any) -> Iterator[None]:
     """For a while, the first process's ``state_dict`` has all experts; all processes must enter."""
-    held = layout.current()
+    groups = groups_of(trainer.get_model())
     trainer.whole_experts = []
-    if held is not None and dist.get_rank() < held.experts.size:  # the first replica
+    if groups is not None and dist.get_rank() < groups.size:  # the first replica
         trainer.consolidate_optimizer()
-        trainer.whole_experts = gather(trainer.state_dict(), held.experts)
+        trainer.whole_experts = gather(trainer.state_dict(), groups)
     try:
         yield
     finally:
@@ -102,7 +102,7 @@ def no_parts(save_checkpoint: Any) -> Any:
 
     @functools.wraps(save_checkpoint)
     def save(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
-        if layout.current() is not None and not hasattr(trainer, "whole_experts"):
+        if groups_of(trainer.get_model()) is not None and not hasattr(trainer, "whole_experts"):
             logger.error(f"{filename} is not written: this process holds some of the experts only")
             return None
         return save_checkpoint(trainer, filename, extra_state)
@@ -110,14 +110,14 @@ def no_parts(save_checkpoint: Any) -> Any:
     return save
 
 
-def own_experts(state: dict[str, Any]) -> None:
-    """Leaves the experts of this process in a whole checkpoint, which is changed."""
-    held = layout.current()
-    if held is None:
+def own_experts(state: dict[str, Any], model: Any) -> None:
+    """Leaves the experts that a model holds in this process in a whole checkpoint, which is changed."""
+    groups = groups_of(model)
+    if groups is None:
         return
     for place in shards.expert_places(state):
         holder = shards.holder(state, place)
-        rows = held.experts.block(len(holder[place[-1]]))
+        rows = groups.block(len(holder[place[-1]]))
         holder[place[-1]] = holder[place[-1]][rows.start : rows.stop].clone()
 
 

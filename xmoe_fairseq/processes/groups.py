@@ -1,37 +1,21 @@
 """Which process holds which experts.
 
 The N processes of a job are groups of P neighbours; the processes of a group share the experts of one replica of the
-model, and the processes with the same place in their groups hold the same experts.
+model, and the processes with the same place in their groups hold the same experts. A model's `parallel_groups` are
+those that its experts were built for; several models in one process may have different ones.
 """
 
 from __future__ import annotations
 
 import os
 from argparse import Namespace
-from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch.distributed as dist
 
-from ..config import placed
 from ..errors import UserError
-from ..moe.parallel import ExpertGroup
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A process's place among all.
-
-    Attributes:
-        experts: the processes that share the experts of one replica.
-        replicas: the processes that hold the same experts as this one.
-    """
-
-    experts: ExpertGroup
-    replicas: dist.ProcessGroup
-
-
-_layouts: dict[int, Layout] = {}
-_current: Layout | None = None
+from ..moe import ExpertGroup
 
 
 def check(expert_parallel: int, processes: int) -> None:
@@ -52,19 +36,19 @@ def check(expert_parallel: int, processes: int) -> None:
         )
 
 
-def set_up(cfg: Namespace) -> None:
-    """Divides the processes for the model that is built next; all of them must call it.
+def parallel_groups(cfg: Namespace) -> ExpertGroup | None:
+    """Finds the groups of a model with MoE layers; the first call for each P is collective.
 
     Args:
-        cfg: its configuration, resolved and checked.
+        cfg: the model's configuration, resolved and checked.
+
+    Returns:
+        The groups of this process; None if it holds all experts.
 
     Raises:
-        UserError: the processes cannot be divided so; they are no job; the model does not work in several processes.
+        UserError: the processes cannot be divided so; torch.distributed is not initialised in torchrun's processes; the
+            model does not work in several processes.
     """
-    global _current
-    _current = None
-    if not placed(cfg):
-        return
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if processes == 1:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
@@ -72,7 +56,7 @@ def set_up(cfg: Namespace) -> None:
                 f"torchrun started {os.environ['WORLD_SIZE']} processes, but each would train a model of its own: use "
                 "fairseq-train, or the options of docs/parallel.md for fairseq-hydra-train"
             )
-        return
+        return None
     if cfg.encoder_layerdrop or cfg.decoder_layerdrop:
         raise UserError("LayerDrop does not work with MoE layers in several processes: each would leave out others")
     parallel = cfg.moe_expert_parallel
@@ -82,18 +66,21 @@ def set_up(cfg: Namespace) -> None:
             f"--moe-expert-parallel {parallel} is more than --moe-num-experts {cfg.moe_num_experts}: each process must "
             "hold an expert"
         )
-    if parallel > 1:
-        if parallel not in _layouts:
-            _layouts[parallel] = _divide(parallel, processes)
-        _current = _layouts[parallel]
+    return _made_once(parallel, dist.group.WORLD) if parallel > 1 else None
 
 
-def current() -> Layout | None:
-    """Gives the layout of the model that was built last; none where each process holds all experts."""
-    return _current
+@cache
+def _made_once(parallel: int, world: Any) -> ExpertGroup:
+    """Models share groups, which torch.distributed sets up for as long as the job, ``world``, lasts."""
+    return ExpertGroup.of(parallel)
 
 
-def _divide(expert_parallel: int, processes: int) -> Layout:
-    experts = ExpertGroup.of(expert_parallel)
-    replicas = list(range(experts.rank, processes, expert_parallel))
-    return Layout(experts, dist.new_group(replicas, use_local_synchronization=True))
+def groups_of(model: Any) -> ExpertGroup | None:
+    """Finds the groups of any model that is trained, also inside of DistributedDataParallel.
+
+    Returns:
+        The groups of this process; None if it holds all experts, or if the model has none.
+    """
+    while hasattr(model, "module"):
+        model = model.module
+    return getattr(model, "parallel_groups", None)
