@@ -8,17 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernels.tiles import list_tiles
+
 
 @triton.jit
 def take(
-    logits, probs, padding, ranks, first, top, counts, tokens, experts, blocks, mass, number,
+    logits, probs, padding, ranks, first, top, counts, total, tokens, experts, blocks, mass, number,
     PADDED: tl.constexpr, LIMITED: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Takes each token's most probable experts until their mass is reached, ``number`` at most; grid (blocks,).
 
     Equal ones are taken in the experts' order. Writes the probabilities, the ranks, the first choice
     and its probability, and how many of the block's tokens took each expert: (E, blocks). LIMITED says that there is
-    a mass.
+    a mass. Sets ``total`` to 0, for `settle`.
     """
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
@@ -52,29 +54,44 @@ def take(
         best = tl.argmax(left, axis=1, tie_break_left=True)
         going = tl.where(step < number, tl.max(real.to(tl.int32)), 0)
     tl.store(ranks + place, rank.to(tl.int16), mask=inside)
+    if block == 0:
+        tl.store(total, 0)
     tl.store(counts + expert * blocks + block, tl.sum((rank >= 0).to(tl.int32), axis=0), mask=expert < experts)
 
 
 @triton.jit
-def limit(
-    probs, ranks, counts, kept, most, tokens, experts, blocks,
-    COUNTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def settle(
+    probs, ranks, counts, ends, total, most, tokens, experts, blocks,
+    LIMITED: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Leaves an expert no more than ``most`` tokens: lower ranks first, then higher probability; grid (E,).
+    """Counts an expert's pairs up to each block's end, (E, blocks), and all pairs into ``total``; grid (E,).
 
-    Of equals those of the earliest tokens stay. Finds the last that stays digit by digit, from the counts of its
-    digits; where all can stay, only copies the counts of the blocks. COUNTED says that ``most`` is in memory.
+    LIMITED leaves it no more than ``most`` tokens, which COUNTED says to be in memory; see `_drop`.
     """
     expert = tl.program_id(0)
     index = tl.arange(0, BLOCK)
-    total = 0
+    taken = 0
     for begin in range(0, blocks, BLOCK):
-        here = tl.load(counts + expert * blocks + begin + index, mask=begin + index < blocks, other=0)
-        tl.store(kept + expert * blocks + begin + index, here, mask=begin + index < blocks)
-        total += tl.sum(here)
-    room = tl.load(most).to(tl.int32) if COUNTED else most
-    if total <= room:
-        return
+        inside = begin + index < blocks
+        here = tl.load(counts + expert * blocks + begin + index, mask=inside, other=0)
+        tl.store(ends + expert * blocks + begin + index, taken + tl.cumsum(here, axis=0), mask=inside)
+        taken += tl.sum(here)
+    if LIMITED:
+        room = tl.load(most).to(tl.int32) if COUNTED else most
+        if taken > room:
+            _drop(probs, ranks, ends, room, tokens, experts, blocks, expert, ROWS, BLOCK)
+            taken = room
+    tl.atomic_add(total, taken)
+
+
+@triton.jit
+def _drop(probs, ranks, ends, room, tokens, experts, blocks, expert, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Leaves an expert ``room`` of its tokens: lower ranks first, then higher probability.
+
+    Of equals those of the earliest tokens stay. Finds the last that stays digit by digit, from the counts of its
+    digits.
+    """
+    index = tl.arange(0, BLOCK)
     last = tl.zeros((), tl.int64)
     for digit_number in tl.static_range(6):
         # Digits are below 256; what does not count is put beside them.
@@ -88,6 +105,7 @@ def limit(
         digit = tl.sum((below < room).to(tl.int32))
         room -= tl.sum(tl.where(tl.arange(0, 512) < digit, digits, 0))
         last = last * 256 + digit
+    before = 0
     for begin in range(0, tokens, BLOCK):
         key, taken = _keys(probs, ranks, begin + index, tokens, experts, expert)
         equal = (taken & (key == last)).to(tl.int32)
@@ -96,9 +114,11 @@ def limit(
         room -= tl.sum(equal)
         place = (begin + index).to(tl.int64) * experts + expert
         tl.store(ranks + place, tl.full((BLOCK,), -1, tl.int16), mask=taken & ~stays)
-        block = begin // ROWS + tl.arange(0, BLOCK // ROWS)
-        sums = tl.sum(tl.reshape(stays.to(tl.int32), (BLOCK // ROWS, ROWS)), axis=1)
-        tl.store(kept + expert * blocks + block, sums, mask=block < blocks)
+        here = stays.to(tl.int32)
+        block = (begin + index) // ROWS
+        ends_block = (index % ROWS == ROWS - 1) & (block < blocks)
+        tl.store(ends + expert * blocks + block, before + tl.cumsum(here, axis=0), mask=ends_block)
+        before += tl.sum(here)
 
 
 @triton.jit
@@ -113,31 +133,51 @@ def _keys(probs, ranks, token, tokens, experts, expert):
 
 @triton.jit
 def pairs(
-    probs, ranks, ends, token, weight, sizes, most, tokens, experts, blocks,
-    NORMALIZE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
+    probs, ranks, ends, total, token, weight, sizes, tile_starts, tile_expert, tile_row, tile_end, offsets, of_token,
+    most, tokens, experts, blocks, NORMALIZE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Lists the pairs by expert, then by token, with their weights, and how many each expert has.
+    """Lists the pairs by expert, then by token, with their weights, how many each expert has, and their places.
 
-    What is left of ``most`` pairs is set to 0. Grid (blocks + most / (SPAN * ROWS),).
+    The places are `Places`. What is left of ``most`` pairs is set to 0. Grid (blocks + E + most / (SPAN * ROWS),).
     """
     number = tl.program_id(0) - blocks
     expert = tl.arange(0, SPAN)
-    if number >= 0:
-        unused = number * SPAN * ROWS + tl.arange(0, SPAN * ROWS)
-        inside = (unused >= tl.load(ends + experts * blocks - 1)) & (unused < most)
+    size, start = _starts(ends, experts, blocks, SPAN)
+    needed = tl.cdiv(size, TILE)
+    first = tl.cumsum(needed, axis=0) - needed
+    if number >= experts:
+        unused = (number - experts) * SPAN * ROWS + tl.arange(0, SPAN * ROWS)
+        inside = (unused >= tl.load(total)) & (unused < most)
         tl.store(token + unused, tl.zeros_like(unused).to(tl.int64), mask=inside)
         tl.store(weight + unused, tl.zeros_like(unused).to(tl.float32), mask=inside)
-        return
-    row, place, got, position = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
-    share = tl.load(probs + place, mask=got, other=0.0)
-    if NORMALIZE:
-        share = share / tl.sum(share, axis=1)[:, None]
-    tl.store(token + position, row.to(tl.int64)[:, None] + tl.zeros_like(position), mask=got)
-    tl.store(weight + position, share, mask=got)
-    if tl.program_id(0) == 0:
-        end = tl.load(ends + (expert + 1) * blocks - 1, mask=expert < experts, other=0)
-        start = tl.load(ends + expert * blocks - 1, mask=(expert > 0) & (expert < experts), other=0)
-        tl.store(sizes + expert, (end - start).to(tl.int64), mask=expert < experts)
+    elif number >= 0:
+        list_tiles(size, start, needed, first, number, tile_expert, tile_row, tile_end, SPAN, TILE)
+        if number == 0:
+            tl.store(sizes + expert, size.to(tl.int64), mask=expert < experts)
+            tl.store(tile_starts + expert, first, mask=expert < experts)
+            tl.store(tile_starts + experts, tl.sum(needed))
+            tl.store(offsets + tokens, tl.load(total))
+    else:
+        row, place, got, nth, before = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
+        share = tl.load(probs + place, mask=got, other=0.0)
+        if NORMALIZE:
+            share = share / tl.sum(share, axis=1)[:, None]
+        position = start[None, :] + nth
+        tl.store(token + position, row.to(tl.int64)[:, None] + tl.zeros_like(position), mask=got)
+        tl.store(weight + position, share, mask=got)
+        many = tl.sum(got.to(tl.int32), axis=1)
+        begin = before + tl.cumsum(many, axis=0) - many
+        tl.store(offsets + row, begin, mask=row < tokens)
+        at = begin[:, None] + tl.cumsum(got.to(tl.int32), axis=1) - 1
+        tl.store(of_token + at, first[None, :] * TILE + nth, mask=got)
+
+
+@triton.jit
+def _starts(ends, experts, blocks, SPAN: tl.constexpr):
+    """How many pairs each expert has, and where they begin in the list of all."""
+    expert = tl.arange(0, SPAN)
+    size = tl.load(ends + (expert + 1) * blocks - 1, mask=expert < experts, other=0)
+    return size, tl.cumsum(size, axis=0) - size
 
 
 @triton.jit
@@ -146,7 +186,8 @@ def gradient(
     WEIGHT: tl.constexpr, PROBS: tl.constexpr, NORMALIZE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient by the logits, (T, E), from those of the pairs' weights and of all probabilities; grid (blocks,)."""
-    row, place, got, position = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
+    row, place, got, nth, _ = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
+    position = _starts(ends, experts, blocks, SPAN)[1][None, :] + nth
     inside = (row < tokens)[:, None] & (tl.arange(0, SPAN) < experts)[None, :]
     prob = tl.load(probs + place, mask=inside, other=0.0)
     total = tl.zeros((ROWS, SPAN), tl.float32)
@@ -165,7 +206,7 @@ def gradient(
 
 @triton.jit
 def _positions(ranks, ends, tokens, experts, blocks, SPAN: tl.constexpr, ROWS: tl.constexpr):
-    """Where the pairs of a block lie: ``ends`` (E, blocks) counts all pairs up to an expert's block."""
+    """What a block's tokens take, the number of each pair among its expert's, and the pairs of earlier blocks."""
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, SPAN)
@@ -174,5 +215,5 @@ def _positions(ranks, ends, tokens, experts, blocks, SPAN: tl.constexpr, ROWS: t
     got = tl.load(ranks + place, mask=inside, other=-1) >= 0
     number = tl.cumsum(got.to(tl.int32), axis=0)
     end = tl.load(ends + expert * blocks + block, mask=expert < experts, other=0)
-    here = tl.sum(got.to(tl.int32), axis=0)
-    return row, place, got, (end - here)[None, :] + number - 1
+    before = end - tl.sum(got.to(tl.int32), axis=0)
+    return row, place, got, before[None, :] + number - 1, tl.sum(before)

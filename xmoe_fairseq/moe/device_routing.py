@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .kernels import has_triton, power_of_two
+from .places import TILE, Places
 from .ranking import Limits, RankedProbs
 from .routing import RoutingPlan, planned
 
@@ -45,12 +46,12 @@ def plan_on_device(
         most_each: a bound of the pairs of one expert, if one is known.
         measures_entropy: as in `make_plan`.
     """
-    probs, token, weight, sizes, ranks, counts, first, top = _Route.apply(
+    probs, token, weight, sizes, ranks, counts, first, top, places = _Route.apply(
         logits, limits, padding_mask, capacity, normalize, most
     )
     ranked = RankedProbs(logits, probs, top.unsqueeze(-1), first.unsqueeze(-1))
     received = partial(torch.ge, ranks, 0)
-    return planned(token, weight, sizes, ranked, received, counts, padding_mask, most_each, measures_entropy)
+    return planned(token, weight, sizes, ranked, received, counts, padding_mask, most_each, measures_entropy, places)
 
 
 class _Route(torch.autograd.Function):
@@ -65,7 +66,7 @@ class _Route(torch.autograd.Function):
         capacity: Tensor | int | None,
         normalize: bool,
         most: int | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         from . import choices
 
         (tokens, experts), logits = logits.shape, logits.contiguous()
@@ -75,32 +76,32 @@ class _Route(torch.autograd.Function):
         probs, top = torch.empty_like(logits), logits.new_empty(tokens)
         ranks = torch.empty_like(logits, dtype=torch.int16)
         first = logits.new_empty(tokens, dtype=torch.long)
-        counts = kept = logits.new_empty(experts, blocks, dtype=torch.int32)
+        counts, ends = logits.new_empty(2, experts, blocks, dtype=torch.int32)
+        total = counts.new_empty(())
         mass = max(limits.mass or 0.0, torch.finfo(torch.float32).tiny)
         choices.take[(blocks,)](
-            logits, probs, padding_mask, ranks, first, top, counts, tokens, experts, blocks, mass, limits.number,
+            logits, probs, padding_mask, ranks, first, top, counts, total, tokens, experts, blocks, mass, limits.number,
             padding_mask is not None, limits.mass is not None, span, rows,
         )  # fmt: skip
-        if capacity is not None:
-            kept = torch.empty_like(counts)
-            choices.limit[(experts,)](
-                probs, ranks, counts, kept, capacity, tokens, experts, blocks,
-                isinstance(capacity, Tensor), rows, _BLOCK, num_warps=8,
-            )  # fmt: skip
-        ends = kept.view(-1).cumsum(0, dtype=torch.int32)
+        choices.settle[(blocks and experts,)](
+            probs, ranks, counts, ends, total, capacity, tokens, experts, blocks,
+            capacity is not None, isinstance(capacity, Tensor), rows, _BLOCK, num_warps=8,
+        )  # fmt: skip
         if most is None:
-            most = int(ends[-1]) if len(ends) else 0
+            most = int(total) if blocks else 0
         token, weight = first.new_empty(most), logits.new_empty(most)
         sizes = first.new_empty(experts) if blocks else first.new_zeros(experts)
+        places = Places.empty(most, experts, tokens, ranks)
         rest = (tokens, experts, blocks)
-        choices.pairs[(blocks and blocks + -(-most // (span * rows)),)](
-            probs, ranks, ends, token, weight, sizes, most, *rest, normalize, span, rows
-        )
+        choices.pairs[(blocks and blocks + experts + -(-most // (span * rows)),)](
+            probs, ranks, ends, total, token, weight, sizes, *places.tables, places.offsets, places.of_token,
+            most, *rest, normalize, span, rows, TILE,
+        )  # fmt: skip
         ctx.save_for_backward(probs, ranks, ends)
         ctx.rest = rest, (normalize, span, rows)
         ctx.mark_non_differentiable(token, sizes, ranks, counts, first, top)
         ctx.set_materialize_grads(False)
-        return probs, token, weight, sizes, ranks, counts, first, top
+        return probs, token, weight, sizes, ranks, counts, first, top, places
 
     @staticmethod
     @once_differentiable

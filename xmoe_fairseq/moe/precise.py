@@ -14,6 +14,11 @@ def is_precise(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and "dtype" in torch.ops.aten.mm.overloads()
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiplies bf16 matrices (n, k) and (k, m) into float32: (n, m)."""
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
 def precise_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Computes ``x W^T`` as exactly as in float32: products of bf16 numbers are exact, and are added up in float32.
 
@@ -32,7 +37,7 @@ class _PreciseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return product(x, weight.t())
 
     @staticmethod
     @once_differentiable
@@ -44,5 +49,5 @@ class _PreciseLinear(torch.autograd.Function):
         torch.sub(grad, halves[:, 0].copy_(grad), out=halves[:, 1])
         halves = halves.flatten(1)
         grad_x = torch.mm(halves, torch.cat([weight, weight])) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.mm(halves.t(), x, out_dtype=torch.float32).view(2, *weight.shape).sum(0)
+        grad_weight = product(halves.t(), x).view(2, *weight.shape).sum(0)
         return grad_x, grad_weight.to(weight.dtype)

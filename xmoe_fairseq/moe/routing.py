@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .pairs import Pairs
+from .places import Places
 from .ranking import RankedProbs
 from .statistics import RouterSums, RoutingStats, TokenRouting, entropy
 
@@ -94,6 +95,7 @@ def planned(
     padding_mask: Tensor | None,
     most_each: int | None,
     measures_entropy: bool = False,
+    places: Places | None = None,
 ) -> RoutingPlan:
     """Makes a plan of the pairs and of what they were chosen by.
 
@@ -107,6 +109,7 @@ def planned(
         padding_mask: (T,) bool, true for padding.
         most_each: as in `Pairs`.
         measures_entropy: as in `make_plan`.
+        places: as in `Pairs`.
     """
     return RoutingPlan(
         token=token,
@@ -116,6 +119,7 @@ def planned(
         num_tokens=len(ranked.logits),
         count=partial(_statistics, ranked, wanted, received, load, padding_mask, measures_entropy),
         most_each=most_each,
+        places=places,
         trace=partial(_token_routing, ranked, received, padding_mask),
     )
 

@@ -146,7 +146,8 @@ class StratifiedMoE(nn.Module):
     def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int, weights: Any) -> Tensor:
         """Runs the visible experts, those of earlier strata having no rows."""
         sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
-        pairs = Pairs(plan.token, plan.weight, sizes, most_each=plan.most_each)
+        places = plan.places and plan.places.after(hidden_experts)
+        pairs = Pairs(plan.token, plan.weight, sizes, most_each=plan.most_each, places=places)
         return self.regularizer(self.experts(normed, pairs, weights))
 
     def _statistics(self, plans: Sequence[RoutingPlan], keep: Tensor) -> RoutingStats:
