@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from cases import DIM, EXPERTS, HIDDEN, MEAN, Case, dense, graph, inference, make_case, training
 from peers import RELEASED, fairscale_top2, one_hot, padded_loop, released_xmoe, transformers_nllb
-from rows import Row, finish, parser, ratio, seconds
+from rows import Row, finish, parser, ratio, seconds, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -254,7 +254,11 @@ def main() -> None:
         print(peak(benchmark, args.peak))
         return
     parts = args.only or [part for part in PARTS if part != "decoding" or args.device == "cpu"]
-    finish(list(benchmark.measure(parts)), args)
+    rows: list[Row] = []
+    for row in benchmark.measure(parts):
+        rows.append(row)
+        write(rows, args)  # what ends this program early leaves what was measured
+    finish(rows, args)
 
 
 if __name__ == "__main__":

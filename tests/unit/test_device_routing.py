@@ -28,9 +28,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def both(route: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """What a function gives with the programs, and without."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routers, "routes_on_device", lambda logits: True)
+        patch.setattr(routers, "routes_on_device", lambda *_: True)
         ours = route()
-        patch.setattr(routers, "routes_on_device", lambda logits: False)
+        patch.setattr(routers, "routes_on_device", lambda *_: False)
         return ours, route()
 
 

@@ -18,7 +18,7 @@ LAYERS = {
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the ways of bf16 on a GPU, in float32, which Triton's interpreter multiplies."""
-    monkeypatch.setattr(routers, "routes_on_device", lambda logits: True)
+    monkeypatch.setattr(routers, "routes_on_device", lambda *_: True)
     monkeypatch.setattr(routers, "is_precise", lambda x, weight: True)
     monkeypatch.setattr(precise, "product", torch.mm)
 

@@ -80,7 +80,7 @@ def settle(
         room = tl.load(most).to(tl.int32) if COUNTED else most
         if taken > room:
             _drop(probs, ranks, ends, room, tokens, experts, blocks, expert, ROWS, BLOCK)
-            taken = room
+        taken = tl.minimum(taken, room)
     tl.atomic_add(total, taken)
 
 
@@ -182,12 +182,25 @@ def _starts(ends, experts, blocks, SPAN: tl.constexpr):
 
 @triton.jit
 def gradient(
-    probs, ranks, ends, grad_weight, grad_probs, grad, tokens, experts, blocks,
-    WEIGHT: tl.constexpr, PROBS: tl.constexpr, NORMALIZE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
+    probs, ranks, ends, grad_weight, grad_probs, grad_logits, grad, router, twice, tokens, experts, blocks, numbers,
+    WEIGHT: tl.constexpr, PROBS: tl.constexpr, LOGITS: tl.constexpr, PARTS: tl.constexpr, NORMALIZE: tl.constexpr,
+    SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient by the logits, (T, E), from those of the pairs' weights and of all probabilities; grid (blocks,)."""
+    """The gradient by the logits, from those of the pairs' weights, of all probabilities and logits.
+
+    It is (T, E), or in PARTS of it whose sum it is, side by side: 16 bits of it are held by two bf16 numbers. More
+    programs write ``numbers`` of the router's weight into ``twice``, two times, for the product of two parts with it.
+    Grid (blocks + numbers / (SPAN * ROWS),).
+    """
+    if PARTS == 2 and tl.program_id(0) >= blocks:
+        number = (tl.program_id(0) - blocks) * SPAN * ROWS + tl.arange(0, SPAN * ROWS)
+        here = tl.load(router + number, mask=number < numbers, other=0.0)
+        tl.store(twice + number, here, mask=number < numbers)
+        tl.store(twice + numbers + number, here, mask=number < numbers)
+        return
     row, place, got, nth, _ = _positions(ranks, ends, tokens, experts, blocks, SPAN, ROWS)
-    position = _starts(ends, experts, blocks, SPAN)[1][None, :] + nth
+    _, start = _starts(ends, experts, blocks, SPAN)
+    position = start[None, :] + nth
     inside = (row < tokens)[:, None] & (tl.arange(0, SPAN) < experts)[None, :]
     prob = tl.load(probs + place, mask=inside, other=0.0)
     total = tl.zeros((ROWS, SPAN), tl.float32)
@@ -201,7 +214,13 @@ def gradient(
     if PROBS:
         total += tl.load(grad_probs + place, mask=inside, other=0.0)
     total = prob * (total - tl.sum(prob * total, axis=1)[:, None])
-    tl.store(grad + place, total, mask=inside)
+    if LOGITS:
+        total += tl.load(grad_logits + place, mask=inside, other=0.0)
+    at = grad + (place + row.to(tl.int64)[:, None] * experts * (PARTS - 1))
+    for part in tl.static_range(PARTS):
+        rounded = total.to(grad.dtype.element_ty)
+        tl.store(at + part * experts, rounded, mask=inside)
+        total -= rounded.to(tl.float32)
 
 
 @triton.jit

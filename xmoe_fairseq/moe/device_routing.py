@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import precise
 from .kernels import has_triton, power_of_two
 from .places import TILE, Places
 from .ranking import Limits, RankedProbs
@@ -18,14 +19,15 @@ from .routing import RoutingPlan, planned
 _HELD, _BLOCK = 2048, 4096
 
 
-def routes_on_device(logits: Tensor) -> bool:
-    """Says whether these logits can be routed here."""
+def routes_on_device(device: torch.device, experts: int) -> bool:
+    """Says whether float32 logits of so many experts can be routed here."""
     # Ranks are kept in 16 bits.
-    return logits.dtype == torch.float32 and logits.shape[1] < 2**15 and has_triton(logits.device)
+    return experts < 2**15 and has_triton(device)
 
 
 def plan_on_device(
-    logits: Tensor,
+    x: Tensor,
+    router: Tensor | None,
     limits: Limits,
     padding_mask: Tensor | None = None,
     capacity: Tensor | int | None = None,
@@ -34,10 +36,11 @@ def plan_on_device(
     most_each: int | None = None,
     measures_entropy: bool = False,
 ) -> RoutingPlan:
-    """Routes by logits (T, E) in float32; see `make_plan`.
+    """Routes by logits in float32; see `make_plan`.
 
     Args:
-        logits: (T, E).
+        x: the logits (T, E), or with ``router`` what they are made of by `precise_linear`, (T, d).
+        router: (E, d), the router's weight, or None.
         limits: when a token takes no more.
         padding_mask: (T,) bool, true for padding.
         capacity: () the most tokens an expert takes, or a number; none drops nothing.
@@ -46,21 +49,29 @@ def plan_on_device(
         most_each: a bound of the pairs of one expert, if one is known.
         measures_entropy: as in `make_plan`.
     """
-    probs, token, weight, sizes, ranks, counts, first, top, places = _Route.apply(
-        logits, limits, padding_mask, capacity, normalize, most
+    rows, logits, probs, token, weight, sizes, ranks, counts, first, top, places = _Route.apply(
+        x, router, limits, padding_mask, capacity, normalize, most
     )
     ranked = RankedProbs(logits, probs, top.unsqueeze(-1), first.unsqueeze(-1))
     received = partial(torch.ge, ranks, 0)
-    return planned(token, weight, sizes, ranked, received, counts, padding_mask, most_each, measures_entropy, places)
+    return planned(
+        token, weight, sizes, ranked, received, counts, padding_mask, most_each, measures_entropy, places,
+        None if router is None else rows,
+    )  # fmt: skip
 
 
 class _Route(torch.autograd.Function):
-    """From logits (T, E) the probabilities, the pairs, and what tells of them; see `choices`."""
+    """From logits (T, E) the probabilities, the pairs, and what tells of them; see `choices`.
+
+    With the router's weight, x is its input. It is handed on, so that its gradient by the experts comes here, and the
+    router's is added in the product that makes it.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Tensor,
+        x: Tensor,
+        router: Tensor | None,
         limits: Limits,
         padding_mask: Tensor | None,
         capacity: Tensor | int | None,
@@ -69,7 +80,8 @@ class _Route(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         from . import choices
 
-        (tokens, experts), logits = logits.shape, logits.contiguous()
+        logits = x.contiguous() if router is None else precise.product(x, router.t())
+        tokens, experts = logits.shape
         span = power_of_two(experts)
         rows = max(_HELD // span, 1)
         blocks = -(-tokens // rows)
@@ -97,22 +109,34 @@ class _Route(torch.autograd.Function):
             probs, ranks, ends, total, token, weight, sizes, *places.tables, places.offsets, places.of_token,
             most, *rest, normalize, span, rows, TILE,
         )  # fmt: skip
-        ctx.save_for_backward(probs, ranks, ends)
+        ctx.save_for_backward(probs, ranks, ends, *(() if router is None else (x, router)))
         ctx.rest = rest, (normalize, span, rows)
-        ctx.mark_non_differentiable(token, sizes, ranks, counts, first, top)
+        handed = x.view_as(x)
+        unused = (handed,) if router is None or not ctx.needs_input_grad[0] else ()
+        ctx.mark_non_differentiable(token, sizes, ranks, counts, first, top, *unused)
         ctx.set_materialize_grads(False)
-        return probs, token, weight, sizes, ranks, counts, first, top, places
+        return handed, logits, probs, token, weight, sizes, ranks, counts, first, top, places
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from . import choices
 
-        probs, ranks, ends = ctx.saved_tensors
-        of_probs, of_weight = (None if grad is None else grad.contiguous() for grad in (grads[0], grads[2]))
-        grad, (numbers, options) = torch.empty_like(probs), ctx.rest
-        choices.gradient[(numbers[2],)](
-            probs, ranks, ends, of_weight, of_probs, grad, *numbers,
-            of_weight is not None, of_probs is not None, *options,
+        probs, ranks, ends, *linear = ctx.saved_tensors
+        of_rows, of_logits, of_probs, _, of_weight = (None if grad is None else grad.contiguous() for grad in grads[:5])
+        numbers, options = ctx.rest
+        x, router = linear or (probs, None)
+        parts, held = 2 if linear else 1, options[1] * options[2]
+        grad = x.new_empty(len(probs), parts * probs.shape[1])
+        twice = None if router is None else router.new_empty(2 * len(router), router.shape[1])
+        size = 0 if router is None else router.numel()
+        choices.gradient[(numbers[2] + -(-size // held),)](
+            probs, ranks, ends, of_weight, of_probs, of_logits, grad, router, twice, *numbers, size,
+            of_weight is not None, of_probs is not None, of_logits is not None, parts, *options,
         )  # fmt: skip
-        return grad, *[None] * 5
+        if router is None:
+            return grad, *[None] * 6
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad, twice) if of_rows is None else torch.addmm(of_rows, grad, twice)
+        return grad_x, precise.weight_gradient(grad, x, router), *[None] * 5

@@ -44,10 +44,20 @@ class _PreciseLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        # Two bf16 numbers hold 16 bits of a float32.
         halves = torch.empty(len(grad), 2, grad.shape[1], dtype=x.dtype, device=x.device)
         torch.sub(grad, halves[:, 0].copy_(grad), out=halves[:, 1])
         halves = halves.flatten(1)
         grad_x = torch.mm(halves, torch.cat([weight, weight])) if ctx.needs_input_grad[0] else None
-        grad_weight = product(halves.t(), x).view(2, *weight.shape).sum(0)
-        return grad_x, grad_weight.to(weight.dtype)
+        return grad_x, weight_gradient(halves, x, weight)
+
+
+def weight_gradient(halves: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Computes that of `precise_linear`: (E, d).
+
+    Args:
+        halves: (T, 2 E) bf16, two parts of the output's gradient: two bf16 numbers hold 16 bits of a float32.
+        x: (T, d).
+        weight: (E, d).
+    """
+    high, low = product(halves.t(), x).view(2, *weight.shape)
+    return torch.add(high, low, out=torch.empty_like(weight))

@@ -25,12 +25,15 @@ class RoutingPlan(Pairs):
         num_tokens: T, the rows of the layer's input, padding included.
         count: makes `stats`.
         trace: makes `token_routing`.
+        rows: (T, d), the layer's input as it comes from the router, so that its gradients meet there; None where the
+            experts take the input itself.
     """
 
     first: Tensor
     num_tokens: int
     count: Callable[[], RoutingStats]
     trace: Callable[[], TokenRouting]
+    rows: Tensor | None = None
 
     @cached_property
     def stats(self) -> RoutingStats:
@@ -96,6 +99,7 @@ def planned(
     most_each: int | None,
     measures_entropy: bool = False,
     places: Places | None = None,
+    rows: Tensor | None = None,
 ) -> RoutingPlan:
     """Makes a plan of the pairs and of what they were chosen by.
 
@@ -110,6 +114,7 @@ def planned(
         most_each: as in `Pairs`.
         measures_entropy: as in `make_plan`.
         places: as in `Pairs`.
+        rows: as in `RoutingPlan`.
     """
     return RoutingPlan(
         token=token,
@@ -120,6 +125,7 @@ def planned(
         count=partial(_statistics, ranked, wanted, received, load, padding_mask, measures_entropy),
         most_each=most_each,
         places=places,
+        rows=rows,
         trace=partial(_token_routing, ranked, received, padding_mask),
     )
 

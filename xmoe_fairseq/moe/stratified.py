@@ -123,7 +123,8 @@ class StratifiedMoE(nn.Module):
                 entering, state = _Enter.apply(state, rows)
             normed = norm(entering)
             plan = router(normed, ~inside if rows is None else None, _select(ids, rows))
-            y = self._compute(normed, plan, sum(self.sizes[:number]), weights)
+            taken = normed if plan.rows is None else plan.rows
+            y = self._compute(taken, plan, sum(self.sizes[:number]), weights)
             plans.append(plan)
             entered.append(rows)
             residual = normed if self.exit_norm is not None and number > 0 else entering

@@ -125,21 +125,12 @@ class _Work:
         self.count = self.tiles * TILE
         self.schedule = (*places.tables, held)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Copies each pair's token from x (T, d) to its place: (P, d)."""
-        from . import tiles
-
-        out = x.new_empty(self.count, x.shape[1])
-        columns = min(64, power_of_two(x.shape[1]))
-        grid = (self.tiles, -(-x.shape[1] // columns))
-        tiles.gather[grid](x, self.token, out, *self.schedule, x.shape[1], TILE, columns)
-        return out
-
     def multiply(
         self,
         a: Tensor,
         w: Tensor,
         *,
+        gather: bool = False,
         transposed: bool = False,
         bias: Tensor | None = None,
         relu: bool = False,
@@ -149,8 +140,9 @@ class _Work:
         """Gives each place of ``a`` times its expert's matrix, (P, n); see `tiles.multiply`.
 
         Args:
-            a: (P, k).
+            a: (P, k), or where ``gather`` the tokens' rows, (T, k).
             w: (E, k, n), or (E, n, k) where ``transposed``.
+            gather: what ``a`` is.
             transposed: what ``w`` is.
             bias: (E, n) to add.
             relu: whether negative values become 0.
@@ -168,13 +160,14 @@ class _Work:
         block = [1, columns, depth] if transposed else [1, depth, columns]
         programs = min(self.tiles * -(-width // columns), programs * _processors(a.device))
         tiles.multiply[(programs,)](
-            TensorDescriptor.from_tensor(a, [TILE, depth]),
+            a if gather else TensorDescriptor.from_tensor(a, [TILE, depth]),
+            self.token,
             TensorDescriptor.from_tensor(_aligned(w), block),
             bias,
             None if kept is None else TensorDescriptor.from_tensor(kept, [TILE, columns // 2]),
-            out, sums, *self.schedule[:2], self.schedule[4], self.places.before, width, inner,
-            transposed, bias is not None, relu, kept is not None, sums is not None, True, TILE, columns, depth,
-            num_warps=warps, num_stages=stages,
+            out, sums, *self.schedule, self.places.before, width, inner,
+            gather, transposed, bias is not None, relu, kept is not None, sums is not None, not gather,
+            TILE, columns, depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out
 
@@ -190,7 +183,8 @@ class _Work:
         Args:
             second: what those of the second matrix and its bias are made of: (P, h), (P, d), and the sums (tiles, d) of
                 the latter.
-            first: what those of the first are made of: (P, h), (P, d), and the sums (tiles, h) of the former.
+            first: what those of the first are made of: (P, h), the tokens' rows (T, d), and the sums (tiles, h) of the
+                former.
             gradients: of the first matrix (E, h, d), its bias (E, h), the second (E, h, d), its bias (E, d).
             add: whether to add to what is there, else it is overwritten.
         """
@@ -202,14 +196,14 @@ class _Work:
         height, width = weight1.shape[1:]
         up, columns, depth, warps, stages = _GRADIENT
         up, columns = min(up, max(power_of_two(height), 16)), min(columns, max(power_of_two(width), 16))
-        factors = [
-            TensorDescriptor.from_tensor(part, [depth, block])
-            for part, block in zip((*second[:2], *first[:2]), (up, columns) * 2, strict=True)
-        ]
+        hidden, outer, sums2 = second
+        inner, x, sums1 = first
         grid = (2 * self.experts * -(-height // up) * -(-width // columns),)
         tiles.weight_gradients[grid](
-            *factors[:2], second[2], weight2, bias2, *factors[2:], first[2], weight1, bias1,
-            self.places.tile_starts, self.places.before, height, width, add, TILE, up, columns, depth,
+            TensorDescriptor.from_tensor(hidden, [depth, up]), TensorDescriptor.from_tensor(outer, [depth, columns]),
+            sums2, weight2, bias2, TensorDescriptor.from_tensor(inner, [depth, up]), x, sums1, weight1, bias1,
+            self.token, self.places.tile_starts, self.places.tile_row, self.places.tile_end, self.places.before,
+            height, width, add, TILE, up, columns, depth,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
@@ -264,27 +258,26 @@ class _Tiled(torch.autograd.Function):
             ctx.save_for_backward(x, share, *weights)
             return torch.zeros_like(x)
         ctx.work = work = _Work(token, pairs.places or find_places(token, pairs.group_sizes.contiguous(), len(x)))
-        gathered = work.gather(x)
-        hidden = work.multiply(gathered, fc1_weight, transposed=True, bias=fc1_bias, relu=True)
+        hidden = work.multiply(x, fc1_weight, gather=True, transposed=True, bias=fc1_bias, relu=True)
         values = work.multiply(hidden, fc2_weight, bias=fc2_bias)
-        ctx.save_for_backward(gathered, share, *weights, hidden, values)
+        ctx.save_for_backward(x, share, *weights, hidden, values)
         return work.combine(values, share)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         work, gradients = ctx.work, ctx.gradients
-        gathered, share, *weights = ctx.saved_tensors
+        x, share, *weights = ctx.saved_tensors
         named = dict(zip(NAMES, weights[:4], strict=True))
         if work is None:
-            return torch.zeros_like(gathered), torch.zeros_like(share), *gradients.returned(named), None, None
+            return torch.zeros_like(x), torch.zeros_like(share), *gradients.returned(named), None, None
         fc1_weight, _, fc2_weight, _, hidden, values = weights
         sums = work.sums(values.shape[1])
         outer, grad_share = work.spread(grads[0].contiguous(), values, share, sums)
         inner_sums = work.sums(hidden.shape[1])
         inner = work.multiply(outer, fc2_weight, transposed=True, kept=hidden, sums=inner_sums)
         totals, begun = zip(*(gradients.whole(name, like) for name, like in named.items()), strict=True)
-        work.weight_gradients((hidden, outer, sums), (inner, gathered, inner_sums), totals, begun[0])
+        work.weight_gradients((hidden, outer, sums), (inner, x, inner_sums), totals, begun[0])
         grad_x = work.combine(work.multiply(inner, fc1_weight), None) if ctx.needs_input_grad[0] else None
         return grad_x, grad_share, *gradients.returned(named), None, None
 

@@ -77,20 +77,6 @@ def list_places(
 
 
 @triton.jit
-def gather(
-    x, token, out, tile_starts, tile_expert, tile_row, tile_end, experts, dim, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """Copies each pair's token to its place: (P, d); grid (tiles, d / COLS)."""
-    if tl.program_id(0) < tl.load(tile_starts + experts):
-        place, row, used = _rows_of(tl.program_id(0), tile_row, tile_end, ROWS)
-        column = tl.program_id(1) * COLS + tl.arange(0, COLS)
-        inside = (column < dim)[None, :]
-        owner = tl.load(token + row, mask=used, other=0)
-        here = tl.load(x + owner[:, None] * dim + column[None, :], mask=used[:, None] & inside, other=0.0)
-        tl.store(out + place[:, None] * dim + column[None, :], here, mask=inside)
-
-
-@triton.jit
 def combine(
     values, share, offsets, places, tile_row, y, dim,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -148,15 +134,16 @@ def spread(
 
 @triton.jit
 def multiply(
-    a, w, bias, kept, out, sums, tile_starts, tile_expert, experts, before, width, inner,
-    TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr, SUM: tl.constexpr,
-    FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    a, token, w, bias, kept, out, sums, tile_starts, tile_expert, tile_row, tile_end, experts, before, width, inner,
+    GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr,
+    SUM: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Multiplies each expert's places of ``a`` (P, k) with its matrix of ``w``, (E, k, n), or (E, n, k) if TRANSPOSED.
 
     Then adds the bias (E, n), applies ReLU, zeroes where ``kept`` (P, n) is 0, or sums up the places of each tile:
-    (tiles, n). The first ``before`` experts of ``w`` have no places. ``a``, ``w`` and ``kept`` are descriptors. Grid
-    (programs,), of which each goes on from tile to tile.
+    (tiles, n). The first ``before`` experts of ``w`` have no places. ``a``, ``w``, ``kept`` are descriptors, but with
+    GATHER ``a`` is the tokens' rows (T, k), of which each place takes its own. Grid (programs,), of which each goes on
+    from tile to tile.
     """
     across = tl.cdiv(width, COLS)
     last = tl.load(tile_starts + experts) * across
@@ -165,8 +152,15 @@ def multiply(
         tile, left = number // across, number % across * COLS
         expert = tl.load(tile_expert + tile) + before
         total = tl.zeros((ROWS, COLS), tl.float32)
+        if GATHER:
+            _, row, used = _rows_of(tile, tile_row, tile_end, ROWS)
+            mine = a + tl.load(token + row, mask=used, other=0)[:, None] * inner
         for begin in range(0, inner, DEPTH):
-            x = a.load([tile * ROWS, begin])
+            if GATHER:
+                column = begin + tl.arange(0, DEPTH)[None, :]
+                x = tl.load(mine + column, mask=used[:, None] & (column < inner), other=0.0)
+            else:
+                x = a.load([tile * ROWS, begin])
             if TRANSPOSED:
                 y = w.load([expert, left, begin]).reshape(COLS, DEPTH).T
             else:
@@ -205,14 +199,16 @@ def _finish(
 
 @triton.jit
 def weight_gradients(
-    hidden, outer, sums2, weight2, bias2, inner, gathered, sums1, weight1, bias1, tile_starts, before, height, width,
+    hidden, outer, sums2, weight2, bias2, inner, x, sums1, weight1, bias1,
+    token, tile_starts, tile_row, tile_end, before, height, width,
     ADD: tl.constexpr, ROWS: tl.constexpr, UP: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of both matrices of every expert, (E, h, d), and of its biases, (E, h) and (E, d).
 
     That of the second matrix is its places of ``hidden`` (P, h), transposed, times those of ``outer`` (P, d); that of
-    the first is the same of ``inner`` and ``gathered``. Those of the biases are the sums of its tiles' sums. ADD adds
-    to what is there. The four are descriptors. Grid (2 * E * h / UP * d / COLS,).
+    the first is those of ``inner`` (P, h), transposed, times its tokens' rows of ``x`` (T, d). Those of the biases are
+    the sums of its tiles' sums. ADD adds to what is there. What has P rows are descriptors.
+    Grid (2 * E * h / UP * d / COLS,).
     """
     high, across, half = tl.cdiv(height, UP), tl.cdiv(width, COLS), tl.num_programs(0) // 2
     number = tl.program_id(0) % half
@@ -223,25 +219,44 @@ def weight_gradients(
     if ADD and first == last:
         return
     if tl.program_id(0) < half:
-        _product(hidden, outer, weight2, expert, up, left, first, last, height, width, ADD, ROWS, UP, COLS, DEPTH)
+        _product(
+            hidden, outer, token, tile_row, tile_end, weight2, expert, up, left, first, last, height, width,
+            False, ADD, ROWS, UP, COLS, DEPTH,
+        )  # fmt: skip
         if up == 0:
             _add_up(sums2, bias2, expert, left, first, last, width, ADD, COLS)
     else:
-        _product(inner, gathered, weight1, expert, up, left, first, last, height, width, ADD, ROWS, UP, COLS, DEPTH)
+        _product(
+            inner, x, token, tile_row, tile_end, weight1, expert, up, left, first, last, height, width,
+            True, ADD, ROWS, UP, COLS, DEPTH,
+        )  # fmt: skip
         if left == 0:
             _add_up(sums1, bias1, expert, up, first, last, height, ADD, UP)
 
 
 @triton.jit
 def _product(
-    a, b, out, expert, up, left, first, last, height, width,
-    ADD: tl.constexpr, ROWS: tl.constexpr, UP: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    a, b, token, tile_row, tile_end, out, expert, up, left, first, last, height, width,
+    GATHER: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, UP: tl.constexpr, COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies the places of some tiles of ``a`` (P, m), transposed, with those of ``b`` (P, n), for one block."""
+    """Multiplies the places of an expert's tiles of ``a`` (P, m), transposed, with those of ``b`` (P, n): one block.
+
+    GATHER takes the tokens' rows of ``b`` (T, n) instead. The pairs of an expert lie together.
+    """
     total = tl.zeros((UP, COLS), tl.float32)
-    for begin in range(first * ROWS, last * ROWS, DEPTH):
-        total = tl.dot(a.load([begin, up]).T, b.load([begin, left]), total, input_precision="ieee")
     m, n = up + tl.arange(0, UP), left + tl.arange(0, COLS)
+    if GATHER:
+        start = tl.load(tile_row + first, mask=first < last, other=0) - first * ROWS
+        end = tl.load(tile_end + first, mask=first < last, other=0)
+    for begin in range(first * ROWS, last * ROWS, DEPTH):
+        if GATHER:
+            row = start + begin + tl.arange(0, DEPTH)
+            owner = tl.load(token + row, mask=row < end, other=0)
+            right = tl.load(b + owner[:, None] * width + n, mask=(row < end)[:, None] & (n < width), other=0.0)
+        else:
+            right = b.load([begin, left])
+        total = tl.dot(a.load([begin, up]).T, right, total, input_precision="ieee")
     at = out + expert.to(tl.int64) * height * width + m[:, None] * width + n[None, :]
     inside = (m < height)[:, None] & (n < width)[None, :]
     if ADD:
