@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .pairs import Pairs
-from .places import Places
 from .ranking import RankedProbs
 from .statistics import RouterSums, RoutingStats, TokenRouting, entropy
 
@@ -98,8 +97,6 @@ def planned(
     padding_mask: Tensor | None,
     most_each: int | None,
     measures_entropy: bool = False,
-    places: Places | None = None,
-    rows: Tensor | None = None,
 ) -> RoutingPlan:
     """Makes a plan of the pairs and of what they were chosen by.
 
@@ -113,8 +110,6 @@ def planned(
         padding_mask: (T,) bool, true for padding.
         most_each: as in `Pairs`.
         measures_entropy: as in `make_plan`.
-        places: as in `Pairs`.
-        rows: as in `RoutingPlan`.
     """
     return RoutingPlan(
         token=token,
@@ -124,9 +119,7 @@ def planned(
         num_tokens=len(ranked.logits),
         count=partial(_statistics, ranked, wanted, received, load, padding_mask, measures_entropy),
         most_each=most_each,
-        places=places,
-        rows=rows,
-        trace=partial(_token_routing, ranked, received, padding_mask),
+        trace=partial(token_routing, ranked, received, padding_mask),
     )
 
 
@@ -301,7 +294,8 @@ def _entropy_sum(ranked: RankedProbs, padding_mask: Tensor | None) -> Tensor:
     return (entropies if padding_mask is None else entropies.masked_fill(padding_mask, 0.0)).sum()
 
 
-def _token_routing(ranked: RankedProbs, received: Callable[[], Tensor], padding_mask: Tensor | None) -> TokenRouting:
+def token_routing(ranked: RankedProbs, received: Callable[[], Tensor], padding_mask: Tensor | None) -> TokenRouting:
+    """Tells what was done with each token; the arguments are those of `planned`."""
     keep = real_tokens(padding_mask, ranked.probs)
     return TokenRouting(
         taken=received().long(),
