@@ -15,9 +15,10 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer import TransformerModel
 from torch import nn
 
-from .config import check_sizes, router_class, router_options
+from .config import check_sizes, expert_class, expert_options, expert_sizes, hidden_size, router_class, router_options
 from .errors import UserError
 from .models.presets import PRESETS
+from .moe.expert_options import show_sizes
 
 # fairseq's own symbols (start, padding, end, unknown) and one piece.
 MIN_VOCAB, MAX_VOCAB = 5, 2**31 - 1
@@ -63,7 +64,9 @@ def _experts(cfg: Any) -> Iterator[str]:
     taken = router.label(router_options(cfg))
     family = "SMoE" if cfg.moe_strata else router.family
     number = f"strata of {cfg.moe_strata}" if cfg.moe_strata else cfg.moe_num_experts
-    yield f"{family}: {number} experts of hidden size {cfg.encoder_ffn_embed_dim // cfg.moe_split_ratio}, {taken}"
+    experts, sizes = expert_class(cfg).label(expert_options(cfg)), expert_sizes(cfg, "encoder")
+    size = f"sizes {show_sizes(sizes)}" if sizes else f"size {hidden_size(cfg, 'encoder')}"
+    yield f"{family}: {number} {experts} of hidden {size}, {taken}"
     if cfg.moe_stack > 1:
         yield f"{cfg.moe_stack} stacked"
     if str(cfg.moe_regularizer) != "none":

@@ -9,17 +9,21 @@ command line, to YAML and to ``--model-overrides``.
 import dataclasses
 import re
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, List, Optional  # noqa: UP035
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
 
-from .moe import ROUTERS, Router, RouterOptions
+from .moe import EXPERTS, ROUTERS, ExpertOptions, Router, RouterOptions, StackedExperts
 from .moe.exchange import CHOICES as EXCHANGES
+from .moe.expert_options import hidden_sizes
 from .moe.kernels import CHOICES
-from .moe.router_options import declared
+from .moe.kernels import check as check_kernel
+from .moe.options import declared
 
 _PREFIX = "moe_"
 _NESTED = ("encoder", "decoder", "quant_noise")
@@ -92,9 +96,11 @@ def _option(
     return dataclasses.field(default=default, metadata=metadata | ({"argparse_alias": alias} if alias else {}))
 
 
-def _router_fields() -> Iterator[tuple[str, Any, Any]]:
-    """Makes fields of what the routers declare (``moe/router_options.py``): ``top_k`` becomes ``moe_top_k``."""
-    for name, (kind, one) in declared(router.Options for router in ROUTERS.values()).items():
+def _declared_fields() -> Iterator[tuple[str, Any, Any]]:
+    """Makes fields of what routers and experts declare (``moe/options.py``): ``top_k`` becomes ``moe_top_k``."""
+    routers = declared(router.Options for router in ROUTERS.values())
+    experts = declared((kind.Options for kind in EXPERTS.values()), "kinds of experts")
+    for name, (kind, one) in (*routers.items(), *experts.items()):
         told = one.metadata
         kind = ChoiceEnum(told["choices"]) if told["choices"] else kind
         yield (
@@ -104,11 +110,11 @@ def _router_fields() -> Iterator[tuple[str, Any, Any]]:
         )
 
 
-RouterConfig: Any = dataclasses.make_dataclass("RouterConfig", list(_router_fields()), bases=(FlatTransformerConfig,))
+ModuleConfig: Any = dataclasses.make_dataclass("ModuleConfig", list(_declared_fields()), bases=(FlatTransformerConfig,))
 
 
 @dataclasses.dataclass
-class MoETransformerConfig(RouterConfig):
+class MoETransformerConfig(ModuleConfig):
     """Options of ``xmoe_transformer*``, ``smoe_transformer*`` and ``moe_transformer*``.
 
     The defaults are the preset ``xmoe_transformer``; what other presets change stands in ``models/presets.py``.
@@ -118,6 +124,9 @@ class MoETransformerConfig(RouterConfig):
         "threshold", "how a token chooses its experts", alias="--moe-type"
     )
     moe_num_experts: int = _option(64, "experts in each MoE layer", low=1, alias="--num-experts")
+    moe_expert: ChoiceEnum(tuple(EXPERTS)) = _option(  # type: ignore[valid-type]
+        "ffn", "what an expert computes: ffn, a feed-forward network; glu, one with a gate on its hidden units"
+    )
     moe_split_ratio: int = _option(
         2, "an expert's hidden size is the feed-forward size divided by this, exactly", low=1, alias="--ffn-split-ratio"
     )
@@ -165,10 +174,36 @@ def router_class(cfg: Any) -> type[Router]:
 
 def router_options(cfg: Any) -> RouterOptions:
     """Picks out what the router is told."""
-    kind = router_class(cfg).Options
+    options: RouterOptions = _told(cfg, router_class(cfg).Options)
+    return options
+
+
+def expert_class(cfg: Any) -> type[StackedExperts]:
+    """Finds the kind of experts that the options name."""
+    return EXPERTS[str(cfg.moe_expert)]
+
+
+def expert_options(cfg: Any) -> ExpertOptions:
+    """Picks out what the experts are told."""
+    options: ExpertOptions = _told(cfg, expert_class(cfg).Options)
+    return options
+
+
+def _told(cfg: Any, kind: type) -> Any:
     told = {name: getattr(cfg, _PREFIX + name) for name in declared([kind])}
     values: dict[str, Any] = {name: str(value) if isinstance(value, Enum) else value for name, value in told.items()}
     return kind(**values)
+
+
+def expert_sizes(cfg: Any, stack: str) -> tuple[int, ...] | None:
+    """Works out the hidden size of each expert in a stack's MoE layers; None if all have the usual one."""
+    return hidden_sizes(expert_options(cfg), cfg.moe_num_experts, hidden_size(cfg, stack))
+
+
+def hidden_size(cfg: Any, stack: str) -> int:
+    """Returns the hidden size of equal experts: ``stack`` is ``encoder`` or ``decoder`` of a flat configuration."""
+    size: int = getattr(cfg, f"{stack}_ffn_embed_dim") // cfg.moe_split_ratio
+    return size
 
 
 def strata(cfg: Any) -> tuple[int, ...]:
@@ -272,6 +307,7 @@ def check(cfg: Namespace) -> None:
                 f"experts of {size / cfg.moe_split_ratio:.1f} hidden units cannot be built"
             )
     _check_router(cfg, cfg.moe_num_experts, f"--moe-num-experts {cfg.moe_num_experts}")
+    _check_experts(cfg)
     _check_strata(cfg)
     if cfg.moe_regularizer == "cmr" and (cfg.encoder_layerdrop or cfg.decoder_layerdrop):
         raise ValueError("--moe-regularizer cmr does not work with LayerDrop: its budget counts all layers' gates")
@@ -282,12 +318,47 @@ def check(cfg: Namespace) -> None:
 
 def _check_router(cfg: Namespace, num_experts: int, where: str) -> None:
     router = router_class(cfg)
-    try:
+    with _named_as_flags(router.Options, where):
         router.check(router_options(cfg), num_experts)
+
+
+@contextmanager
+def _named_as_flags(options: type, where: str) -> Iterator[None]:
+    """Names options in an error as the command line does.
+
+    Raises:
+        ValueError: as it was raised, with the place added.
+    """
+    try:
+        yield
     except ValueError as error:
-        names = re.compile(rf"\b({'|'.join(declared([router.Options]))})\b")
+        names = re.compile(rf"\b({'|'.join(declared([options]))})\b")
         reason = names.sub(lambda name: _flag(_PREFIX + name[0]), str(error))
         raise ValueError(f"{reason} ({where})") from error
+
+
+def _check_experts(cfg: Namespace) -> None:
+    kind, options = expert_class(cfg), expert_options(cfg)
+    check_kernel(str(cfg.moe_kernel), kind.network)
+    for stack in placed(cfg):
+        size = f"{stack}_ffn_embed_dim"
+        with _named_as_flags(kind.Options, f"{_flag(size)} {getattr(cfg, size)}"):
+            kind.check_options(options)
+            sizes = expert_sizes(cfg, stack)
+        if sizes is not None:
+            _check_sizes_of_experts(cfg, sizes)
+
+
+def _check_sizes_of_experts(cfg: Namespace, sizes: tuple[int, ...]) -> None:
+    given = f"--moe-expert-sizes {cfg.moe_expert_sizes}"
+    if cfg.moe_strata:
+        raise ValueError(f"{given} does not work with --moe-strata {cfg.moe_strata}: leave one of them out")
+    size, number = min(Counter(sizes).items(), key=lambda one: one[1])
+    if number < cfg.moe_expert_parallel:
+        raise ValueError(
+            f"--moe-expert-parallel {cfg.moe_expert_parallel} does not work with {given}: each process must hold an "
+            f"expert of every size, and there are {number} of {size} hidden units"
+        )
 
 
 def _check_strata(cfg: Namespace) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from .arguments import CommandParser
 from .errors import UserError
 from .evaluation.usage import LayerUsage, measure
 from .info_page import Info, MoELayerInfo, columns, render
-from .moe.flops import ExpertSite, Flops, count_flops, count_parameters, expert_sites
+from .moe.flops import ExpertSite, Flops, Taken, count_flops, count_parameters, expert_sites, number_taken
 
 CONTEXT = 32
 
@@ -109,23 +111,24 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--experts-per-token is what --checkpoint measures: give one of them")
 
 
-def _experts_taken(model: nn.Module, args: argparse.Namespace) -> tuple[dict[str, float], str]:
+def _experts_taken(model: nn.Module, args: argparse.Namespace) -> tuple[dict[str, Taken], str]:
     """Gives by site the experts that a token takes on average, and where that is from."""
     sites = expert_sites(model)
     if args.checkpoint is not None:
         return measured(model, measure(args.checkpoint, args.data)), f"measured on the test set of {args.data}"
+    evenly = "" if all(site.experts.equal for site in sites) else ", experts of all sizes equally often"
     if args.experts_per_token is not None:
-        return _given(sites, args.experts_per_token), "given by --experts-per-token"
+        return _given(sites, args.experts_per_token), f"given by --experts-per-token{evenly}"
     if not sites:
         assumption = "a dense model has no experts"
     elif all(site.low == site.high for site in sites):
-        assumption = "every token takes the same number"
+        assumption = f"every token takes the same number{evenly}"
     else:
-        assumption = "not measured: every token takes the most that the router allows"
+        assumption = f"not measured: every token takes the most that the router allows{evenly}"
     return {site.name: float(site.high) for site in sites}, assumption
 
 
-def _given(sites: Sequence[ExpertSite], experts: float) -> dict[str, float]:
+def _given(sites: Sequence[ExpertSite], experts: float) -> dict[str, Taken]:
     if not sites:
         raise UserError("--experts-per-token does not go with a dense model: leave it out")
     for site in sites:
@@ -137,8 +140,10 @@ def _given(sites: Sequence[ExpertSite], experts: float) -> dict[str, float]:
     return {site.name: experts for site in sites}
 
 
-def measured(model: nn.Module, usage: Iterable[LayerUsage]) -> dict[str, float]:
-    """Gives by site the experts that a token took; stacked MoE layers, measured together, share them equally.
+def measured(model: nn.Module, usage: Iterable[LayerUsage]) -> dict[str, Taken]:
+    """Returns by site the mean number of experts per token, by expert if their sizes differ.
+
+    Stacked MoE layers of equal experts, which are measured together, share them equally.
 
     Args:
         model: as built by `build_on_meta`.
@@ -156,25 +161,33 @@ def measured(model: nn.Module, usage: Iterable[LayerUsage]) -> dict[str, float]:
             f"the checkpoint has other MoE layers ({_experts(found.values())}) than --arch with its options: "
             "give those that it was trained with"
         )
-    return {site.name: found[name].mean_experts / len(group) for name, group in sites.items() for site in group}
+    return {site.name: taken for name, group in sites.items() for site, taken in _shares(group, found[name])}
+
+
+def _shares(sites: Sequence[ExpertSite], use: LayerUsage) -> Iterator[tuple[ExpertSite, Taken]]:
+    """Divides what a layer did among its sets of experts, whose loads follow each other."""
+    loads = iter(use.expert_load)
+    for site in sites:
+        own = [load / use.tokens for load in islice(loads, site.num_experts)]
+        yield site, use.mean_experts / len(sites) if site.experts.equal else own
 
 
 def _experts(usage: Iterable[LayerUsage]) -> str:
     return ", ".join(f"{use.layer} of {use.experts} experts" for use in usage) or "none"
 
 
-def model_flops(model: Any, taken: Mapping[str, float], context: float = CONTEXT) -> Flops:
+def model_flops(model: Any, taken: Mapping[str, Taken], context: float = CONTEXT) -> Flops:
     """Counts the operations of a token in an encoder-decoder model; the arguments are those of `count_flops`."""
     output = getattr(model.decoder, "output_projection", None)  # an adaptive softmax has none
     widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
     return count_flops(model, taken, output, widths, context)
 
 
-def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, float], assumption: str) -> Info:
+def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, Taken], assumption: str) -> Info:
     """Counts a model; taken: by site, the experts that a token takes on average."""
     sites = expert_sites(model)
 
-    def flops(experts: Mapping[str, float]) -> Flops:
+    def flops(experts: Mapping[str, Taken]) -> Flops:
         return model_flops(model, experts, args.context)
 
     return Info(
@@ -183,11 +196,16 @@ def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, float], as
         vocab=args.vocab,
         context=args.context,
         parameters=count_parameters(model, taken),
-        layers=tuple(MoELayerInfo(s.name, s.num_experts, s.low, s.high, taken[s.name]) for s in sites),
+        layers=tuple(
+            MoELayerInfo(
+                s.name, s.num_experts, s.low, s.high, number_taken(taken[s.name]), dict(Counter(s.experts.sizes))
+            )
+            for s in sites
+        ),
         assumption=assumption,
         flops=flops(taken),
         flops_range=(
-            flops({site.name: site.low for site in sites}).total,
-            flops({site.name: site.high for site in sites}).total,
+            flops({site.name: site.cheapest for site in sites}).total,
+            flops({site.name: site.dearest for site in sites}).total,
         ),
     )

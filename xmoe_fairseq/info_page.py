@@ -6,18 +6,20 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .moe.expert_options import show_sizes
 from .moe.flops import Flops, Parameters
 
 
 @dataclass(frozen=True)
 class MoELayerInfo:
-    """One set of experts: how many there are, and the fewest, the most and on average a token takes of them."""
+    """One set of experts: their number, the least, the most and the mean per token, and their number by hidden size."""
 
     name: str
     experts: int
     least: int
     most: int
     taken: float
+    sizes: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def render(info: Info) -> str:
 
 def _layer(layer: MoELayerInfo) -> str:
     where = "" if layer.least == layer.most else f", from {layer.least} to {layer.most} possible"
-    return f"{layer.taken:.4g} of {layer.experts}{where}"
+    sizes = f", hidden sizes {show_sizes(layer.sizes)}" if len(layer.sizes) > 1 else ""
+    return f"{layer.taken:.4g} of {layer.experts}{where}{sizes}"
 
 
 def columns(rows: Iterable[tuple[str, str]]) -> list[str]:

@@ -15,15 +15,32 @@ from xmoe_fairseq.moe import (
     ExpertGroup,
     ExpertOutputMasking,
     Experts,
+    ExpertSet,
+    GatedExperts,
     MoELayer,
     RouterOptions,
+    SizedExperts,
     StackedMoE,
     StratifiedMoE,
 )
 from xmoe_fairseq.moe.parallel import block
 
 DIM, HIDDEN = 8, 16
-LAYERS = ("threshold", "topk", "gshard", "switch", "hash", "balanced", "strata", "strata_topk", "stack", "cmr", "eom")
+LAYERS = (
+    "glu",
+    "sized",
+    "threshold",
+    "topk",
+    "gshard",
+    "switch",
+    "hash",
+    "balanced",
+    "strata",
+    "strata_topk",
+    "stack",
+    "cmr",
+    "eom",
+)
 EXCHANGES = ("counted", "static")
 
 
@@ -48,10 +65,15 @@ def make_layer(
     options = RouterOptions(threshold=0.7, top_k=2, capacity_factor=capacity, min_capacity=1, static=static)
 
     def router(count: int = experts) -> nn.Module:
-        return ROUTERS[{"strata": "threshold", "strata_topk": "topk"}.get(kind, kind)](DIM, count, options)
+        routers = {"strata": "threshold", "strata_topk": "topk", "glu": "threshold", "sized": "topk"}
+        return ROUTERS[routers.get(kind, kind)](DIM, count, options)
 
-    def stacked() -> Experts:
-        return Experts(experts, DIM, HIDDEN, torch.tanh, kernel=kernel, group=group, exchange=exchange)
+    def stacked() -> ExpertSet:
+        ways = {"activation": torch.tanh, "kernel": kernel, "group": group, "exchange": exchange}
+        if kind == "sized":
+            small = 3 if experts >= 6 else 0  # each of up to three processes must hold one of every size
+            return SizedExperts(Experts, [HIDDEN // 2] * small + [HIDDEN] * (experts - small), DIM, **ways)
+        return (GatedExperts if kind == "glu" else Experts)(experts, DIM, HIDDEN, **ways)
 
     layer: nn.Module
     if kind.startswith("strata"):
@@ -94,7 +116,7 @@ def compare(rank: int, got: nn.Module, want: nn.Module, tolerance: float) -> Non
         if grad is None or all_grads is None:
             assert grad is all_grads, name
             continue
-        if ".fc" in name and "experts" in name:
+        if hasattr(parameter, "expert"):
             rows = block(len(all_grads), rank, dist.get_world_size())
             all_grads = all_grads[rows.start : rows.stop]
         else:

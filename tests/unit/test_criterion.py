@@ -109,7 +109,7 @@ def test_routers_of_every_model_that_is_given_measure_entropy(toy_data: Path) ->
     for model in (built.model, torch.nn.ModuleList([other.model])):
         routers = [module for module in model.modules() if isinstance(module, Router)]
         assert len(routers) == 2 and not any(router.measures_entropy for router in routers)
-        built.criterion.routers_of(model)
+        built.criterion.parts_of(model)
         assert all(router.measures_entropy for router in routers)
     assert not list(built.criterion.parameters())  # the model's parameters are not the criterion's
     _, size, log = built.criterion(other.model.eval(), sample)

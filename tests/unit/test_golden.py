@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,24 @@ import pytest
 import torch
 
 from xmoe_fairseq.moe import (
+    EXPERTS,
     ROUTERS,
+    ExpertOptions,
     Experts,
+    ExpertSet,
     MoELayer,
     RouterOptions,
     RoutingPlan,
+    SizedExperts,
+    StackedExperts,
     StratifiedMoE,
     ThresholdRouter,
     TopKRouter,
+    make_experts,
 )
+from xmoe_fairseq.moe.expert_options import STRATEGIES, apportion
+from xmoe_fairseq.moe.flops import cost_of
+from xmoe_fairseq.moe.losses import balance_loss
 
 Golden = dict[str, np.ndarray]
 
@@ -143,7 +153,73 @@ def check_smoe_block(golden: Golden, expected: Golden | None = None) -> None:
         close(experts.fc1_weight.grad, outputs["grad_fc1_weight"])
 
 
+class NormalizedTopKRouter(TopKRouter):
+    """Divides a token's weights by their sum."""
+
+    normalize = True
+
+
+def each_expert(experts: ExpertSet) -> Iterator[tuple[StackedExperts, int]]:
+    """Gives the experts in their order: where each is stacked, and its number there."""
+    for part in experts.parts if isinstance(experts, SizedExperts) else [experts]:
+        yield from ((part, number) for number in range(part.num_experts))
+
+
+def check_hmoe(golden: Golden) -> None:
+    """Checks experts of different sizes, and the penalty as the balance loss of the load counted in hidden units."""
+    sizes, (num_experts, dim) = golden["sizes"].tolist(), golden["gate_weight"].shape
+    kind, options = {
+        "topk": (NormalizedTopKRouter, RouterOptions(top_k=int(golden["value"]))),
+        "top_p": (NormalizedThresholdRouter, RouterOptions(threshold=float(golden["value"]))),
+    }[str(golden["router"])]
+    router = kind(dim, num_experts, options)
+    router.measures_entropy = True
+    given = ExpertOptions(expert_sizes="-".join(map(str, sizes)))
+    experts = make_experts(EXPERTS["ffn"], num_experts, dim, 1, given)
+    assert list(experts.sizes) == sizes and isinstance(experts, SizedExperts) == (len(set(sizes)) > 1)
+    rows = {name: torch.from_numpy(golden[name]).split(sizes) for name in ("fc1_rows", "fc1_row_bias", "fc2_rows")}
+    with torch.no_grad():
+        router.weight.copy_(torch.from_numpy(golden["gate_weight"]))
+        for expert, (part, number) in enumerate(each_expert(experts)):
+            part.fc1_weight[number] = rows["fc1_rows"][expert]
+            part.fc1_bias[number] = rows["fc1_row_bias"][expert]
+            part.fc2_weight[number] = rows["fc2_rows"][expert]
+            part.fc2_bias[number] = torch.from_numpy(golden["fc2_bias"])[expert]
+    x = torch.from_numpy(golden["x"]).requires_grad_()
+    y, plan = MoELayer(router, experts)(x, torch.from_numpy(golden["padding_mask"]))
+    stats, sums = plan.stats, plan.stats.routers[0]
+    close(y, golden["y"])
+    close(combine_weights(plan, num_experts), golden["combine_weights"])
+    relative = torch.tensor(sizes) / (sum(sizes) / len(sizes))
+    penalty = balance_loss(sums.probs, stats.expert_load * relative, stats.tokens)
+    close(penalty, golden["p_penalty"])
+    close(balance_loss(sums.probs, stats.expert_load, stats.tokens), golden["balance_chosen"])
+    close(stats.entropy_loss, golden["entropy"])
+    taken = (stats.expert_load / stats.tokens).tolist()
+    close(experts.hidden_units(stats.expert_load) / stats.tokens, golden["hidden_a_token"])
+    assert cost_of(taken, experts.flops()) == pytest.approx(float(golden["flops_a_token"]), rel=1e-6)
+    assert (stats.hidden is None) == experts.equal
+    assert str(golden["loss_is"]) == "(y**2).sum() + 0.1*p_penalty + 0.03*entropy"
+    (y.square().sum() + 0.1 * penalty + 0.03 * stats.entropy_loss).backward()
+    close(x.grad, golden["grad_x"])
+    close(router.weight.grad, golden["grad_gate_weight"])
+    for name in ("fc1", "fc2"):
+        grads = [getattr(part, f"{name}_weight").grad[number] for part, number in each_expert(experts)]
+        close(torch.cat(grads), golden[f"grad_{name}_rows"])
+
+
+def check_expert_sizes(golden: Golden) -> None:
+    """Checks the division of hidden units among experts; the names say strategy, experts, total and unit."""
+    for name, sizes in golden.items():
+        strategy, *numbers = name.split("_")
+        num_experts, total, unit = map(int, numbers)
+        relative = [1.0] * num_experts if strategy == "equal" else STRATEGIES[strategy](num_experts)
+        assert list(apportion(relative, total, unit)) == sizes.tolist(), name
+
+
 CHECKS: dict[str, Callable[..., None]] = {
+    "expert_sizes": check_expert_sizes,
+    "hmoe": check_hmoe,
     "xmoe_gate": check_xmoe_gate,
     "topk_gate": check_topk_gate,
     "top_p": check_top_p,
@@ -153,10 +229,15 @@ CHECKS: dict[str, Callable[..., None]] = {
 RELEASED = "_released"
 
 
+def kind_of(file: Path) -> str:
+    """What a file holds, from its name, such as ``hmoe`` from ``hmoe_3.npz``."""
+    return re.sub(r"_\d+$", "", file.stem.removesuffix(RELEASED))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One case for each file of a known kind."""
     folder = metafunc.config.getoption("golden_dir")
-    files = [file for kind in CHECKS for file in sorted(folder.glob(f"{kind}_*.npz"))]
+    files = [file for file in sorted(folder.glob("*.npz")) if kind_of(file) in CHECKS]
     if not files:
         raise pytest.UsageError(f"--golden-dir {folder} holds no reference values of the kinds {', '.join(CHECKS)}")
     metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
@@ -172,4 +253,4 @@ def test_golden(golden_file: Path) -> None:
     stem = golden_file.stem.removesuffix(RELEASED)
     inputs = golden_file.with_name(f"{stem}.npz")  # the released form's outputs have no inputs of their own
     expected = (read(golden_file),) if golden_file != inputs else ()
-    CHECKS[stem.rsplit("_", 1)[0]](read(inputs), *expected)
+    CHECKS[kind_of(golden_file)](read(inputs), *expected)

@@ -148,6 +148,7 @@ def test_the_largest_model_takes_no_memory() -> None:
         ("moe_transformer_tiny", "--moe-regularizer", "cmr"),
         ("moe_transformer_tiny", "--moe-stack", "2", "--moe-placement", "decoder"),
         ("smoe_transformer_tiny",),
+        ("moe_transformer_tiny", "--moe-expert", "glu", "--moe-expert-sizes", "hybrid", "--moe-stack", "2"),
     ],
     ids=" ".join,
 )

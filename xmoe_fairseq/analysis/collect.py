@@ -34,9 +34,10 @@ class MoEPlace:
         routers: passes that a token can make: strata, or stacked layers.
         strata: whether the routers are strata, so that ``passes`` is the requested capacity (RC).
         chooses: whether tokens can take different numbers of experts.
-        expert_flops: of one expert for one token; a multiplication and an addition count as two.
+        expert_flops: of one expert for one token, on average; a multiplication and an addition count as two.
         other_flops: of routers, gates and a shared network for one token.
         dense_flops: of the feed-forward network that a dense model has in this place.
+        flops_by_expert: as ``expert_flops``, of each expert; None if all have one size.
     """
 
     name: str
@@ -48,6 +49,7 @@ class MoEPlace:
     expert_flops: float
     other_flops: float
     dense_flops: float
+    flops_by_expert: tuple[float, ...] | None = None
 
     @property
     def stack(self) -> str:
@@ -68,7 +70,7 @@ def places(model: Any) -> list[MoEPlace]:
 def _place(layer: Any, cfg: Any) -> MoEPlace:
     sites = expert_sites(layer.moe)
     size = getattr(cfg, stack_of(layer.moe_name))
-    experts = sites[0].experts
+    costs = [cost for site in sites for cost in site.experts.flops()]
     return MoEPlace(
         name=layer.moe_name,
         experts=sum(site.num_experts for site in sites),
@@ -76,9 +78,10 @@ def _place(layer: Any, cfg: Any) -> MoEPlace:
         routers=sum(isinstance(module, Router) for module in layer.moe.modules()),
         strata=bool(cfg.moe_strata),
         chooses=any(site.low < site.high for site in sites),
-        expert_flops=2 * (experts.fc1_weight.numel() + experts.fc2_weight.numel()) / sites[0].num_experts,
+        expert_flops=sum(costs) / len(costs),
         other_flops=count_flops(layer.moe, {site.name: 0 for site in sites}, None, (), 0).layers,
         dense_flops=2 * 2 * size.embed_dim * size.ffn_embed_dim,
+        flops_by_expert=None if all(site.experts.equal for site in sites) else tuple(costs),
     )
 
 

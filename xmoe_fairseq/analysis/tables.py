@@ -113,7 +113,11 @@ def flops(counts: Counts) -> Table:
     for layer in counts.layers.values():
         place = layer.place
         experts = means(layer.by_direction.sum(0), [layer])[1]
-        taken = place.other_flops + place.expert_flops * experts
+        in_experts = place.expert_flops * experts
+        if place.flops_by_expert is not None:
+            load, tokens = layer.load.sum(0), layer.by_direction[:, SUMS.index("tokens")].sum()
+            in_experts = float(load @ load.new_tensor(place.flops_by_expert) / tokens)
+        taken = place.other_flops + in_experts
         everything = place.other_flops + place.expert_flops * place.experts
         saved = (1 - taken / everything, 1 - taken / place.dense_flops)
         rows.append((place.name, place.stack, experts, taken, everything, place.dense_flops, *saved))

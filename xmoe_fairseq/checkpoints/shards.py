@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..moe.expert_kinds import EXPERTS
 from ..moe.parallel import block
 from ..schema import build
 from .reading import SHARD, SHARD_SET, DamagedCheckpoint, check_sums, read_shard
@@ -27,7 +28,8 @@ Place = list[Any]  # keys from the state down to a tensor
 Concatenate = Callable[[list[Tensor]], Tensor]
 
 _AGAIN = "shard the whole checkpoint again"
-_EXPERTS = re.compile(r"(.*\.)?experts\.fc[12]_(weight|bias)")
+# The path of a set of experts, the number of a size if there are several (`SizedExperts`), and the parameter.
+_EXPERTS = re.compile(r"((?:.*\.)?experts)\.(?:parts\.\d+\.)?(\w+)")
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,15 @@ class Shard:
 
 
 def is_expert(name: str) -> bool:
-    """Says whether a parameter is stacked by experts."""
-    return _EXPERTS.fullmatch(name) is not None
+    """Returns whether a parameter is stacked by experts, of any kind."""
+    match = _EXPERTS.fullmatch(name)
+    return match is not None and any(match[2] in kind.names_of_tensors() for kind in EXPERTS.values())
+
+
+def set_of(name: str) -> str:
+    """Names the set of experts that a parameter of experts belongs to."""
+    match = _EXPERTS.fullmatch(name)
+    return match[1] if match else ""
 
 
 def shard_path(path: str, number: int, shards: int) -> str:
@@ -163,10 +172,13 @@ def check_number(state: dict[str, Any], shards: int) -> int:
     Raises:
         UserError: they are fewer than the shards, or there are none.
     """
-    tensors = [holder(state, place)[place[-1]] for place in expert_places(state)]
-    fewest = min(map(len, tensors), default=0)
+    sets = {name: len(tensor) for name, tensor in state["model"].items() if is_expert(name)}
+    fewest = min(sets.values(), default=0)
     if not 1 <= shards <= fewest:
-        raise UserError(f"--shards {shards} is out of range: the checkpoint has {fewest} experts, one a shard at most")
+        of_size = " of one size" if any(".parts." in name for name, number in sets.items() if number == fewest) else ""
+        raise UserError(
+            f"--shards {shards} is out of range: the checkpoint has {fewest} experts{of_size}, one a shard at most"
+        )
     return fewest
 
 

@@ -76,7 +76,7 @@ def summarize(path: str) -> Summary:
         epoch=int(((state.get("extra_state") or {}).get("train_iterator") or {}).get("epoch", 1)),
         parameters=_count(parameters),
         expert_parameters=_count(experts),
-        experts={name.rpartition(".")[0]: len(tensor) for name, tensor in experts.items()},
+        experts=_numbers(experts),
         dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in parameters.values()})),
         optimizer=bool(state.get("last_optimizer_state")),
         files={name: os.path.getsize(name) for name in files},
@@ -86,6 +86,15 @@ def summarize(path: str) -> Summary:
 def _unread(blocks: list[Tensor]) -> Tensor:
     """Stands for joined experts, of which only the shape matters."""
     return blocks[0].new_empty((sum(map(len, blocks)), *blocks[0].shape[1:]))
+
+
+def _numbers(experts: Mapping[str, Tensor]) -> dict[str, int]:
+    """Counts the experts of each set, those of all sizes together."""
+    stacks = {name.rpartition(".")[0]: (shards.set_of(name), len(tensor)) for name, tensor in experts.items()}
+    numbers: dict[str, int] = {}
+    for name, number in stacks.values():
+        numbers[name] = numbers.get(name, 0) + number
+    return numbers
 
 
 def _count(parameters: Mapping[str, Tensor]) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.layers import MoEFeedForwardMixin
-from ..moe import Router, RoutingStats
+from ..moe import ExpertSet, Router, RoutingStats
+from ..moe.flops import expert_sites
 from ..moe.statistics import OPTIONAL, RATIOS, SUMS, Ratio
 from ..processes.batches import DUMMY, of_all_processes
 
@@ -32,6 +33,13 @@ LOSSES = ("balance_loss", "z_loss", "entropy_loss", "own_loss")
 LOAD_CV = Ratio("load_cv", "tokens", 3)
 # What is shown for a stack, by the sum above the fraction line.
 SHOWN = RATIOS | {"load_cv": LOAD_CV}
+
+
+class MoEParts(NamedTuple):
+    """The routers and the experts of one MoE layer, in the order of their statistics."""
+
+    routers: list[Router]
+    experts: list[ExpertSet]
 
 
 @dataclass
@@ -102,7 +110,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         self.moe_loss_coeff = moe_loss_coeff
         self.moe_z_loss_coeff = moe_z_loss_coeff
         self.moe_entropy_loss_coeff = moe_entropy_loss_coeff
-        self._routers: WeakKeyDictionary[Any, dict[str, list[Router]]] = WeakKeyDictionary()
+        self._parts: WeakKeyDictionary[Any, dict[str, MoEParts]] = WeakKeyDictionary()
         self.averaged = moe_loss_combine == "average"
         self.moe_cmr_loss_coeff = moe_cmr_loss_coeff
         self.moe_cmr_budget = moe_cmr_budget
@@ -113,7 +121,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         Returns:
             The loss to minimise, the sample size to divide by, and sums to log.
         """
-        routers = self.routers_of(model)
+        parts = self.parts_of(model)
         net_output = model(**sample["net_input"])
         loss, nll_loss = self.compute_loss(model, net_output, sample, reduce=reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
@@ -129,27 +137,30 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             logging_output |= {"n_correct": correct.data, "total": total.data}
         stands_in = DUMMY in sample
         routing = net_output[1].get("routing", {})
-        auxiliary, routing_output = self._auxiliary(routing, sample_size, loss, not stands_in, routers)
+        auxiliary, routing_output = self._auxiliary(routing, sample_size, loss, not stands_in, parts)
         loss, logging_output = loss + auxiliary, logging_output | routing_output
         if stands_in:
             return loss * 0, sample_size * 0, {name: value * 0 for name, value in logging_output.items()}
         return loss, sample_size, logging_output
 
-    def routers_of(self, model: Any) -> dict[str, list[Router]]:
-        """Lists the routers of each MoE layer, which measure entropy from then on if it is weighed.
+    def parts_of(self, model: Any) -> dict[str, MoEParts]:
+        """Lists the parts of each MoE layer, whose routers measure entropy from then on if it is weighed.
 
         Looks at a model only once.
         """
-        if model not in self._routers:
+        if model not in self._parts:
             layers = {part.moe_name: part for part in model.modules() if isinstance(part, MoEFeedForwardMixin)}
-            self._routers[model] = {
-                name: [router for router in layer.moe.modules() if isinstance(router, Router)]
+            self._parts[model] = {
+                name: MoEParts(
+                    [router for router in layer.moe.modules() if isinstance(router, Router)],
+                    [site.experts for site in expert_sites(layer.moe)],
+                )
                 for name, layer in layers.items()
             }
             if self.moe_entropy_loss_coeff:
-                for router in chain.from_iterable(self._routers[model].values()):
+                for router in chain.from_iterable(parts.routers for parts in self._parts[model].values()):
                     router.measures_entropy = True
-        return self._routers[model]
+        return self._parts[model]
 
     def _auxiliary(
         self,
@@ -157,7 +168,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         sample_size: int,
         like: Tensor,
         counts: bool,
-        routers: Mapping[str, Sequence[Router]],
+        parts: Mapping[str, MoEParts],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the weighted losses of all routers, and sums to log.
 
@@ -169,15 +180,14 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             sample_size: of this process.
             like: a number of the loss's type.
             counts: whether the tokens of this process do.
-            routers: of each layer, to be told in training what they did.
+            parts: of each layer, to be told in training what they did.
         """
         layers = [record for records in routing.values() for record in records]
         everyone, total_size = of_all_processes(layers, sample_size, counts)
         if self.training:
             for record in everyone:
-                # None where routers have no auxiliary losses, such as those that go by token ids.
-                for router, seen in zip(routers.get(record.layer, ()), record.routers, strict=False):
-                    router.notice(seen)
+                if record.layer in parts:
+                    _tell(parts[record.layer], record)
         loss, logging_output = like.new_zeros(()), dict[str, Tensor]()
         share = total_size / len(layers) if self.averaged and layers else total_size
         ahead = iter(everyone)
@@ -229,6 +239,16 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def _tell(parts: MoEParts, record: RoutingStats) -> None:
+    """Tells the parts of a layer what they did."""
+    # None where routers have no auxiliary losses, such as those that go by token ids.
+    for router, seen in zip(parts.routers, record.routers, strict=False):
+        router.notice(seen)
+    loads = record.expert_load.split([experts.num_experts for experts in parts.experts])
+    for experts, load in zip(parts.experts, loads, strict=True):
+        experts.notice(load)
 
 
 def _total(records: Sequence[RoutingStats], name: str, like: Tensor) -> Tensor:

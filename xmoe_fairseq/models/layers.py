@@ -15,16 +15,17 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, Trans
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import router_class, router_options, strata
+from ..config import expert_class, expert_options, router_class, router_options, strata
 from ..moe import (
     ConditionalMoE,
     Dropout,
     ExpertOutputMasking,
-    Experts,
+    ExpertSet,
     MoELayer,
     Router,
     StackedMoE,
     StratifiedMoE,
+    make_experts,
 )
 from .recorder import RoutingRecorder
 
@@ -51,8 +52,9 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
     def router(num_experts: int) -> Router:
         return router_class(cfg)(dim, num_experts, router_options(cfg))
 
-    def experts() -> Experts:
-        return Experts(cfg.moe_num_experts, dim, hidden // cfg.moe_split_ratio, **network, **ways)
+    def experts() -> ExpertSet:
+        kind, size = expert_class(cfg), hidden // cfg.moe_split_ratio
+        return make_experts(kind, cfg.moe_num_experts, dim, size, expert_options(cfg), **network, **ways)
 
     masking = ExpertOutputMasking(cfg.moe_eom_rate) if cfg.moe_regularizer == "eom" else None
     moe: nn.Module

@@ -8,7 +8,7 @@ from argparse import Namespace
 import torch
 from fairseq.distributed.fully_sharded_data_parallel import has_FSDP
 
-from ..config import kept_layers, moe_layers, placed
+from ..config import expert_class, expert_options, expert_sizes, hidden_size, kept_layers, moe_layers, placed
 from ..moe import ExpertGroup
 
 _BYTES = 4  # of a parameter, which is built in 32 bits
@@ -39,6 +39,7 @@ def check_memory(cfg: Namespace, entries: int, group: ExpertGroup | None = None)
 def least_parameters(cfg: Namespace, entries: int, group: ExpertGroup | None) -> int:
     """Counts the matrices of a process: embeddings once, positions, attention, feed-forward networks and experts."""
     experts = -(-cfg.moe_num_experts // (group.size if group else 1))
+    kind, options = expert_class(cfg), expert_options(cfg)
     total = entries * cfg.encoder_embed_dim
     for stack, side in (("encoder", "source"), ("decoder", "target")):
         dim, hidden = getattr(cfg, f"{stack}_embed_dim"), getattr(cfg, f"{stack}_ffn_embed_dim")
@@ -47,7 +48,12 @@ def least_parameters(cfg: Namespace, entries: int, group: ExpertGroup | None) ->
         with_experts = moe_layers(trained, cfg.moe_interval) if stack in placed(cfg) else []
         layers, moe = len(kept), sum(number + 1 in with_experts for number in kept)
         total += getattr(cfg, f"max_{side}_positions") * dim + layers * 4 * dim**2 + (layers - moe) * 2 * dim * hidden
-        total += moe * cfg.moe_stack * experts * 2 * dim * (hidden // cfg.moe_split_ratio)
+        sizes = expert_sizes(cfg, stack) if moe else None
+        if sizes is None:
+            matrices = experts * kind.matrices(dim, hidden_size(cfg, stack), options)
+        else:  # a process holds some of each size; the smallest ones are the least that it can hold
+            matrices = sum(kind.matrices(dim, size, options) for size in sizes[:experts])
+        total += moe * cfg.moe_stack * matrices
     return total
 
 

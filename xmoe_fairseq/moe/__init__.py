@@ -20,31 +20,42 @@ Five lines are enough::
 """
 
 from .dropout import Dropout
-from .experts import Experts
+from .expert_kinds import EXPERTS, make_experts
+from .expert_options import ExpertOptions
+from .experts import Experts, ExpertSet, StackedExperts
+from .gated_experts import GatedExperts
 from .layer import MoELayer
 from .parallel import ExpertGroup
 from .regularizers import ConditionalMoE, ExpertOutputMasking, StackedMoE
 from .routers import ROUTERS, Router, RouterOptions, ThresholdRouter, TopKRouter
 from .routing import RoutingPlan
+from .sized_experts import SizedExperts
 from .statistics import RoutingStats, TokenRouting
 from .stratified import StratifiedMoE, StratifiedPlan
 
 __all__ = [
+    "EXPERTS",
     "ROUTERS",
     "ConditionalMoE",
     "Dropout",
     "ExpertGroup",
+    "ExpertOptions",
     "ExpertOutputMasking",
+    "ExpertSet",
     "Experts",
+    "GatedExperts",
     "MoELayer",
     "Router",
     "RouterOptions",
     "RoutingPlan",
     "RoutingStats",
+    "SizedExperts",
+    "StackedExperts",
     "StackedMoE",
     "StratifiedMoE",
     "StratifiedPlan",
     "ThresholdRouter",
     "TokenRouting",
     "TopKRouter",
+    "make_experts",
 ]

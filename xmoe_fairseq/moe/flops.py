@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
 
-from .experts import Experts
+from .experts import ExpertSet
 from .layer import MoELayer
 from .routers import Router
 from .stratified import StratifiedMoE
+
+# Experts per token on average: their number, if all experts are taken equally often or cost the same; else (E,), the
+# mean by expert.
+Taken = float | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,30 @@ class ExpertSite:
     """
 
     name: str
-    experts: Experts
+    experts: ExpertSet
     low: int
     high: int
 
     @property
     def num_experts(self) -> int:
-        return self.experts.fc1_weight.shape[0]
+        return self.experts.num_experts
+
+    @property
+    def cheapest(self) -> Taken:
+        """The fewest experts that a token takes, the smallest ones."""
+        return self._first(self.low, self.experts.flops())
+
+    @property
+    def dearest(self) -> Taken:
+        """The most experts that a token takes, the largest ones."""
+        return self._first(self.high, [-cost for cost in self.experts.flops()])
+
+    def _first(self, number: int, key: Sequence[int]) -> Taken:
+        if self.experts.equal:
+            return float(number)
+        rounds, rest = divmod(number, self.num_experts)
+        order = sorted(range(self.num_experts), key=key.__getitem__)
+        return [float(rounds + (expert in order[:rest])) for expert in range(self.num_experts)]
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,19 @@ def expert_sites(model: nn.Module) -> list[ExpertSite]:
     return sites
 
 
-def count_parameters(model: nn.Module, taken: Mapping[str, float]) -> Parameters:
+def number_taken(taken: Taken) -> float:
+    """Returns the number of experts per token."""
+    return sum(taken) if isinstance(taken, Sequence) else taken
+
+
+def cost_of(taken: Taken, costs: Sequence[float]) -> float:
+    """Returns the cost per token, given that of each expert, (E,)."""
+    if isinstance(taken, Sequence):
+        return sum(number * cost for number, cost in zip(taken, costs, strict=True))
+    return sum(costs) * taken / len(costs)
+
+
+def count_parameters(model: nn.Module, taken: Mapping[str, Taken]) -> Parameters:
     """Counts parameters.
 
     Args:
@@ -99,17 +132,21 @@ def count_parameters(model: nn.Module, taken: Mapping[str, float]) -> Parameters
         taken: by the name of each of `expert_sites`, the experts that a token takes on average. A token that passes
             more experts than there are uses some of them twice.
     """
-    sizes = {site.name: sum(p.numel() for p in site.experts.parameters()) for site in expert_sites(model)}
-    used = sum(
-        sizes[site.name] * min(taken[site.name], site.num_experts) / site.num_experts for site in expert_sites(model)
-    )
-    total, expert = sum(p.numel() for p in model.parameters()), sum(sizes.values())
-    return Parameters(total, expert, round(total - expert + used))
+    sites = expert_sites(model)
+    total = sum(p.numel() for p in model.parameters())
+    expert = sum(p.numel() for site in sites for p in site.experts.parameters())
+    own = sum(sum(site.experts.own_parameters()) for site in sites)
+    used = sum(cost_of(_once(taken[site.name], site.num_experts), site.experts.own_parameters()) for site in sites)
+    return Parameters(total, expert, round(total - own + used))
+
+
+def _once(taken: Taken, experts: int) -> Taken:
+    return [min(number, 1.0) for number in taken] if isinstance(taken, Sequence) else min(taken, experts)
 
 
 def count_flops(
     model: nn.Module,
-    taken: Mapping[str, float],
+    taken: Mapping[str, Taken],
     output: nn.Module | None,
     attention_dims: Iterable[int],
     context: float,
@@ -124,16 +161,13 @@ def count_flops(
         context: n, the positions that a token may attend to.
     """
     in_output = sum(p.numel() for p in _matrices(output)) if output is not None else 0
-    in_experts = sum(
-        sum(p.numel() for p in (site.experts.fc1_weight, site.experts.fc2_weight)) * taken[site.name] / site.num_experts
-        for site in expert_sites(model)
-    )
+    in_experts = sum(cost_of(taken[site.name], site.experts.flops()) for site in expert_sites(model))
     elsewhere = sum(p.numel() for p in _matrices(model)) - in_output
-    return Flops(2 * elsewhere, 2 * in_experts, 2 * in_output, 2 * context * sum(attention_dims))
+    return Flops(2 * elsewhere, in_experts, 2 * in_output, 2 * context * sum(attention_dims))
 
 
 def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:
     """Gives what a token is multiplied with outside of experts; a matrix shared by two modules comes twice."""
     for module in model.modules():
-        if not isinstance(module, (nn.Embedding, Experts)):
+        if not isinstance(module, (nn.Embedding, ExpertSet)):
             yield from (p for p in module.parameters(recurse=False) if p.dim() >= 2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
-from .experts import Experts
+from .experts import ExpertSet
 from .routers import Router
 from .routing import RoutingPlan
 
@@ -20,7 +22,7 @@ class MoELayer(nn.Module):
         regularizer: applied to the layer's output, such as `ExpertOutputMasking`.
     """
 
-    def __init__(self, router: Router, experts: Experts, regularizer: nn.Module | None = None) -> None:
+    def __init__(self, router: Router, experts: ExpertSet, regularizer: nn.Module | None = None) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
@@ -41,7 +43,15 @@ class MoELayer(nn.Module):
         """
         rows = x.reshape(-1, x.shape[-1])
         plan = self.router(rows, flat(padding_mask), flat(tokens))
-        return self.regularizer(self.experts(rows, plan)).reshape(x.shape), plan
+        y = self.regularizer(self.experts(rows, plan)).reshape(x.shape)
+        return y, _with_hidden_units(plan, self.experts)
+
+
+def _with_hidden_units(plan: RoutingPlan, experts: ExpertSet) -> RoutingPlan:
+    """Adds to a plan's statistics the hidden units that were computed, if the experts are of different sizes."""
+    if experts.equal:
+        return plan
+    return replace(plan, count=lambda: replace(plan.stats, hidden=experts.hidden_units(plan.group_sizes)))
 
 
 def flat(values: Tensor | None) -> Tensor | None:

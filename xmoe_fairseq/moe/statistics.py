@@ -82,6 +82,7 @@ class RoutingStats:
             no such losses.
         gate: () sum of CMR's gate over the real tokens, with its gradient; None without CMR.
         idle: () tokens that chose no expert, added up over the passes; None where the router always chooses one.
+        hidden: () hidden units computed, added up over the pairs; None if all experts have one size.
         layer: which layer it was, e.g. ``encoder.1``; empty until a model names it.
     """
 
@@ -96,6 +97,7 @@ class RoutingStats:
     routers: tuple[RouterSums, ...] = ()
     gate: Tensor | None = _sum("gate", default=None)
     idle: Tensor | None = _sum("idle", per="passes", digits=4, default=None)
+    hidden: Tensor | None = _sum("hidden", digits=1, default=None)
     layer: str = ""
 
     @cached_property

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .experts import Experts
-from .kernels import ExpertWeights
+from .experts import ExpertSet
 from .layer import flat
 from .pairs import Pairs
 from .routers import Router
@@ -72,13 +71,13 @@ class StratifiedMoE(nn.Module):
     def __init__(
         self,
         routers: Sequence[Router],
-        experts: Experts,
+        experts: ExpertSet,
         sizes: Sequence[int],
         released: bool = False,
         regularizer: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        total, dim = experts.num_experts, experts.fc1_weight.shape[2]
+        total, dim = experts.num_experts, experts.dim
         if len(routers) != len(sizes) or sum(sizes) != total or min(sizes) < 1:
             raise ValueError(f"strata of {list(sizes)} experts and {len(routers)} routers do not fit {total} experts")
         self.routers = nn.ModuleList(routers)
@@ -144,7 +143,7 @@ class StratifiedMoE(nn.Module):
         trace = partial(self._token_routing, plans, entered, len(start))
         return (state - start).reshape(x.shape), StratifiedPlan(plans, passes, count, trace)
 
-    def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int, weights: ExpertWeights) -> Tensor:
+    def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int, weights: Any) -> Tensor:
         """Runs the visible experts, those of earlier strata having no rows."""
         sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
         pairs = Pairs(plan.token, plan.weight, sizes, most_each=plan.most_each)

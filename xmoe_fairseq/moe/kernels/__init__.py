@@ -1,34 +1,51 @@
-"""Ways to compute the experts: one contract, one file each. A new one is a function and a line in `KERNELS`."""
+"""Ways to compute the experts: one contract, one file each.
+
+A new one is a function that `kernel` declares, a line in `KERNELS`, and a place in `AUTO` if it is to be taken unasked.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..pairs import Pairs
 from .activation import RELU
-from .contract import Activation, ExpertKernel, ExpertWeights
+from .contract import Activation, ExpertWeights, Kernel, Network, StackedWeights, feed_forward, kernel
 from .few import few
 from .fused import fused
-from .grouped_mm import grouped_mm, stays_on_the_device
+from .grouped_mm import grouped_mm
 from .loop import loop
 from .memory import Buffers
 from .tiled import has_triton, power_of_two, tiled
 
-KERNELS: dict[str, ExpertKernel] = {
+KERNELS: dict[str, Kernel] = {
     "fused": fused,
     "few": few,
     "grouped_mm": grouped_mm,
     "triton": tiled,
     "loop": loop,
 }
-# Up to so many rows an expert on average, `few` is faster than `fused`; measured with 64 experts of two sizes, with
-# AVX2 and AVX-512.
-FEW = 12
+# In this order ``auto`` asks which one suits a call.
+AUTO = (tiled, grouped_mm, few, fused, loop)
 CHOICES = ("auto", *KERNELS)
 
 
-def choose(name: str, x: Tensor, pairs: Pairs, hidden: int, plain: bool = True) -> ExpertKernel:
+def check(name: str, network: Network) -> None:
+    """Refuses a kernel that does not compute a network.
+
+    Raises:
+        ValueError: it does not, or its name is unknown.
+    """
+    if name not in CHOICES:
+        raise ValueError(f"there is no kernel {name!r}: choose one of {', '.join(CHOICES)}")
+    if name != "auto" and not KERNELS[name].computes(network):
+        able = ", ".join(["auto", *(other for other, one in KERNELS.items() if one.computes(network))])
+        named = network.__name__.replace("_", " ")
+        raise ValueError(f"the kernel {name} does not compute {named} networks; choose --moe-kernel {able}")
+
+
+def choose(
+    name: str, x: Tensor, pairs: Pairs, hidden: int, plain: bool = True, network: Network = feed_forward
+) -> Kernel:
     """Finds a kernel by its name, or for ``auto`` the fastest for a device and dtype.
 
     Args:
@@ -37,22 +54,15 @@ def choose(name: str, x: Tensor, pairs: Pairs, hidden: int, plain: bool = True) 
         pairs: what it will be given.
         hidden: h.
         plain: whether the activation is ReLU, without dropout.
+        network: what the experts compute.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the kernel does not compute the network.
     """
-    if name not in CHOICES:
-        raise ValueError(f"there is no kernel {name!r}: choose one of {', '.join(CHOICES)}")
     if name != "auto":
+        check(name, network)
         return KERNELS[name]
-    aligned = x.shape[-1] % 8 == 0 and hidden % 8 == 0
-    if aligned and plain and x.dtype in (torch.bfloat16, torch.float16) and has_triton(x.device):
-        return tiled
-    # Other dtypes and older GPUs read the groups back in every product; `fused` does it once a layer.
-    if aligned and stays_on_the_device(x):
-        return grouped_mm
-    scattered = len(pairs.token) <= FEW * len(pairs.group_sizes)
-    return few if scattered and not torch.is_grad_enabled() else fused
+    return next(one for one in AUTO if one.computes(network) and one.suits(x, pairs, hidden, plain))
 
 
 __all__ = [
@@ -61,9 +71,14 @@ __all__ = [
     "RELU",
     "Activation",
     "Buffers",
-    "ExpertKernel",
     "ExpertWeights",
+    "Kernel",
+    "Network",
+    "StackedWeights",
+    "check",
     "choose",
+    "feed_forward",
     "has_triton",
+    "kernel",
     "power_of_two",
 ]

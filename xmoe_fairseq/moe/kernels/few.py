@@ -11,10 +11,19 @@ from torch.nn import functional as F
 
 from ..pairs import Pairs
 from .activation import activate
-from .contract import Activation, ExpertWeights
+from .contract import Activation, ExpertWeights, feed_forward, kernel
 from .fused import fused
 
+# Up to so many rows an expert on average this is faster than `fused`; measured with 64 experts of two sizes, with AVX2
+# and AVX-512.
+FEW = 12
 
+
+def _scattered(x: Tensor, pairs: Pairs, hidden: int, plain: bool) -> bool:
+    return len(pairs.token) <= FEW * len(pairs.group_sizes) and not torch.is_grad_enabled()
+
+
+@kernel(feed_forward, suits=_scattered)
 def few(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
     """Runs the experts that have tokens; see `ExpertKernel`. Where gradients are recorded, this is `fused`."""
     if torch.is_grad_enabled():

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 from ..pairs import Pairs
 from .activation import activate, activated
-from .contract import Activation, ExpertWeights
+from .contract import Activation, ExpertWeights, feed_forward, kernel
 from .gradients import WeightGradients
 from .threads import side_by_side
 
 
+@kernel(feed_forward, suits=lambda *_: True)
 def fused(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
     """Runs the experts that have tokens; see `ExpertKernel`.
 

@@ -16,12 +16,24 @@ from torch.nn import functional as F
 
 from ..pairs import Pairs
 from .activation import activate, activated
-from .contract import Activation, ExpertWeights
+from .contract import Activation, ExpertWeights, aligned, feed_forward, kernel
 
 # The product wants rows of a multiple of 16 bytes: a column of ones becomes eight.
 _ONES = 8
 
 
+def stays_on_the_device(x: Tensor) -> bool:
+    """Says whether torch multiplies groups of ``x`` without reading their sizes back."""
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and hasattr(F, "grouped_mm")
+        and torch.cuda.get_device_capability(x.device)[0] >= 9
+    )
+
+
+# Other dtypes and older GPUs read the groups back in every product; `fused` does it once a layer.
+@kernel(feed_forward, suits=lambda x, pairs, hidden, plain: stays_on_the_device(x) and aligned(x, hidden))
 def grouped_mm(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
     """Runs all experts at once; see `ExpertKernel`.
 
@@ -42,16 +54,6 @@ def grouped_mm(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Acti
         pairs.group_sizes.cumsum(0).int(),
         mask,
         activation,
-    )
-
-
-def stays_on_the_device(x: Tensor) -> bool:
-    """Says whether torch multiplies groups of ``x`` without reading their sizes back."""
-    return (
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and hasattr(F, "grouped_mm")
-        and torch.cuda.get_device_capability(x.device)[0] >= 9
     )
 
 

@@ -1,23 +1,27 @@
-"""The oracle: expert by expert in plain autograd, as one would write it first. Slow; every kernel must equal it."""
+"""The reference: expert by expert in plain autograd, as one would write it first. Every kernel must equal it.
+
+It is also what computes experts that no other kernel knows.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..pairs import Pairs
-from .contract import Activation, ExpertWeights
+from .contract import Activation, StackedWeights, kernel
 
 
-def loop(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
+@kernel(suits=lambda *_: True)
+def loop(x: Tensor, pairs: Pairs, weights: StackedWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
     """Adds each expert's weighted output to the tokens that chose it; see `ExpertKernel`."""
-    y = torch.zeros_like(x)
-    start = 0
-    for expert, size in enumerate(pairs.group_sizes.tolist()):
-        token, share = (part[start : start + size] for part in (pairs.token, pairs.weight))
-        start += size
-        hidden = activation(F.linear(x[token], weights.fc1_weight[expert], weights.fc1_bias[expert]))
-        out = F.linear(F.dropout(hidden, dropout), weights.fc2_weight[expert].t(), weights.fc2_bias[expert])
-        y = y.index_add(0, token, out * share.to(out.dtype).unsqueeze(-1))
-    return y
+    sizes = pairs.group_sizes.tolist()
+    token, share = pairs.token[: sum(sizes)], pairs.weight[: sum(sizes)]
+    inputs = x.index_select(0, token).split(sizes)
+    outputs = torch.cat(
+        [
+            weights.network(rows, tensors, activation, dropout)
+            for rows, tensors in zip(inputs, weights.of_each(), strict=True)
+        ]
+    )
+    return torch.zeros_like(x).index_add(0, token, outputs * share.to(outputs.dtype).unsqueeze(-1))

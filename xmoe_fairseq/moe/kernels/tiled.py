@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..pairs import Pairs
 from .activation import RELU
-from .contract import Activation, ExpertWeights
+from .contract import Activation, ExpertWeights, aligned, feed_forward, kernel
 from .gradients import WeightGradients
 
 # Rows of a tile; columns and depth, warps, stages of loading, and programs a processor of the products. Measured on an
@@ -41,6 +41,11 @@ def _installed() -> bool:
         return False
 
 
+def _suits(x: Tensor, pairs: Pairs, hidden: int, plain: bool) -> bool:
+    return plain and x.dtype in (torch.bfloat16, torch.float16) and has_triton(x.device) and aligned(x, hidden)
+
+
+@kernel(feed_forward, suits=_suits)
 def tiled(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
     """Runs all experts at once; see `ExpertKernel`.
 
