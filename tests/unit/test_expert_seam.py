@@ -33,6 +33,7 @@ from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.models.size import least_parameters
 from xmoe_fairseq.moe import (
     EXPERTS,
+    ROUTERS,
     ExpertOptions,
     Experts,
     ExpertSet,
@@ -377,6 +378,7 @@ SIZED = ("--moe-expert-sizes", "hybrid", "--moe-router", "topk", "--moe-top-k", 
 def test_options_are_declared_by_the_kinds() -> None:
     names = declared(kind.Options for kind in EXPERTS.values())
     assert list(names) == ["expert_sizes", "size_steps", "glu_activation"]
+    assert not names.keys() & declared(router.Options for router in ROUTERS.values()).keys()
 
 
 @pytest.mark.parametrize(
