@@ -156,9 +156,10 @@ def _check_names(cfg: Any) -> None:
     from fairseq.dataclass.configs import FairseqConfig
     from fairseq.registry import REGISTRIES
 
-    # What is added with a plus, hydra does not look at. The last name is the one that fairseq adds.
+    # What is added with a plus, hydra does not look at. The last name is the one that fairseq adds; a --user-dir may
+    # register further kinds of parts.
     sections = FairseqConfig.__dataclass_fields__
-    _check_known("", cfg, {*sections, "job_logging_cfg"})
+    _check_known("", cfg, {*sections, *REGISTRIES, "job_logging_cfg"})
     for kind, section in sections.items():
         if isinstance(cfg.get(kind), Mapping):
             check_numbers({str(name): value for name, value in cfg[kind].items()})

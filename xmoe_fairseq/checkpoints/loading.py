@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from . import options
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +46,3 @@ def check_finite(model: nn.Module, path: str) -> None:
                 f"checkpoint {path} is of no use: its parameter {name} holds NaN or infinity; its training diverged "
                 "before it was written, so use an earlier checkpoint"
             )
-
-
-def with_averages(state: dict[str, Any], path: str) -> None:
-    """Puts the moving averages of the parameters, which ``--store-ema`` keeps, in the place of the parameters.
-
-    Args:
-        state: of a checkpoint; is changed.
-        path: of the file, for messages.
-
-    Raises:
-        UserError: the checkpoint has none.
-    """
-    kept = state.get("extra_state") or {}
-    averages = kept.get("ema_fp32_params") or kept.get("ema")  # the first are more precise, where there are any
-    if not averages:
-        raise UserError(
-            f"{options.AVERAGES}: checkpoint {path} holds no moving averages of its parameters: give one of a training "
-            "with --store-ema, or leave the option out"
-        )
-    state["model"] = {**state["model"], **averages}

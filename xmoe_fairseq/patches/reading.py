@@ -14,7 +14,7 @@ from fairseq.models import BaseFairseqModel
 from omegaconf.errors import OmegaConfBaseException
 
 from .. import hub, identity
-from ..checkpoints import language_tokens, loading, options, reading, shards
+from ..checkpoints import language_tokens, loading, moving_averages, options, reading, shards
 from ..errors import UserError
 from ..literals import NotLiteral
 from ..processes.state import own_experts
@@ -45,7 +45,7 @@ def load_checkpoint_to_cpu(stock: Any, path: str, arg_overrides: Any = None, loa
     state = stock(path, overrides, load_on_all_ranks)
     shards.join(state, local)
     if averages:
-        loading.with_averages(state, path)
+        moving_averages.put_in_place(state, path)
     loading.forget_files(state, arg_overrides)
     identity.checkpoint_read.set(local)
     state["last_optimizer_state"] = state.get("last_optimizer_state") or None
@@ -58,6 +58,8 @@ def load_checkpoint_to_cpu(stock: Any, path: str, arg_overrides: Any = None, loa
         language_tokens.warn_of_others(found, local, task.args)
     if trainer is not None:
         own_experts(state, trainer.get_model())
+        if trainer.cfg.ema.store_ema:
+            moving_averages.begin(state, path)
     return state
 
 

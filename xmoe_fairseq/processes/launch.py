@@ -150,6 +150,8 @@ def check_files(cfg: Any) -> None:
         last = PathManager.exists(os.path.join(options.save_dir, LAST))
         if path not in (None, LAST) and not (option != "restore_file" and last):
             _check_there(f"--{option.replace('_', '-')}", path, options.save_dir)
+    if cfg.ema.store_ema and cfg.ema.ema_seed_model is not None:
+        _check_there("--ema-seed-model", cfg.ema.ema_seed_model, options.save_dir)
     if options.finetune_from_model is not None and options.restore_file != LAST:
         raise UserError(
             f"--finetune-from-model {options.finetune_from_model} and --restore-file {options.restore_file} are two "

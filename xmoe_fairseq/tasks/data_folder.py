@@ -148,13 +148,14 @@ def find_text(data: str, split: str, pair: str) -> str | None:
     """
     source, target = pair.split("-")
     names = [os.path.join(data, f"{split}.{name}") for name in (f"{source}-{target}", f"{target}-{source}")]
-    there = [name for name in names if any(_is_there(f"{name}.{code}") for code in (source, target))]
+    there = [name for name in names if any(is_there(f"{name}.{code}") for code in (source, target))]
     # As fairseq does: where both are there, it takes the one that has the source.
     whole = [name for name in there if os.path.lexists(index_file_path(f"{name}.{source}"))]
     return next(iter((*whole, *there)), None)
 
 
-def _is_there(prefix: str) -> bool:
+def is_there(prefix: str) -> bool:
+    """Says whether a text has one of its two files at least; ``prefix`` is of their names."""
     return any(os.path.lexists(path) for path in (index_file_path(prefix), data_file_path(prefix)))
 
 
@@ -164,7 +165,12 @@ def list_splits(data: str) -> list[str]:
 
 
 def check_split(
-    data: str, split: str, lang_pairs: Iterable[str], combine: bool = False, references: bool = True
+    data: str,
+    split: str,
+    lang_pairs: Iterable[str],
+    combine: bool = False,
+    references: bool = True,
+    dictionary: str | None = None,
 ) -> None:
     """Checks that both sides of every direction are there, whole, and have the same, positive number of lines.
 
@@ -174,11 +180,12 @@ def check_split(
         lang_pairs: directions.
         combine: whether fairseq joins the files of train, train1, train2 and so on.
         references: whether the target side is needed; it is checked where it is there.
+        dictionary: the folder that has it; None for the same one.
 
     Raises:
         UserError: names the file and what is wrong with it.
     """
-    symbols = count_symbols(os.path.join(data, "dict.txt"))
+    symbols = count_symbols(os.path.join(dictionary or data, "dict.txt"))
     checked: set[tuple[str, frozenset[str]]] = set()
     for pair in lang_pairs:
         source, target = pair.split("-")
@@ -188,7 +195,7 @@ def check_split(
                 if part:
                     break
                 name = os.path.join(data, f"{split}.{pair}")
-            sides = [source, target] if references or _is_there(f"{name}.{target}") else [source]
+            sides = [source, target] if references or is_there(f"{name}.{target}") else [source]
             if (name, frozenset(sides)) not in checked:
                 _check_sides(name, sides, symbols)
                 checked.add((name, frozenset(sides)))
