@@ -44,7 +44,7 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     ),
     "no plus": (recipe, ("model.moe_interval=1",), r"model.moe_interval is not in the file: .* \+model.moe_interval="),
     "a type": (text("max_tokens: 2000", "max_tokens: many"), (), "dataset.max_tokens: Value 'many' of type 'str'"),
-    "no name": (text("_name: adam\n", "adam_eps: 1e-8\n"), (), "optimizer._name: None is unknown"),
+    "no name": (text("_name: moe_adam", "adam_eps: 1e-8"), (), "optimizer._name: None is unknown"),
     "no YAML": (lambda path: path.write_text(f"{RECIPE}\n\tx: 1\n"), (), r"r\.yaml is not YAML of options"),
     "no UTF-8": (lambda path: path.write_bytes(RECIPE.encode() + b"\xff\n"), (), r"r\.yaml is not YAML of options"),
     "a pipe": (os.mkfifo, (), r"r\.yaml is no file"),
