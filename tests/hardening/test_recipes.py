@@ -66,7 +66,7 @@ def test_recipe(make: Callable[[Path], object], words: tuple[str, ...], message:
 
 @pytest.mark.slow
 def test_hydra_finds_the_module(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(RECIPE.replace("adam_betas:", "adam_beta:"))
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("max_tokens:", "max_token:"))
     result = subprocess.run(
         [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(tmp_path), "--config-name", "r"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -76,7 +76,7 @@ def test_hydra_finds_the_module(tmp_path: Path) -> None:
         timeout=300,
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.endswith("adam_beta is unknown: did you mean adam_betas?\n")
+    assert result.stderr.endswith("dataset.max_token is unknown: did you mean max_tokens?\n")
 
 
 @pytest.mark.slow
