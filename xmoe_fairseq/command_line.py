@@ -171,7 +171,7 @@ def _check_names(cfg: Any) -> None:
     }
     for kind, names in known.items():
         section = cfg.get(kind)
-        name = section.get("_name") if isinstance(section, Mapping) else section
+        name = section.get("_name") if isinstance(section, Mapping) else getattr(section, "_name", section)
         if section is not None and str(name) not in names:
             raise UserError(f"{kind}._name: {name} is unknown{_meant(str(name), names)}")
 
