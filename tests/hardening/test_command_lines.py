@@ -50,7 +50,7 @@ WORDS = {
     "number": (("--moe-threshold", "high"), "--moe-threshold.*: invalid float value: 'high'"),
     "code": (("--adam-betas", "__import__('os').mkdir('RAN')"), "is not a literal"),
     "overrides of the optimizer": (("--optimizer-overrides", "{'lr'"), "--optimizer-overrides .* is no dictionary"),
-    "a kernel": (("--moe-kernel", "triton", "--activation-dropout", "0.1"), "error: .*triton.*dropout"),
+    "a kernel": (("--moe-kernel", "triton", "--activation-dropout", "0.1"), "error: .*triton.*(dropout|Triton 3.4)"),
     "memory": (("--moe-num-experts", "1000000000"), "out of range"),
     "more memory than there is": (("--moe-num-experts", "10000000"), "the model needs .* GiB .* this machine has"),
     "a seed": (("--seed", "-1"), r"--seed -1 is out of range: it must be in \[0, 4294967295\]"),
@@ -92,7 +92,9 @@ def test_numbers_without_a_meaning(name: str, toy_data: Path) -> None:
     flag = "--" + name.replace("_", "-")
     for value in NUMBERS[name]:
         words = [str(toy_data), *TRAIN_ARGS, "--arch", "xmoe_transformer_tiny", f"{flag}={value}"]
-        with pytest.raises(UserError, match=rf"{flag} .* is out of range: it must be (in \[|a number)") as error:
+        with pytest.raises(
+            UserError, match=rf"{flag} .* is out of range: it must be (in \[|at least|a number)"
+        ) as error:
             options.parse_args_and_arch(options.get_training_parser(), words)
         assert "\n" not in str(error.value) and len(str(error.value)) < 200
 

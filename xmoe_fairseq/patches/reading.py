@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, hub_utils
+from fairseq import checkpoint_utils, hub_utils, models
 from fairseq.models import BaseFairseqModel
 from omegaconf.errors import OmegaConfBaseException
 
@@ -107,6 +107,14 @@ def load_state_dict(stock: Any, model: torch.nn.Module, *args: Any, **kwargs: An
             f"the checkpoint's parameters are not those of this model: {_misfit(error)}; give the --arch and the "
             "options that the checkpoint was trained with"
         ) from error
+
+
+@GROUP.patch(models, "build_model", "cfg task from_checkpoint")
+def build_model(stock: Any, cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
+    """A task of language models cannot use a translation model, nor the other way round: stock fails at an attribute or
+    an argument that the model does not have."""
+    loading.check_kind(cfg, task)
+    return stock(cfg, task, from_checkpoint)
 
 
 @GROUP.patch(hub_utils, "from_pretrained", "model_name_or_path checkpoint_file data_name_or_path archive_map **kwargs")

@@ -13,6 +13,7 @@ from fairseq.data.indexed_dataset import data_file_path, index_file_path
 from ..benchmarks import Benchmark, directions
 from ..directions import CODE, TRAINED, Direction, read_listed
 from ..errors import UserError
+from ..files import is_there
 from .binary_text import AGAIN, SPECIAL_SYMBOLS, check_text
 
 # Of a line of dict.txt, where fairseq takes a symbol that was there before.
@@ -73,7 +74,7 @@ def read_trained(data: str, benchmark: Benchmark, languages: Sequence[str]) -> l
     Raises:
         UserError: the list names what is no direction of the languages, or nothing.
     """
-    if benchmark.languages or not os.path.isfile(os.path.join(data, TRAINED)):
+    if benchmark.languages or not is_there(os.path.join(data, TRAINED)):
         english, *others = languages
         return directions(others, english)
     trained = read_listed(data, TRAINED, languages)
@@ -118,7 +119,7 @@ def read_groups(data: str, benchmark: Benchmark) -> dict[str, list[str]]:
     if benchmark.groups:
         return {group: list(members) for group, members in benchmark.groups.items()}
     path = os.path.join(os.path.dirname(os.path.abspath(data)), "groups.tsv")
-    if not os.path.isfile(path):
+    if not is_there(path):
         raise UserError(
             f"there is no {path}, which names the group of each language: make it with data_prep/prepare.sh"
         )
