@@ -51,7 +51,7 @@ class _Imported:
     def __init__(self, module: ModuleType) -> None:
         self.module = module
         self.spec: Any = module.__spec__
-        self.loader = self.spec.loader
+        self.loader = cast(Any, module.__spec__).loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Gives the module."""

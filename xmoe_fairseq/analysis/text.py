@@ -15,7 +15,7 @@ from ..directions import readings
 from ..errors import UserError
 from ..evaluation.model_directions import Chosen, choose_directions
 from ..evaluation.trained_model import TrainedModel, binarised
-from ..tasks.data_folder import find_text, is_there
+from ..tasks.data_folder import find_text, has_text
 from ..tasks.lengths import Fitting
 
 
@@ -138,7 +138,7 @@ def _check_references(task: Any, split: str) -> None:
     if not hasattr(task, "folder"):  # of stock fairseq
         return
     stems = {pair: find_text(task.folder, split, pair) for pair in task.lang_pairs}
-    if lacking := [pair for pair, stem in stems.items() if stem and not is_there(f"{stem}.{pair.target}")]:
+    if lacking := [pair for pair, stem in stems.items() if stem and not has_text(f"{stem}.{pair.target}")]:
         raise UserError(
             f"the split {split} has no references of {', '.join(lacking)}, which the decoder reads: name directions "
             "that have them by --pairs, or give another --subset"

@@ -149,13 +149,13 @@ def find_text(data: str, split: str, pair: str) -> str | None:
     """
     source, target = pair.split("-")
     names = [os.path.join(data, f"{split}.{name}") for name in (f"{source}-{target}", f"{target}-{source}")]
-    there = [name for name in names if any(is_there(f"{name}.{code}") for code in (source, target))]
+    there = [name for name in names if any(has_text(f"{name}.{code}") for code in (source, target))]
     # As fairseq does: where both are there, it takes the one that has the source.
     whole = [name for name in there if os.path.lexists(index_file_path(f"{name}.{source}"))]
     return next(iter((*whole, *there)), None)
 
 
-def is_there(prefix: str) -> bool:
+def has_text(prefix: str) -> bool:
     """Says whether a text has one of its two files at least; ``prefix`` is of their names."""
     return any(os.path.lexists(path) for path in (index_file_path(prefix), data_file_path(prefix)))
 
@@ -196,7 +196,7 @@ def check_split(
                 if part:
                     break
                 name = os.path.join(data, f"{split}.{pair}")
-            sides = [source, target] if references or is_there(f"{name}.{target}") else [source]
+            sides = [source, target] if references or has_text(f"{name}.{target}") else [source]
             if (name, frozenset(sides)) not in checked:
                 _check_sides(name, sides, symbols)
                 checked.add((name, frozenset(sides)))
