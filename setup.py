@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="Adaptive-computation Mixture-of-Experts translation models for stock fairseq",
     license="MIT",
-    packages=find_packages(include=["xmoe_fairseq", "xmoe_fairseq.*"]),
+    packages=[*find_packages(include=["xmoe_fairseq", "xmoe_fairseq.*"]), "hydra_plugins"],
     package_data={"xmoe_fairseq.report": ["templates/*"]},
     python_requires=">=3.11,<3.13",
     install_requires=[

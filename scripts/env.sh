@@ -41,11 +41,22 @@ _make_env || exit 1
 source "$_root/.venv/bin/activate"
 export PYTHONPATH=$_root${PYTHONPATH:+:$PYTHONPATH}
 
+# whole NAME LEAST: refuses a variable that is no whole number from LEAST on.
+whole() {
+    if [[ ! ${!1} =~ ^[0-9]{1,9}$ ]] || ((10#${!1} < $2)); then
+        echo "error: $1 is '${!1}': give a whole number from $2 on" >&2
+        exit 1
+    fi
+}
+
 # same_settings FOLDER TEXT: notes the settings of a run, and refuses to go on with a run made with others.
 same_settings() {
     local file=$1/settings.txt
     mkdir -p "$1"
-    if [[ ! -f $file ]]; then
+    if [[ -e $file && ! -f $file ]]; then
+        echo "error: $file is no file: choose another folder or remove it" >&2
+        exit 1
+    elif [[ ! -f $file ]]; then
         printf '%s\n' "$2" > "$file.tmp"
         mv "$file.tmp" "$file"
     elif [[ $(cat "$file") != "$2" ]]; then

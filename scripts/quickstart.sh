@@ -14,6 +14,7 @@ source scripts/env.sh
 RUN=${RUN:-runs/demo4}
 DATA=${DATA:-data/demo4}
 UPDATES=${UPDATES:-1000}
+whole UPDATES 1
 # More threads than this only wait for each other in so small a model.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}
@@ -63,7 +64,12 @@ report() {
     python - "$RUN" <<'PY'
 import json, pathlib, sys
 run = pathlib.Path(sys.argv[1])
-seconds = {path.name: float(path.read_text()) for path in sorted((run / ".done").iterdir(), key=lambda p: p.stat().st_mtime)}
+seconds = {}
+for path in sorted((run / ".done").iterdir(), key=lambda p: p.stat().st_mtime):
+    try:
+        seconds[path.name] = float(path.read_text())
+    except (OSError, ValueError):
+        sys.exit(f"error: {path} does not hold the seconds of a stage: remove it, and the stage runs again")
 (run / "seconds.json").write_text(json.dumps(seconds, indent=1))
 PY
     python -m xmoe_fairseq report "$RUN" --data "$DATA" --task multilingual_demo4 \

@@ -25,6 +25,7 @@ VOCAB=${VOCAB:-4000}
 models=${MODELS:-}
 seeds=${SEEDS:-1 2 3}
 
+whole VOCAB 1
 [[ -d $STUDY/data/bin ]] || : "${INPUT:?set INPUT to the folder with the text}"
 same_settings "$STUDY" "VOCAB=$VOCAB"
 if [[ ! -d $STUDY/data/bin ]]; then

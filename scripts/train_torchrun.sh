@@ -14,11 +14,14 @@ source scripts/env.sh
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 PROCESSES=${PROCESSES:-$((gpus > 0 ? gpus : $(nproc)))}
-NODES=${NODES:-1}
+NODES=${NODES:-1} RESTARTS=${RESTARTS:-3}
+whole PROCESSES 1
+whole NODES 1
+whole RESTARTS 0
 if ((NODES > 1)); then
     meet=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "${HEAD:?set HEAD to host:port of the first machine}")
 else
     meet=(--standalone)
 fi
-exec torchrun "${meet[@]}" --nproc_per_node "$PROCESSES" --max-restarts "${RESTARTS:-3}" \
+exec torchrun "${meet[@]}" --nproc_per_node "$PROCESSES" --max-restarts "$RESTARTS" \
     "$(command -v fairseq-train)" "$@" --user-dir xmoe_fairseq

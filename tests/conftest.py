@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_toy_data
+from helpers import MISSING_KERNELS, write_toy_data
 
 # Without a GPU, Triton's programs are interpreted; it looks at this when they are imported.
 if not torch.cuda.is_available():
@@ -31,4 +32,14 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first: else one process is left with them at the end."""
+    for item in items:
+        missing = MISSING_KERNELS & set(_words(item))
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=f"torch {torch.__version__} has no {', '.join(missing)}"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def _words(item: pytest.Item) -> Iterator[str]:
+    """Gives the parameters of a test that are words or lists of words."""
+    for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
+        yield from (word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str))

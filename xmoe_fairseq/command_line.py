@@ -156,9 +156,10 @@ def _check_names(cfg: Any) -> None:
     from fairseq.dataclass.configs import FairseqConfig
     from fairseq.registry import REGISTRIES
 
-    # What is added with a plus, hydra does not look at. The last name is the one that fairseq adds.
+    # What is added with a plus, hydra does not look at. The last name is the one that fairseq adds; a --user-dir may
+    # register further kinds of parts.
     sections = FairseqConfig.__dataclass_fields__
-    _check_known("", cfg, {*sections, "job_logging_cfg"})
+    _check_known("", cfg, {*sections, *REGISTRIES, "job_logging_cfg"})
     for kind, section in sections.items():
         if isinstance(cfg.get(kind), Mapping):
             check_numbers({str(name): value for name, value in cfg[kind].items()})
@@ -171,9 +172,9 @@ def _check_names(cfg: Any) -> None:
     }
     for kind, names in known.items():
         section = cfg.get(kind)
-        name = section if isinstance(section, str) else getattr(section, "_name", None)
-        if isinstance(name, str) and name not in names:
-            raise UserError(f"{kind}._name: {name} is unknown{_meant(name, names)}")
+        name = section.get("_name") if isinstance(section, Mapping) else getattr(section, "_name", section)
+        if section is not None and str(name) not in names:
+            raise UserError(f"{kind}._name: {name} is unknown{_meant(str(name), names)}")
 
 
 def _check_known(place: str, values: Any, known: Collection[str]) -> None:
@@ -182,11 +183,61 @@ def _check_known(place: str, values: Any, known: Collection[str]) -> None:
             raise UserError(f"{place}{name} is unknown{_meant(str(name), known)}")
 
 
+def recipe_ending(error: BaseException, recipe: Path) -> UserError | None:
+    """Gives what ends ``fairseq-hydra-train`` where hydra refuses a recipe, before fairseq imports the plugin.
+
+    Args:
+        error: what hydra, or fairseq, raised.
+        recipe: the file, for errors that do not name it.
+
+    Returns:
+        None for errors that have nothing to do with the recipe.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException):
+        return UserError(yaml_line(cause))
+    if isinstance(error, HydraException):
+        return UserError(_short(error))
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of fairseq, which imports the plugin
+        return UserError(f"common.user_dir: there is no folder {error}; give its whole path")
+    if isinstance(error, YAMLError | ValueError | RecursionError) or (isinstance(error, OSError) and not error.errno):
+        return UserError(f"{recipe} is not YAML of options: {_short(error)}")
+    return None
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def yaml_line(error: Any) -> str:
-    """Says what is wrong with a value in YAML: the option, the value, and what it may be."""
+    """Says what is wrong with a name or a value in YAML: the option, the value, and what it may be."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
     text = str(error).split("\n")[0]
-    kind, name = getattr(error, "object_type", None), getattr(error, "key", None)
-    option = getattr(error, "full_key", None) or name or "the configuration"
-    known = getattr(kind, "__dataclass_fields__", {})
-    hint = _meant(str(name), known) if name is not None and known and name not in known else ""
-    return f"{option}: {text[:_SHOWN]}{hint}"
+    name = getattr(error, "key", None)
+    option = str(getattr(error, "full_key", None) or name or "the configuration")
+    if not isinstance(error, ConfigAttributeError | ConfigKeyError) or name is None:
+        return f"{option}: {text[:_SHOWN]}"
+    known = _known_options(option.partition(".")[0], error)
+    if name in known:
+        return f"{option} is not in the file: write it with a plus, +{option}=..."
+    return f"{option} is unknown{_meant(str(name), known)}"
+
+
+def _known_options(section: str, error: Any) -> set[str]:
+    """Lists the options that what is named in a section of YAML may have, whichever of its kind it is."""
+    from fairseq import models, tasks
+    from fairseq.registry import REGISTRIES
+
+    registries = {
+        "task": tasks.TASK_DATACLASS_REGISTRY,
+        "model": models.MODEL_DATACLASS_REGISTRY,
+        **{kind: registry["dataclass_registry"] for kind, registry in REGISTRIES.items()},
+    }
+    kinds = registries.get(section, {}).values() if error.object_type in (None, dict) else [error.object_type]
+    return {name for kind in kinds for name in getattr(kind, "__dataclass_fields__", ())}

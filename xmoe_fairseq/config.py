@@ -10,7 +10,7 @@ import dataclasses
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, List, Optional  # noqa: UP035
@@ -96,11 +96,9 @@ def _option(
     return dataclasses.field(default=default, metadata=metadata | ({"argparse_alias": alias} if alias else {}))
 
 
-def _declared_fields() -> Iterator[tuple[str, Any, Any]]:
-    """Makes fields of what routers and experts declare (``moe/options.py``): ``top_k`` becomes ``moe_top_k``."""
-    routers = declared(router.Options for router in ROUTERS.values())
-    experts = declared((kind.Options for kind in EXPERTS.values()), "kinds of experts")
-    for name, (kind, one) in (*routers.items(), *experts.items()):
+def _declared_fields(options: Iterable[type], what: str) -> Iterator[tuple[str, Any, Any]]:
+    """Makes fields of what routers or experts declare (``moe/options.py``): ``top_k`` becomes ``moe_top_k``."""
+    for name, (kind, one) in declared(options, what).items():
         told = one.metadata
         kind = ChoiceEnum(told["choices"]) if told["choices"] else kind
         yield (
@@ -110,11 +108,14 @@ def _declared_fields() -> Iterator[tuple[str, Any, Any]]:
         )
 
 
-ModuleConfig: Any = dataclasses.make_dataclass("ModuleConfig", list(_declared_fields()), bases=(FlatTransformerConfig,))
+_ROUTER_FIELDS = _declared_fields((router.Options for router in ROUTERS.values()), "routers")
+RouterConfig: Any = dataclasses.make_dataclass("RouterConfig", list(_ROUTER_FIELDS), bases=(FlatTransformerConfig,))
+_EXPERT_FIELDS = _declared_fields((kind.Options for kind in EXPERTS.values()), "kinds of experts")
+ExpertConfig: Any = dataclasses.make_dataclass("ExpertConfig", list(_EXPERT_FIELDS), bases=(RouterConfig,))
 
 
 @dataclasses.dataclass
-class MoETransformerConfig(ModuleConfig):
+class MoETransformerConfig(ExpertConfig):
     """Options of ``xmoe_transformer*``, ``smoe_transformer*`` and ``moe_transformer*``.
 
     The defaults are the preset ``xmoe_transformer``; what other presets change stands in ``models/presets.py``.

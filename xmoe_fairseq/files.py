@@ -23,6 +23,18 @@ def check_regular(path: str | Path) -> None:
         raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something else')} and no file", str(path))
 
 
+def is_there(path: str | Path) -> bool:
+    """Says whether a file that may be missing is there.
+
+    Raises:
+        OSError: something else has its name: a folder, a named pipe, a symlink that leads nowhere.
+    """
+    if not os.path.lexists(path):
+        return False
+    check_regular(path)
+    return True
+
+
 def read_file(path: str | Path) -> bytes:
     """Reads a whole file.
 

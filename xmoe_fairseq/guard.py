@@ -53,7 +53,7 @@ def install() -> None:
 
     Other programs that import the plugin, such as a notebook or pytest, keep their own ways.
     """
-    if sys.excepthook is sys.__excepthook__:
+    if sys.excepthook is sys.__excepthook__ or sys.excepthook.__module__ == "hydra_plugins.xmoe_fairseq_errors":
         sys.excepthook = _hook
         atexit.register(_flush_at_end)
 
@@ -135,6 +135,8 @@ def _line(error: BaseException) -> str:
     text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None and text:  # of fairseq itself
+        return f"{text}: {os.strerror(errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EEXIST)}"
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"standard output, or a file, cannot be written: {error.strerror}"
     if is_no_memory(error):
@@ -145,10 +147,11 @@ def _line(error: BaseException) -> str:
     module = _origin(error)
     if isinstance(error, ValueError) and module.startswith("xmoe_fairseq.moe"):
         return text
-    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    what = f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}: {_statement(error)}"
     log = _write_log(error)
-    if _program(error) in ("fairseq", "fairseq_cli"):
-        return f"fairseq cannot go on ({what}): check the options and the data; {log} has the details"
+    program, place = _program(error)
+    if program in ("fairseq", "fairseq_cli"):
+        return f"fairseq cannot go on ({what}, in {place}): check the options and the data; {log} has the details"
     return f"this is a fault of xmoe_fairseq ({what}): please report it with {log}, which has the traceback"
 
 
@@ -166,14 +169,27 @@ def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
 def _origin(error: BaseException) -> str:
     """Names the module in which an exception was raised."""
     frames = _frames(error)
-    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+    return _module(frames[-1][0]) if frames else ""
 
 
-def _program(error: BaseException) -> str:
-    """Names whose code, fairseq's or this package's, ran last, whatever library it called."""
-    packages = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame, _ in _frames(error)]
-    ours = [package for package in packages if package in ("fairseq", "fairseq_cli", __package__)]
-    return ours[-1] if ours else ""
+def _program(error: BaseException) -> tuple[str, str]:
+    """Names whose code, fairseq's or this package's, ran last, whatever library it called, and its module."""
+    modules = [_module(frame) for frame, _ in _frames(error)]
+    programs = [(module.partition(".")[0], module) for module in modules]
+    ours = [one for one in programs if one[0] in ("fairseq", "fairseq_cli", __package__)]
+    return ours[-1] if ours else ("", "")
+
+
+def _module(frame: FrameType) -> str:
+    """Names a frame's module, also that of a program that Python was started with, ``python -m fairseq_cli.train``."""
+    name, spec = str(frame.f_globals.get("__name__", "")), frame.f_globals.get("__spec__")
+    return str(spec.name) if name == "__main__" and spec is not None else name
+
+
+def _statement(error: BaseException) -> str:
+    """Gives the line of code that failed, for an error without words such as that of ``assert x > 0``."""
+    trace = traceback.extract_tb(error.__traceback__)
+    return (trace[-1].line or "").strip()[:_SHOWN] if trace else ""
 
 
 def _write_log(error: BaseException) -> str:

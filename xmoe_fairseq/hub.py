@@ -27,6 +27,7 @@ from torch import Tensor
 from .analysis.collect import INPUTS, per_token, stack_of
 from .checkpoints import options, reading
 from .errors import UserError
+from .files import is_there
 from .tasks.decoding import languages_of, pairs
 
 SPM = "spm.model"
@@ -361,7 +362,7 @@ def _with_sentencepiece(data: str, given: dict[str, Any]) -> dict[str, Any]:
     """Adds the SentencePiece model beside the data, unless text is to be split otherwise."""
     model = os.path.join(data, SPM)
     wanted = given.get("bpe", _SENTENCEPIECE[0])
-    if "sentencepiece_model" in given or wanted not in _SENTENCEPIECE or not os.path.isfile(model):
+    if "sentencepiece_model" in given or wanted not in _SENTENCEPIECE or not is_there(model):
         return given
     return {**given, "bpe": wanted, "sentencepiece_model": model}
 

@@ -18,7 +18,7 @@ import sentencepiece
 
 from . import schema
 from .errors import UserError
-from .files import check_regular, read_file
+from .files import check_regular, is_there, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def of_folder(folder: str) -> DataIdentity:
         folder=os.path.abspath(folder),
         dictionary=checksum(line.rsplit(b" ", 1)[0] for line in _lines(folder, "dict.txt")),
         languages=tuple(line.decode("utf-8", "replace") for line in _lines(folder, "langs.txt")),
-        sentencepiece=of_model(model) if os.path.isfile(model) else None,
+        sentencepiece=of_model(model) if is_there(model) else None,
     )
 
 

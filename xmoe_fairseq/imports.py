@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 _PACKAGE = __name__.partition(".")[0]
 _PLUGIN = f"{_PACKAGE}.plugin"
@@ -35,26 +35,34 @@ class Watch(MetaPathFinder):
         heavy = package == _PACKAGE and part and part.partition(".")[0] not in LIGHT
         if heavy or name == "fairseq_cli":  # whose modules are patched, too, so none may be half imported
             importlib.import_module(_PLUGIN)
-            return ModuleSpec(name, _Imported(sys.modules[name])) if name in sys.modules else None
+            if name not in sys.modules:
+                return None
+            found: Any = sys.modules[name].__spec__  # Python loads by this one, whichever is returned
+            found.loader = _Imported(sys.modules[name])
+            return cast(ModuleSpec, found)
         if name != "fairseq":
             return None
         return around(found_by_others(self, name, path, target), after=_plug_in)
 
 
-class _Imported(Loader):
-    """Gives a module that has been imported while it was looked for; Python would run it once more."""
+class _Imported:
+    """Stands for the loader of a module that has been imported while it was looked for, and does not run it again."""
 
     def __init__(self, module: ModuleType) -> None:
-        self.module, self.spec = module, module.__spec__
-        module.__spec__ = None  # else Python loads by this one, and not by the one that names this loader
+        self.module = module
+        self.spec: Any = module.__spec__
+        self.loader = cast(Any, module.__spec__).loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Gives the module."""
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Puts back its own specification."""
-        module.__spec__ = self.spec
+        """Puts back the loader that has run it."""
+        self.spec.loader = self.loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
 
 def _plug_in(module: ModuleType) -> None:

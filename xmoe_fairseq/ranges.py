@@ -34,6 +34,40 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_len_b": (0, _INFINITY),
     "buffer_size": (0, _INFINITY),
     "sampling_topp": (-1, 1),
+    "total_num_update": (1, _INFINITY),
+    "lr_shrink": (0, 1),
+    "lr_period_updates": (1, _INFINITY),
+    "lr_decay_period": (1, _INFINITY),
+    "lr_deacy_period": (1, _INFINITY),  # as stock fairseq spells it
+    "warmup_init_lr": (-1, 1e30),
+    "end_learning_rate": (0, 1e30),
+    "save_interval": (1, _INFINITY),
+    "save_interval_updates": (0, _INFINITY),
+    "validate_interval": (1, _INFINITY),
+    "validate_interval_updates": (0, _INFINITY),
+    "validate_after_updates": (0, _INFINITY),
+    "max_valid_steps": (0, _INFINITY),
+    "stop_time_hours": (0, _INFINITY),
+    "batch_size": (1, _INFINITY),
+    "batch_size_valid": (1, _INFINITY),
+    "required_batch_size_multiple": (1, 10**6),
+    "required_seq_len_multiple": (1, 10**6),
+    "data_buffer_size": (0, 10**9),
+    "num_shards": (1, 10**9),
+    "shard_id": (0, 10**9),
+    "distributed_world_size": (1, 10**6),
+    "fp16_init_scale": (1e-30, 1e30),
+    "ema_decay": (0, 1),
+    "ema_update_freq": (1, _INFINITY),
+    "min_len": (0, _INFINITY),
+    "prefix_size": (0, _INFINITY),
+    "no_repeat_ngram_size": (0, _INFINITY),
+    "sampling_topk": (-1, _INFINITY),
+    "temperature": (1e-6, _INFINITY),
+    "tokens_per_sample": (1, 10**9),
+    "context_window": (0, 10**9),
+    "softmax_batch": (1, _INFINITY),
+    "workers": (1, 10**4),
 }
 
 
@@ -56,7 +90,8 @@ def check_numbers(options: Mapping[str, Any]) -> None:
             least, greatest = RANGES.get(name, (-_INFINITY, _INFINITY))
             if not least <= value <= greatest:  # NaN, too
                 shown = value if abs(value) < 10**30 or isinstance(value, float) else "of so many digits"
-                what = f"in [{least:g}, {greatest:.10g}]" if name in RANGES else "a number"
+                what = f"in [{least:g}, {greatest:.10g}]" if math.isfinite(greatest) else f"at least {least:g}"
+                what = what if name in RANGES else "a number"
                 raise UserError(f"--{name.replace('_', '-')} {shown} is out of range: it must be {what}")
 
 

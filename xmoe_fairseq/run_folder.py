@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import UserError
+from .files import is_there
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -23,7 +24,7 @@ def find_checkpoint(run: Path) -> Path:
 def seek_checkpoint(run: Path) -> Path | None:
     """Does the same, but gives None where there is neither."""
     names = (folder / f"checkpoint_{kind}.pt" for kind in ("best", "last") for folder in checkpoint_folders(run))
-    return next((path for path in names if path.is_file()), None)
+    return next((path for path in names if is_there(path)), None)
 
 
 def checkpoint_folders(run: Path) -> tuple[Path, Path]:

@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import re
+import reprlib
 import types
 import typing
 from collections import Counter
@@ -30,6 +31,9 @@ _CONTROL = re.compile(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\
 _MOST_LEVELS = 100
 # Digits of a whole number in JSON; one of more is beyond every float.
 _MOST_DIGITS = 308
+_REPR = reprlib.Repr()
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 8
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 4 * _SHOWN
 
 
 def read_json(path: Path, advice: str) -> Any:
@@ -242,9 +246,9 @@ def _wrong(place: str, value: Any, expected: str) -> _WrongForm:
 
 
 def shown(value: Any) -> str:
-    """Writes a value as messages show it: on one line, a long one cut off."""
+    """Writes a value as messages show it: on one line, a long one cut off, also one that YAML repeats without end."""
     try:
-        text = repr(value)
+        text = _REPR.repr(value)
     except ValueError:  # Python refuses to write a whole number of thousands of digits
         text = "a number of too many digits"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 from fairseq import options
+from fairseq.registry import REGISTRIES
 from helpers import ROOT, TRAIN_ARGS
 from helpers_commands import heed_interrupts, run_warm
 from helpers_training import OPTIONS
+from omegaconf import OmegaConf
 
-from xmoe_fairseq import cli
+from xmoe_fairseq import cli, command_line
 from xmoe_fairseq.errors import UserError
 
 
@@ -48,7 +50,7 @@ WORDS = {
     "number": (("--moe-threshold", "high"), "--moe-threshold.*: invalid float value: 'high'"),
     "code": (("--adam-betas", "__import__('os').mkdir('RAN')"), "is not a literal"),
     "overrides of the optimizer": (("--optimizer-overrides", "{'lr'"), "--optimizer-overrides .* is no dictionary"),
-    "a kernel": (("--moe-kernel", "triton", "--activation-dropout", "0.1"), "error: .*triton.*dropout"),
+    "a kernel": (("--moe-kernel", "triton", "--activation-dropout", "0.1"), "error: .*triton.*(dropout|Triton 3.4)"),
     "memory": (("--moe-num-experts", "1000000000"), "out of range"),
     "more memory than there is": (("--moe-num-experts", "10000000"), "the model needs .* GiB .* this machine has"),
     "a seed": (("--seed", "-1"), r"--seed -1 is out of range: it must be in \[0, 4294967295\]"),
@@ -90,7 +92,9 @@ def test_numbers_without_a_meaning(name: str, toy_data: Path) -> None:
     flag = "--" + name.replace("_", "-")
     for value in NUMBERS[name]:
         words = [str(toy_data), *TRAIN_ARGS, "--arch", "xmoe_transformer_tiny", f"{flag}={value}"]
-        with pytest.raises(UserError, match=rf"{flag} .* is out of range: it must be (in \[|a number)") as error:
+        with pytest.raises(
+            UserError, match=rf"{flag} .* is out of range: it must be (in \[|at least|a number)"
+        ) as error:
             options.parse_args_and_arch(options.get_training_parser(), words)
         assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
@@ -162,6 +166,16 @@ def test_yaml(words: tuple[str, ...], message: str, toy_data: Path, tmp_path: Pa
     )
     assert re.search(message, line_of(result)), line_of(result)
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("RAN")) and not (ROOT / "RAN").exists()
+
+
+def test_kinds_of_parts_that_another_plugin_registers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As fairseq's examples of simultaneous translation do."""
+    with pytest.raises(UserError, match="simul_type is unknown"):
+        command_line.check_yaml(OmegaConf.create({"simul_type": None}))
+    monkeypatch.setitem(REGISTRIES, "simul_type", {"registry": {"waitk": object}})
+    command_line.check_yaml(OmegaConf.create({"simul_type": "waitk"}))
+    with pytest.raises(UserError, match=r"simul_type\._name: waitq is unknown: did you mean waitk"):
+        command_line.check_yaml(OmegaConf.create({"simul_type": "waitq"}))
 
 
 INFO = {

@@ -43,7 +43,7 @@ ENDS = {
     "a GPU": (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "there is not enough memory"),
     "a fault": (KeyError("best_loss"), r"this is a fault of xmoe_fairseq \(KeyError: 'best_loss'\): please report"),
     "lines": (RuntimeError("one\ntwo\n" + "x" * 5000), r"\(RuntimeError: one two x+\.\.\.\)"),
-    "nothing": (AssertionError(), r"\(AssertionError\)"),
+    "nothing": (AssertionError(), r"\(AssertionError: raise error\)"),
 }
 
 

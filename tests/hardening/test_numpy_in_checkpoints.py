@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fairseq import checkpoint_utils
+from fairseq.logging import metrics
+from helpers_training import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._weights_only_unpickler import load
 
+from xmoe_fairseq import cli
 from xmoe_fairseq.checkpoints import numpy_values, reading
 from xmoe_fairseq.errors import UserError
 
@@ -115,3 +121,41 @@ def test_scalars_become_plain_numbers_and_the_rest_is_shared() -> None:
     assert type(state["best"]) is np.float64
     same = {"model": big, "best": 1.0}
     assert numpy_values.plain_numbers(same) is same
+
+
+def test_meters_of_arrays_are_read_by_any_program_and_go_on(tmp_path: Path) -> None:
+    """As BLEU's counts of stock ``translation --eval-bleu``."""
+
+    def count(values: list[int]) -> None:
+        metrics.log_scalar("_counts", np.array(values))
+        metrics.log_derived("counted", lambda meters: int(sum(meters["_counts"].sum)))
+
+    metrics.reset()
+    try:
+        with metrics.aggregate("train", new_root=True):
+            count([1, 2, 3])
+        path = tmp_path / "meters.pt"
+        kept = {"train_iterator": {"epoch": 1}, "metrics": metrics.state_dict()}
+        checkpoint_utils.torch_persistent_save({"model": {"w": torch.zeros(1)}, "extra_state": kept}, str(path))
+        read_by_torch(path)
+        metrics.reset()
+        metrics.load_state_dict(reading.check(str(path))["extra_state"]["metrics"])
+        with metrics.aggregate("train") as held:
+            count([10, 20, 30])
+            assert held["_counts"].sum.tolist() == [11, 22, 33] and held.get_smoothed_values()["counted"] == 66
+    finally:
+        metrics.reset()
+
+
+def read_by_torch(path: Path) -> None:
+    """Reads a file in a program that knows nothing of fairseq or this plugin."""
+    program = "import sys, torch; torch.load(sys.argv[1], weights_only=True)"
+    read = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=False)
+    assert read.returncode == 0, read.stderr[-1000:]
+
+
+def test_files_of_training_are_read_by_any_program(toy_data: Path, tmp_path: Path) -> None:
+    train(toy_data, tmp_path, 2)
+    cli.main(["checkpoint", "average", str(tmp_path / "checkpoint_last.pt"), "--out", str(tmp_path / "mean.pt")])
+    for name in ("checkpoint_last.pt", "mean.pt"):
+        read_by_torch(tmp_path / name)

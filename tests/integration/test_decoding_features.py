@@ -14,6 +14,7 @@ from helpers import batches, build, write_toy_data
 from helpers_decoding import generate, interactive, learn, write_checkpoint
 
 from xmoe_fairseq.checkpoints import average
+from xmoe_fairseq.cli import main
 from xmoe_fairseq.errors import UserError
 
 LANGTOK = ("--decoder-langtok",)
@@ -44,8 +45,8 @@ def path(request: pytest.FixtureRequest, data: Path) -> Path:
     return write_checkpoint(folder / "last.pt", built.cfg, built.model, ema=early)
 
 
-def decode(data: Path, path: Any, *words: str) -> dict[int, Any]:
-    return generate(data, path, *LANGTOK, *words)
+def decode(data: Path, path: Any, *words: str, **task: tuple[str, ...]) -> dict[int, Any]:
+    return generate(data, path, *LANGTOK, *words, **task)
 
 
 def texts(printed: dict[int, Any]) -> dict[int, list[str]]:
@@ -85,6 +86,8 @@ def test_prefixes_references_and_padding_sides(data: Path, path: Path) -> None:
         assert one.texts[0].split()[:2] == one.lines["T"][0].split()[:2]
     scored = decode(data, path, "--score-reference")
     alone = decode(data, path, "--score-reference", "--batch-size", "1")
+    with pytest.raises(UserError, match="direction to translate by --source-lang and --target-lang: en-xx, xx-en"):
+        decode(data, path, task=("--task", "multilingual_local"))
     for number, one in scored.items():
         assert one.texts == one.lines["T"]
         assert one.scores == pytest.approx(alone[number].scores, abs=2e-4)
@@ -190,6 +193,33 @@ def test_a_language_model_helps_to_translate(data: Path, path: Path, tmp_path: P
     )
     for one in decode(data, path, "--lm-path", str(model), "--lm-weight", "20").values():
         assert set(one.texts[0].split()) == {"w7"}  # and no token of a language
+
+
+@pytest.mark.parametrize("path", KINDS[:1], indirect=True)
+def test_files_split_by_experts_decode_as_whole_ones(
+    data: Path, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = tmp_path / "parts.pt"
+    main(["checkpoint", "shard", str(path), "--shards", "2", "--out", str(parts)])
+    typed = tmp_path / "typed"
+    typed.write_text("w1 w5 w2\tw9 w8\nw1 w2 w6\n")
+    lm, early = str(_likes_one_word(data, tmp_path / "lm.pt")), path.with_name("early.pt")
+    several = ("--beam", "4", "--nbest", "3", "--diverse-beam-groups", "2", "--prefix-size", "3")
+    for words, others in (
+        ((*several, "--lm-path", lm, "--lm-weight", "0.5"), ""),
+        (("--sampling", "--sampling-topk", "4", "--model-overrides", "{'moe_threshold': 0.3}"), f":{early}"),
+        (("--score-reference", "--truncate-source", "--model-overrides", "{'ema_weights': True}"), ""),
+    ):
+        assert decode(data, f"{parts}{others}", *words) == decode(data, f"{path}{others}", *words)
+    constrained = [
+        interactive(capsys, data, file, typed, *LANGTOK, "--constraints", "ordered", "--print-alignment", "soft")
+        for file in (parts, path)
+    ]
+    for number, one in constrained[0].items():
+        assert one.lines | {"W": []} == constrained[1][number].lines | {"W": []}  # which says how long it took
+    assert "w9 w8" in constrained[0][0].texts[0]
+    means = [average.average([str(file), str(early)])["model"] for file in (parts, path)]
+    assert all(torch.equal(value, means[1][name]) for name, value in means[0].items())
 
 
 def _likes_one_word(data: Path, path: Path) -> Path:

@@ -75,6 +75,16 @@ def test_reset_optimizer_counts_from_0(whole: Run, toy_data: Path, tmp_path: Pat
     assert list(rates(run)) == [1, 2] and "holds no optimizer's state" not in run.said
 
 
+def test_an_epoch_of_fewer_batches_begins_anew(whole: Run, toy_data: Path, tmp_path: Path) -> None:
+    options = (*MODEL, *LOGGED, "--restore-file", str(whole.save / "checkpoint_last.pt"), "--max-tokens", "2000")
+    refused = train(toy_data, tmp_path, 11, *options, check=False)
+    assert refused.wait() == 1
+    line = refused.said.strip().split("\n")[-1]
+    assert "cannot go on after batch 9 of epoch 1, which has fewer batches now" in line and "--reset-dataloader" in line
+    anew = train(toy_data, tmp_path, 11, *options, "--reset-dataloader")
+    assert list(rates(anew)) == [10, 11]
+
+
 @pytest.mark.parametrize(
     "option", ["--restore-file", "--finetune-from-model", "--continue-once", "--encoder-embed-path"]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,13 @@ TRAIN_ARGS = (
     *("--task", "multilingual_local", "--criterion", "threshold_routing_cross_entropy", "--label-smoothing", "0.1"),
     *("--optimizer", "adam", "--lr", "0.002", "--max-tokens", "500", "--num-workers", "0", "--cpu"),
 )
+# Kernels that the installed torch and Triton are too old for. Triton is not imported: a variable that it reads then
+# may not be set yet.
+_NEEDS = {
+    "grouped_mm": hasattr(torch.nn.functional, "grouped_mm"),
+    "triton": tuple(map(int, version("triton").split(".")[:2])) >= (3, 4),
+}
+MISSING_KERNELS = {name for name, there in _NEEDS.items() if not there}
 TINY_ARGS = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--encoder-embed-dim", "32")
 
 

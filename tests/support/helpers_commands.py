@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,21 @@ def run(command: str, *args: str | Path, **kwargs: Any) -> subprocess.CompletedP
     return result
 
 
-def run_warm(command: str, *args: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Does the same in a process that has imported what takes seconds to import; it may fail if not checked."""
+def run_warm(
+    command: str, *args: str | Path, check: bool = True, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Does the same in a process that has imported what takes seconds to import; it may fail if not checked.
+
+    Args:
+        command: of fairseq, or ``xmoe``.
+        args: its words.
+        check: whether it must end well.
+        before: is called in the new process, before the command.
+    """
     program = Path(sys.executable).parent / command
     words = [str(program), *map(str, args)]
     with tempfile.TemporaryDirectory() as folder:
-        process = CONTEXT.Process(target=_program, args=(words, folder))
+        process = CONTEXT.Process(target=_program, args=(words, folder, before))
         process.start()
         process.join(600)
         if process.exitcode is None:
@@ -58,11 +68,13 @@ def say_to(out: Path, err: Path) -> None:
             os.dup2(file.fileno(), descriptor)
 
 
-def _program(words: list[str], folder: str) -> None:
+def _program(words: list[str], folder: str, before: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
     os.chdir(ROOT)
     say_to(Path(folder) / "out", Path(folder) / "err")
     sys.argv = words
+    if before is not None:
+        before()
     try:
         runpy.run_path(words[0], run_name="__main__")
     except Exception:  # as Python does at the end of a program; multiprocessing has a way of its own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,16 @@ def test_command_refuses_in_one_line(
     dense = str(checkpoint("--arch", "transformer_tiny", "--share-all-embeddings"))
     taken = tmp_path / "file"
     taken.write_text("mine")
+    sources = Path(shutil.copytree(toy_data, tmp_path / "sources"))
+    for path in sources.glob("test.en-xx.xx.*"):
+        path.unlink()
     for words, message in (
         (["--checkpoint", "none.pt"], "no checkpoint none.pt"),
         (["--data", "none"], "no data folder none"),
         (["--checkpoint", dense], "is dense"),
         (["--pairs", "en-zz"], "no direction en-zz"),
         (["--split", "nope"], "nope"),
+        (["--data", str(sources)], "the split test has no references of en-xx, which the decoder reads: name dire"),
         (["--max-sentences", "-1"], "--max-sentences: -1 is out of range"),
         (["--tokens", "0"], "--tokens: 0 is out of range"),
         (["--out", str(taken)], "cannot write to --out"),

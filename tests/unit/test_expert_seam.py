@@ -33,6 +33,7 @@ from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.models.size import least_parameters
 from xmoe_fairseq.moe import (
     EXPERTS,
+    ROUTERS,
     ExpertOptions,
     Experts,
     ExpertSet,
@@ -377,6 +378,7 @@ SIZED = ("--moe-expert-sizes", "hybrid", "--moe-router", "topk", "--moe-top-k", 
 def test_options_are_declared_by_the_kinds() -> None:
     names = declared(kind.Options for kind in EXPERTS.values())
     assert list(names) == ["expert_sizes", "size_steps", "glu_activation"]
+    assert not names.keys() & declared(router.Options for router in ROUTERS.values()).keys()
 
 
 @pytest.mark.parametrize(
@@ -502,10 +504,10 @@ def test_one_file_and_one_line_make_a_new_kind(toy_data: Path, tmp_path: Path) -
     """A copy of the package with the file of the toy, and its line, trains and translates with it."""
     moe = tmp_path / "xmoe_fairseq" / "moe"
     shutil.copytree(ROOT / "xmoe_fairseq", moe.parent, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "tests" / "helpers_toy_expert.py", moe / "maxout_experts.py")
+    shutil.copy(ROOT / "tests" / "support" / "helpers_toy_expert.py", moe / "maxout_experts.py")
     kinds = (moe / "expert_kinds.py").read_text()
-    line = '    "maxout": __import__("xmoe_fairseq.moe.maxout_experts", fromlist=["_"]).MaxoutExperts,\n'
-    (moe / "expert_kinds.py").write_text(kinds.replace('    "ffn": Experts,\n', '    "ffn": Experts,\n' + line))
+    kinds = kinds.replace("from .sized", "from .maxout_experts import MaxoutExperts\nfrom .sized")
+    (moe / "expert_kinds.py").write_text(kinds.replace('"ffn": Experts,', '"ffn": Experts, "maxout": MaxoutExperts,'))
     script = SCRIPT.replace("*TRAIN_ARGS", f"*{TRAIN_ARGS!r}")
     words = [sys.executable, "-c", script, str(toy_data), str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

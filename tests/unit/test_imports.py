@@ -36,6 +36,13 @@ ORDERS = {
         assert add_defaults is fairseq_cli.train.add_defaults and add_defaults.xmoe_patches
         check_registered()
     """,
+    "python -m of a part that needs fairseq": """
+        import runpy, contextlib, io
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            runpy.run_module("xmoe_fairseq.patches", run_name="__main__")
+        assert said.getvalue().startswith("# What the plugin changes")
+        check_registered()
+    """,
     "a command after the plugin": """
         import xmoe_fairseq.plugin
         assert "fairseq_cli.validate" not in sys.modules

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import MISSING_KERNELS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +22,7 @@ from xmoe_fairseq.moe.kernels import KERNELS, Buffers, ExpertWeights, choose
 from xmoe_fairseq.moe.pairs import Pairs
 
 FAST = [name for name in KERNELS if name != "loop"]
+TRITON = pytest.mark.skipif("triton" in MISSING_KERNELS, reason="an older Triton")
 ANY_ACTIVATION = [name for name in FAST if name != "triton"]  # it has ReLU without dropout
 Weights = tuple[Tensor, ...]
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
@@ -243,6 +245,7 @@ def test_unknown_kernels_are_refused_and_the_cpu_gets_the_fused_one() -> None:
     assert choose("loop", torch.empty(1, 8), one, 8) is KERNELS["loop"]
 
 
+@TRITON
 def test_triton_takes_weights_that_are_parts_of_a_flat_parameter() -> None:
     torch.manual_seed(0)
     shapes = (3, 12, 8), (3, 12), (3, 12, 8), (3, 8)
@@ -255,6 +258,7 @@ def test_triton_takes_weights_that_are_parts_of_a_flat_parameter() -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@TRITON
 def test_triton_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, narrow = draw([1, 0], 4), ExpertWeights.of(*make_weights(2, 6, 8), Buffers())
     with pytest.raises(ValueError, match=r"16 bytes, not of 6 and 8 numbers of 4 bytes.*auto"):
@@ -288,8 +292,18 @@ def test_weights_used_twice_get_one_summed_gradient() -> None:
         ["triton", "triton"],
         ["loop", "triton"],
     ):
+        if MISSING_KERNELS & {*kernels}:
+            continue
         for got, want in zip(gradients(kernels), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_mm_says_where_torch_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(F, "grouped_mm", raising=False)
+    with pytest.raises(ValueError, match=r"grouped_mm, which torch .* does not have; choose --moe-kernel auto"):
+        KERNELS["grouped_mm"](
+            torch.zeros(4, 8), draw([1, 0], 4), ExpertWeights.of(*make_weights(2, 8, 8), Buffers()), F.relu
+        )
 
 
 @pytest.mark.parametrize("kernels", [["fused", "fused"], ["triton", "fused"], ["fused", "triton"], ["loop", "fused"]])

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fairseq import checkpoint_utils
 from helpers import TINY_ARGS, TRAIN_ARGS, batches, build, write_toy_data
 from helpers_commands import run_warm
+from helpers_decoding import write_checkpoint
 
 from xmoe_fairseq.benchmarks import BENCHMARKS, M4, directions
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.patches import training
 from xmoe_fairseq.tasks.data_folder import read_languages
 
 
@@ -44,6 +47,29 @@ def test_no_sentence_is_left_out_of_validation(multiple: str, toy_data: Path) ->
     )
     ids = [i for sample in iterator.next_epoch_itr(shuffle=False) for i in sample["id"].tolist()]
     assert sorted(ids) == sorted(4 * list(range(20)))  # numbered within each of the 4 directions
+
+
+@pytest.mark.parametrize("name", ["translation", "translation_multi_simple_epoch"])
+def test_stock_tasks_leave_sentences_out_in_training_only(name: str, data: Path) -> None:
+    for language in ("en", "xx"):
+        shutil.copy(data / "dict.txt", data / f"dict.{language}.txt")
+    words = ["--source-lang", "en", "--target-lang", "xx"] if name == "translation" else ["--lang-pairs", "en-xx"]
+    words += ["--langs", "en,xx"] if name != "translation" else []
+    task = build(data, *TINY_ARGS, "--task", name, *words).task
+    task.load_dataset("valid")
+
+    def read(max_tokens: int) -> list[int]:
+        size: dict[str, Any] = {"max_tokens": max_tokens, "required_batch_size_multiple": 8}
+        iterator = task.get_batch_iterator(task.dataset("valid"), **size, disable_iterator_cache=True)
+        return sorted(i for sample in iterator.next_epoch_itr(shuffle=False) for i in sample["id"].tolist())
+
+    sizes = range(40, 200, 20)
+    assert all(read(size) == list(range(20)) for size in sizes)
+    token = training._trains.set(True)
+    try:
+        assert min(len(read(size)) for size in sizes) < 20
+    finally:
+        training._trains.reset(token)
 
 
 def test_a_part_of_the_directions_can_be_trained(toy_data: Path) -> None:
@@ -249,6 +275,7 @@ def test_bad_data_is_named_in_one_line(damage: Callable[[Path], object], message
         (["--lang-pairs", "en-zz"], "has no direction en-zz: it has en-xx, xx-en"),
         (["--lang-pairs", "en-xx,en-xx"], "names a direction twice"),
         (["--valid-lines", "-1"], "--valid-lines -1 is out of range"),
+        *((["--dataset-impl", name], f"--dataset-impl {name} does not go with") for name in ("lazy", "cached", "raw")),
         (["--source-lang", "en"], "go together"),
         (["--source-lang", "xx", "--target-lang", "zz"], "has no language zz: it has en, xx, yy"),
         (["--source-lang", "xx", "--target-lang", "xx"], "are both xx: give two languages"),
@@ -258,3 +285,17 @@ def test_bad_choices_are_named_in_one_line(options: list[str], message: str, toy
     with pytest.raises(UserError, match=message) as error:
         build(toy_data, *TINY_ARGS, *options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arch", ["xmoe_transformer_tiny", "transformer_tiny"])
+def test_checkpoints_of_the_stock_multilingual_task_are_read(arch: str, data: Path, tmp_path: Path) -> None:
+    """Its options that are written as text, such as --left-pad-source, it keeps as it has read them."""
+    for language in ("en", "xx"):
+        shutil.copy(data / "dict.txt", data / f"dict.{language}.txt")
+    words = ("--arch", arch, "--share-all-embeddings", "--encoder-embed-dim", "32", "--decoder-embed-dim", "32")
+    task = ("--task", "translation_multi_simple_epoch", "--langs", "en,xx", "--lang-pairs", "en-xx")
+    built = build(data, *words, *task)
+    assert built.cfg.task.left_pad_source is True
+    path = write_checkpoint(tmp_path / "stock.pt", built.cfg, built.model)
+    models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], {"data": str(data)})
+    assert models[0].state_dict().keys() == built.model.state_dict().keys()

@@ -231,3 +231,41 @@ def test_sampling_weights_from_a_file(
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         task.load_dataset("train")
     assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_further_text_has_directions_of_its_own(task_of: Callable[..., Any], hyphens: Path) -> None:
+    extra = {"mined": str(hyphens), "back": str(hyphens)}
+    pairs = {"mined": "en-pt-BR,zh-Hans-en", "back": "pt-BR-en"}
+    listed = "en-zh-Hans"  # the further directions need not be listed, as in stock fairseq
+    tokens = {"main": ("tgt", None), "mined": ("src", "tgt")}
+    task = task_of(lang_pairs=listed, extra_data=str(extra), extra_lang_pairs=str(pairs), langtoks=str(tokens))
+    task.load_dataset("train")
+    keys = ["main:en-zh-Hans", "mined:en-pt-BR", "mined:zh-Hans-en", "back:pt-BR-en"]
+    assert list(task.dataset("train").keys) == keys
+    assert len(task.dataset("train")) == 4 * 200
+    number = {code: task.source_dictionary.index(f"__{code}__") for code in task.langs}
+    mined, back = (task.dataset("train").datasets[place][0] for place in (1, 3))
+    assert [int(mined[side][0]) for side in ("source", "target")] == [number["en"], number["pt-BR"]]
+    assert not {int(back[side][0]) for side in ("source", "target")} & set(number.values())
+    task.load_dataset("valid")
+    assert len(task.dataset("valid")) == 20
+
+
+@pytest.mark.parametrize(
+    ("extra", "pairs", "message"),
+    [
+        ({"mined": "BIN"}, {"mined": "en-pt-BR,en"}, "'mined' has 'en', which is no direction between two of en, pt"),
+        ({"mined": "BIN"}, {"mined": "en-xx"}, "'mined' has 'en-xx', which is no direction"),
+        ({}, {"mined": "en-pt-BR"}, "--extra-lang-pairs names 'mined', and --extra-data has no folder of it"),
+        ({"mined": "BIN"}, {}, "--extra-data names 'mined', and --extra-lang-pairs has no directions of it"),
+        ({"mined": "BIN/none"}, {"mined": "en-pt-BR"}, "there is no folder .*none, which --extra-data names"),
+        ({"mined": "BIN"}, {"mined": "zh-Hans-pt-BR"}, "train.zh-Hans-pt-BR.zh-Hans.idx is missing"),
+    ],
+)
+def test_wrong_further_text_is_one_line(
+    extra: dict[str, str], pairs: dict[str, str], message: str, task_of: Callable[..., Any], hyphens: Path
+) -> None:
+    folders = {kind: folder.replace("BIN", str(hyphens)) for kind, folder in extra.items()}
+    with pytest.raises(UserError, match=message) as caught:
+        task_of(extra_data=str(folders), extra_lang_pairs=str(pairs)).load_dataset("train")
+    assert "\n" not in str(caught.value)

@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset
+from helpers import build
 from helpers_prepare import (
     arguments,
     assert_nothing_half_written,
@@ -210,6 +211,32 @@ def test_training_text_in_parts(prepared: Path, tmp_path: Path) -> None:
     assert manifest["parts"] == 3 and "part2/train.en-zu.zu.bin" in manifest["bin"]["files"]
     kinds = Counter(name.split("/")[0] for name in manifest["bin"]["files"] if "/" in name)
     assert kinds["part0"] == kinds["part1"] == kinds["part2"]
+
+
+def test_pairs_without_english_in_parts_with_a_vocabulary_that_grows(prepared: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.mkdir()
+    words = {"de": "rot Hund Katze Haus", "zu": "bomvu ikati inja indlu", "fr": "rouge chien chat maison"}
+    for split, lines in (("train", 9), ("valid", 3), ("test", 2)):
+        for pair in ("de-zu", "fr-de"):
+            for side in pair.split("-"):
+                (text / f"{split}.{pair}.{side}").write_text("".join(f"{words[side]} {n}\n" for n in range(lines)))
+    prepare.main(command(text, out, "--vocabulary", prepared, "--add-languages", "fr", "--parts", "2"))
+    assert read(out / "bin/langs.txt") == [*read(prepared / "bin/langs.txt"), "fr"]
+    assert set(read(out / "bin/lang_pairs.txt")) == {"de-zu", "zu-de", "fr-de", "de-fr"}
+    assert (out / "bin/dict.txt").read_bytes() == (prepared / "bin/dict.txt").read_bytes()
+    subword = Subword(out / "bin/spm.model", out / "bin/dict.txt")
+    for pair in ("de-zu", "de-fr"):
+        for side in pair.split("-"):
+            raw = read(out / "raw" / f"train.{pair}.{side}")
+            held = [lines_of(out / f"bin/part{number}" / f"train.{pair}.{side}") for number in (0, 1)]
+            assert [[subword.decode_ids([line[:-1]])[0] for line in part] for part in held] == [raw[::2], raw[1::2]]
+    task = build(out / "bin").task
+    for epoch, lines in ((1, 5), (2, 4)):
+        task.load_dataset("train", epoch=epoch, combine=True)
+        assert len(task.dataset("train")) == 4 * lines
+    task.load_dataset("valid")
+    assert len(task.dataset("valid")) == 4 * 3
 
 
 def test_a_damaged_part_is_named(prepared: Path, source: Path, tmp_path: Path) -> None:

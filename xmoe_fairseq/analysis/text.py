@@ -15,6 +15,7 @@ from ..directions import readings
 from ..errors import UserError
 from ..evaluation.model_directions import Chosen, choose_directions
 from ..evaluation.trained_model import TrainedModel, binarised
+from ..tasks.data_folder import find_text, has_text
 from ..tasks.lengths import Fitting
 
 
@@ -106,6 +107,7 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int 
     Raises:
         UserError: the split is missing, or a direction has no usable sentence, or one of more than ``max_tokens``.
     """
+    _check_references(task, split)
     try:
         if split not in task.datasets:  # stock fairseq cannot load one twice
             task.load_dataset(split)
@@ -125,6 +127,22 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int 
         batches = lines.batch_by_size(indices, max_tokens=max_tokens)
         texts.append(Text(source, target, dataset, [list(map(int, batch)) for batch in batches]))
     return texts
+
+
+def _check_references(task: Any, split: str) -> None:
+    """Refuses a set of sources only, such as a test set that is to be translated.
+
+    Raises:
+        UserError: names the directions.
+    """
+    if not hasattr(task, "folder"):  # of stock fairseq
+        return
+    stems = {pair: find_text(task.folder, split, pair) for pair in task.lang_pairs}
+    if lacking := [pair for pair, stem in stems.items() if stem and not has_text(f"{stem}.{pair.target}")]:
+        raise UserError(
+            f"the split {split} has no references of {', '.join(lacking)}, which the decoder reads: name directions "
+            "that have them by --pairs, or give another --subset"
+        )
 
 
 def _directions(task: Any, split: str) -> list[tuple[str, str, Any]]:

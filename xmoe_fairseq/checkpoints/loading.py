@@ -11,12 +11,42 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from . import options
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 300
 _FILES = ("encoder_embed_path", "decoder_embed_path")
+
+
+def check_kind(cfg: Any, task: Any) -> None:
+    """Refuses a translation model for a task of language models, as that of fairseq-eval-lm is, and vice versa.
+
+    Args:
+        cfg: options of the model.
+        task: that is to build it.
+
+    Raises:
+        UserError: the model is of the other kind.
+    """
+    from fairseq import models, tasks
+    from fairseq.tasks.language_modeling import LanguageModelingTask
+    from fairseq.tasks.multilingual_language_modeling import MultilingualLanguageModelingTask
+    from fairseq.tasks.translation import TranslationTask
+    from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
+
+    name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
+    model = models.ARCH_MODEL_REGISTRY.get(name) or models.MODEL_REGISTRY.get(name)
+    names = [kind for kind, registered in tasks.TASK_REGISTRY.items() if registered is type(task)]
+    for of_tasks, other, what in (
+        ((LanguageModelingTask, MultilingualLanguageModelingTask), models.FairseqEncoderDecoderModel, "translation"),
+        ((TranslationTask, TranslationMultiSimpleEpochTask), models.FairseqLanguageModel, "language"),
+    ):
+        if model is not None and isinstance(task, of_tasks) and issubclass(model, other):
+            raise UserError(
+                f"{name} is a {what} model, which the task {' or '.join(names)} cannot use: give another model, "
+                "another --task, or the command for it (fairseq-eval-lm is for language models, fairseq-validate and "
+                "fairseq-generate for translation)"
+            )
 
 
 def forget_files(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> None:
@@ -47,23 +77,3 @@ def check_finite(model: nn.Module, path: str) -> None:
                 f"checkpoint {path} is of no use: its parameter {name} holds NaN or infinity; its training diverged "
                 "before it was written, so use an earlier checkpoint"
             )
-
-
-def with_averages(state: dict[str, Any], path: str) -> None:
-    """Puts the moving averages of the parameters, which ``--store-ema`` keeps, in the place of the parameters.
-
-    Args:
-        state: of a checkpoint; is changed.
-        path: of the file, for messages.
-
-    Raises:
-        UserError: the checkpoint has none.
-    """
-    kept = state.get("extra_state") or {}
-    averages = kept.get("ema_fp32_params") or kept.get("ema")  # the first are more precise, where there are any
-    if not averages:
-        raise UserError(
-            f"{options.AVERAGES}: checkpoint {path} holds no moving averages of its parameters: give one of a training "
-            "with --store-ema, or leave the option out"
-        )
-    state["model"] = {**state["model"], **averages}

@@ -1,4 +1,5 @@
-"""Numbers and arrays of NumPy in checkpoints: read without NumPy's unpickling, and scalars written as plain numbers.
+"""Numbers and arrays of NumPy in checkpoints: read without NumPy's unpickling, and scalars and meters written as plain
+numbers.
 
 fairseq's meters and scores may be NumPy values, as BLEU's counts are. NumPy's functions for pickles are not safe: the
 state of a dtype may say that raw bytes are Python objects. In their place stand the functions below, under the names
@@ -114,19 +115,39 @@ def allow() -> None:
     torch.serialization.add_safe_globals([*stand_ins, NumberArray])
 
 
-def plain_numbers(state: Any) -> Any:
-    """Gives a state in which every scalar of NumPy is a number of Python, and shares the rest with the one given."""
-    if isinstance(state, np.generic):
-        return state.item() if _NUMBERS.fullmatch(state.dtype.str[1:]) else state
+def plain_checkpoint(state: dict[str, Any]) -> dict[str, Any]:
+    """Gives the state of a checkpoint that any program reads by PyTorch's allow-list: see `plain_numbers`, and arrays
+    among the meters, such as BLEU's counts, become lists, to which NumPy adds as it does to arrays.
+
+    Arrays elsewhere stay what they are: two lists of numbers have another sum than two arrays.
+    """
+    state = plain_numbers(state)
+    extra = state.get("extra_state")
+    if isinstance(extra, dict) and "metrics" in extra:
+        meters = plain_numbers(extra["metrics"], arrays=True)
+        if meters is not extra["metrics"]:
+            state = {**state, "extra_state": {**extra, "metrics": meters}}
+    return state
+
+
+def plain_numbers(state: Any, arrays: bool = False) -> Any:
+    """Gives a state in which every scalar of NumPy is a number of Python, and shares the rest with the one given.
+
+    Args:
+        state: of any nesting.
+        arrays: whether arrays of numbers become lists.
+    """
+    if isinstance(state, np.generic) or (arrays and isinstance(state, np.ndarray)):
+        return state.tolist() if _NUMBERS.fullmatch(state.dtype.str[1:]) else state
     if isinstance(state, dict):
-        changed = {name: new for name, value in state.items() if (new := plain_numbers(value)) is not value}
+        changed = {name: new for name, value in state.items() if (new := plain_numbers(value, arrays)) is not value}
         if not changed:
             return state
         state = copy.copy(state)
         state.update(changed)
         return state
     if type(state) in (list, tuple):
-        values = [plain_numbers(value) for value in state]
+        values = [plain_numbers(value, arrays) for value in state]
         same = all(new is value for new, value in zip(values, state, strict=True))
         return state if same else type(state)(values)
     return state

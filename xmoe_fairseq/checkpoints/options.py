@@ -299,14 +299,19 @@ def _of_type(kind: Any) -> _Declaration:
 
 
 def _of_action(action: argparse.Action) -> _Declaration:
-    """Of an option of the command line; what has a parser of its own, or none, may be anything plain."""
+    """Of an option of the command line; what has a parser of its own, or none, may be anything plain, and what is read
+    as true or false, such as ``--left-pad-source``, is so once its task has read it."""
     if isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction)):
         plain = _PLAIN[bool]
     elif action.nargs is not None:
         plain = _ANYTHING
     else:
         plain = _PLAIN.get(action.type, _ANYTHING)
-    return _Declaration(lambda value: value is None or value == action.default or plain.holds(value), plain.text)
+    read = bool if action.default in ("True", "False") else ()
+    return _Declaration(
+        lambda value: value is None or value == action.default or isinstance(value, read) or plain.holds(value),
+        plain.text,
+    )
 
 
 def _is_whole(value: Any) -> bool:

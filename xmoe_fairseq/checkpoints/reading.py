@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import check_regular
 from . import numpy_values
 
 # What a file of a sharded checkpoint holds beside stock fairseq's entries; see shards.py.
@@ -224,6 +225,10 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 def _load(path: str) -> Any:
     try:
+        check_regular(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if any(word in str(error) for word in ("GLOBAL", "unrecognized function", "allowlisted", numpy_values.REFUSED)):
@@ -250,6 +255,7 @@ def _cause(error: Exception) -> str:
     named = _GLOBAL.search(str(error))
     if named:
         return f"it asks for {named[1][:100]}"
-    paragraphs = [" ".join(part.split()) for part in str(error).split("\n\n") if part.strip()]
+    text = str(error).rpartition("WeightsUnpickler error:")[2]  # torch 2.6 writes it behind its advice
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
     causes = [part for part in paragraphs if not part.startswith(("Weights only load failed", "Check the doc"))]
     return (causes or paragraphs or [type(error).__name__])[0].split(". ")[0][:200].rstrip(".")

@@ -17,12 +17,15 @@ from tqdm import tqdm
 from .. import guard, locks
 from ..benchmarks import BENCHMARKS, Benchmark
 from ..errors import UserError
+from ..files import is_there
 from . import binarize, learn_spm, local_layout, parts, raw_local, raw_nllb, raw_opus100, raw_text, vocabulary
 from .io_utils import DISK_FULL, SPLITS, SourceText, fingerprint, write_lines
 from .layout import Layout, centred, lists
 from .manifest import check_contents, finished_stage, run_stage, tool_versions, write_manifest
 from .options import parse
 from .sources import Corpus, Store, merge
+
+GROUPS = "groups.tsv"
 
 
 def prepare(given: argparse.Namespace) -> None:
@@ -52,6 +55,7 @@ def prepare(given: argparse.Namespace) -> None:
     # What is finished and cannot be written to needs no lock: nothing is made there.
     read_only = given.out.is_dir() and not os.access(given.out, os.W_OK)
     with contextlib.nullcontext() if read_only else locks.held(given.out):
+        is_there(given.out / GROUPS)  # something else of this name is refused before the work, not after it
         records = run_stages(given, benchmark, parameters, layout, local)
         write_groups(given.out, benchmark, layout, records["raw"]["lines"])
         write_manifest(given.out, records)
@@ -199,8 +203,8 @@ def in_order(corpus: Corpus, layout: Layout, source: str) -> Corpus:
 
 def write_groups(out: Path, benchmark: Benchmark, layout: Layout, lines: Mapping[str, int]) -> None:
     """Writes groups.tsv; leaves one that is there as it is, for the user may have edited it."""
-    path = out / "groups.tsv"
-    if not path.exists():
+    path = out / GROUPS
+    if not is_there(path):
         counts = {code: sum(lines[text] for text in layout.training_texts(code)) for code in layout.others}
         write_lines(
             path, (f"{language}\t{benchmark.group_of(language)}\t{count}" for language, count in counts.items())
@@ -216,6 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     try:
         prepare(given)
+    except BrokenPipeError:  # who read the output has gone
+        raise
     except OSError as error:
         advice = "; free some space and run the same command again" if error.errno in DISK_FULL else ""
         raise UserError(f"{error.filename or given.out}: {error.strerror or error}{advice}") from error

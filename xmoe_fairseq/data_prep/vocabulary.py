@@ -12,6 +12,7 @@ import sentencepiece
 
 from ..directions import Directions
 from ..errors import UserError
+from ..files import is_there
 from ..subword import UNKNOWN_ID, Subword
 from ..tasks.data_folder import count_symbols
 from .io_utils import fingerprint, read_lines, write_lines
@@ -72,7 +73,7 @@ def find(folder: Path, added: Sequence[str]) -> Vocabulary:
 
 def _languages(place: Path) -> tuple[str, ...]:
     path = place / "langs.txt"
-    if not path.is_file():
+    if not is_there(path):
         return ()
     try:
         languages = tuple(line.strip() for line in read_lines(path) if line.strip())

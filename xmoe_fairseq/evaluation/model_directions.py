@@ -15,6 +15,7 @@ from .. import identity
 from ..checkpoints import options, reading
 from ..directions import TRAINED, Direction, is_english, read_direction, readings
 from ..errors import UserError
+from ..files import is_there
 from .outputs import read_lines
 
 ZERO_SHOT = "zero-shot"
@@ -91,7 +92,7 @@ def known_direction(name: str, data: Path, known: Sequence[Direction] = ()) -> D
     if name in known:
         return known[known.index(name)]
     file = data / "bin" / "langs.txt"
-    languages = read_lines(file, "list of languages") if file.is_file() else []
+    languages = read_lines(file, "list of languages") if is_there(file) else []
     found = readings(name)
     return read_direction(name, languages) if languages else found[0] if len(found) == 1 else None
 
@@ -121,7 +122,7 @@ def trained_pairs(checkpoint: Path | None, data: Path, known: Sequence[Direction
 def has_set(data: Path, subset: str, pair: Direction) -> bool:
     """Tells whether a data folder has sources of a direction in a set; references may be missing."""
     stems = [f"{subset}.{one}.{pair.source}" for one in (pair, pair.reverse)]
-    return any((data / "raw" / stem).is_file() or (data / "bin" / f"{stem}.idx").is_file() for stem in stems)
+    return any(is_there(data / "raw" / stem) or is_there(data / "bin" / f"{stem}.idx") for stem in stems)
 
 
 def subset_name(text: str) -> str:

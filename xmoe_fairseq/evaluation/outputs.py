@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..directions import Direction
 from ..errors import UserError
-from ..files import read_file
+from ..files import is_there, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def find_raw(data: Path, subset: str, source: str, target: str) -> tuple[Path, P
     stems = [data / "raw" / f"{subset}.{pair}" for pair in (f"{source}-{target}", f"{target}-{source}")]
     for stem in stems:
         source_file, reference_file = (stem.with_name(f"{stem.name}.{side}") for side in (source, target))
-        if reference_file.is_file():
+        if is_there(reference_file):
             return source_file, reference_file
     tried = " or ".join(f"{stem}.{target}" for stem in stems)
     if any(stem.with_name(f"{stem.name}.{source}").is_file() for stem in stems):

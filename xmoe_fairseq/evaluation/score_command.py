@@ -13,6 +13,7 @@ from tqdm import tqdm
 from .. import locks
 from ..arguments import CommandParser, bounded, comma_list, file_path, quiet_libraries
 from ..errors import UserError, printable
+from ..files import is_there
 from ..run_folder import generated_folder, scores_folder, seek_checkpoint
 from ..schema import json_text
 from .decoding import Decoding
@@ -129,7 +130,7 @@ def _job(args: argparse.Namespace) -> tuple[ScoreJob, Path]:
     if unknown or not args.metrics:
         raise UserError(f"--metrics {','.join(args.metrics)} is refused: choose from {','.join(METRICS)}")
     common: dict[str, Any] = {"pairs": args.pairs, "metrics": args.metrics, "tokenizer": args.tokenize}
-    if (args.folder / "MANIFEST.json").is_file():
+    if is_there(args.folder / "MANIFEST.json"):
         if args.checkpoint is None or args.data is not None:
             raise UserError(
                 f"{args.folder} is a data folder: give --checkpoint FILE to translate it with, and no --data"

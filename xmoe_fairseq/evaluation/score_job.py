@@ -19,6 +19,7 @@ from ..checkpoints.shards import fingerprint
 from ..checkpoints.summary import summarize
 from ..directions import Direction
 from ..errors import UserError
+from ..files import is_there
 from ..tasks.data_folder import read_groups
 from .decoding import Decoding, Translated, Translator
 from .language import MISSING, LanguageDetector, find_detector
@@ -285,7 +286,7 @@ def _generated_pairs(data: Path, generated: Path, subset: str, wanted: Sequence[
 
 def read_groups_of(data: Path, benchmark: Benchmark) -> dict[str, str]:
     """Gives the group of each language; none where the data names no groups."""
-    if not benchmark.groups and not (data / "groups.tsv").is_file():
+    if not benchmark.groups and not is_there(data / "groups.tsv"):
         return {}
     groups = read_groups(str(data / "bin"), benchmark)
     return {language: group for group, members in groups.items() for language in members}

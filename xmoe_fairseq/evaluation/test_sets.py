@@ -17,6 +17,7 @@ from .. import schema
 from ..checkpoints.shards import fingerprint
 from ..directions import Direction
 from ..errors import UserError
+from ..files import is_there
 from ..identity import checksum
 from ..subword import Subword
 from ..tasks.data_folder import check_split
@@ -154,7 +155,7 @@ def read_made(folder: Path) -> Made | None:
         UserError: the file is damaged.
     """
     file = folder / MADE
-    if not file.is_file():
+    if not is_there(file):
         return None
     advice = f"remove {folder} and translate again"
     return schema.build(Made, schema.read_json(file, advice), str(file), advice)

@@ -131,6 +131,7 @@ def _translate(translation: Translation, pair: Direction, lock: int) -> None:
     words = translation.words(pair, part)
     code = subprocess.run(words, stdin=subprocess.DEVNULL, pass_fds=(lock,), check=False).returncode
     if code:
+        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{pair} is not translated: fairseq-generate ended with code {code}, see above")
     made = {"file": str(translation.checkpoint), "checkpoint": fingerprint(str(translation.checkpoint))}
     write_json(part / MADE, {**made, "options": list(translation.options)})
@@ -165,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     named = file_path(wanted.pop(0)) if wanted and wanted[0].endswith(".pt") else None
     benchmark = read_benchmark(Path(data))
     checkpoint = named or find_checkpoint(Path(run))
-    directions = choose_directions(Path(data), checkpoint, subset, wanted)
     if not checkpoint.is_file():
         raise UserError(f"there is no checkpoint {checkpoint}: train first, or give its path")
+    directions = choose_directions(Path(data), checkpoint, subset, wanted)
     if os.pathsep in str(checkpoint):
         raise UserError(
             f"the path of {checkpoint} has a {os.pathsep!r}, where fairseq takes it for several checkpoints: give the "

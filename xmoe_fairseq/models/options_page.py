@@ -29,8 +29,8 @@ defaults: `xmoe info --list`. Names in parentheses are those of the authors' cod
 MODEL = """## Model
 
 `--arch xmoe_transformer*`, `smoe_transformer*`, `moe_transformer*`; all options of stock `transformer` apply too. The
-kernels are described in [performance.md](performance.md), `--moe-expert-parallel` and `--moe-exchange` in
-[parallel.md](parallel.md).
+kernels are described in [performance.md](performance.md), kinds and sizes of experts in [experts.md](experts.md),
+`--moe-expert-parallel` and `--moe-exchange` in [parallel.md](parallel.md).
 """
 ROUTING = """## Routers
 

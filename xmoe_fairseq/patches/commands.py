@@ -8,7 +8,7 @@ import fairseq.utils
 from fairseq import options
 from fairseq.tasks import FairseqTask
 
-from .. import generate, interactive
+from .. import generate, interactive, preprocess
 from ..tasks import decoding
 from .registry import ABSENT, Group, Replacement, install
 
@@ -31,6 +31,14 @@ def add_generation_args(stock: Any, parser: Any) -> Any:
     """The patches of `fairseq-generate` are installed."""
     if any(interactive.running(_GENERATE)):
         install(GENERATE)
+    return stock(parser)
+
+
+@GROUP.patch(options, "add_preprocess_args", "parser")
+def add_preprocess_args(stock: Any, parser: Any) -> Any:
+    """`fairseq-preprocess` waits for a named pipe, and answers bytes that are not UTF-8 with a position before the
+    file's beginning: its files are checked first."""
+    preprocess.check_files(parser)
     return stock(parser)
 
 

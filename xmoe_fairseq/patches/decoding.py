@@ -41,7 +41,12 @@ def build_generator(
     prefix_allowed_tokens_fn: Any = None,
 ) -> Any:
     """The search of multilingual tasks gets what stock's other tasks give it: the tokens that a prefix allows, and a
-    language model that need not know the tokens of languages."""
+    language model that need not know the tokens of languages. Without `--source-lang` and `--target-lang`, stock mixes
+    the sentences of all directions under the same numbers; this is refused."""
+    if task.args.target_lang is None:
+        raise UserError(
+            f"give the direction to translate by --source-lang and --target-lang: {', '.join(task.lang_pairs[:8])}"
+        )
     if prefix_allowed_tokens_fn is not None:
         args = Namespace(**dict(args), prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
     extra = dict(extra_gen_cls_kwargs or {})

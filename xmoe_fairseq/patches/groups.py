@@ -1,11 +1,12 @@
 """The groups of patches, in the order in which they are installed and listed."""
 
-from . import commands, decoding, distributed, numpy_names, options, reading, resuming, saving, training
+from . import averages, commands, decoding, distributed, numpy_names, options, reading, resuming, saving, training
 
 ON_IMPORT = (
     reading.GROUP,
     saving.GROUP,
     resuming.GROUP,
+    averages.GROUP,
     options.GROUP,
     training.GROUP,
     distributed.GROUP,

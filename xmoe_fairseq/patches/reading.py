@@ -9,12 +9,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, hub_utils
+from fairseq import checkpoint_utils, hub_utils, models
 from fairseq.models import BaseFairseqModel
 from omegaconf.errors import OmegaConfBaseException
 
 from .. import hub, identity
-from ..checkpoints import language_tokens, loading, options, reading, shards
+from ..checkpoints import language_tokens, loading, moving_averages, options, reading, shards
 from ..errors import UserError
 from ..literals import NotLiteral
 from ..processes.state import own_experts
@@ -45,7 +45,7 @@ def load_checkpoint_to_cpu(stock: Any, path: str, arg_overrides: Any = None, loa
     state = stock(path, overrides, load_on_all_ranks)
     shards.join(state, local)
     if averages:
-        loading.with_averages(state, path)
+        moving_averages.put_in_place(state, path)
     loading.forget_files(state, arg_overrides)
     identity.checkpoint_read.set(local)
     state["last_optimizer_state"] = state.get("last_optimizer_state") or None
@@ -58,6 +58,8 @@ def load_checkpoint_to_cpu(stock: Any, path: str, arg_overrides: Any = None, loa
         language_tokens.warn_of_others(found, local, task.args)
     if trainer is not None:
         own_experts(state, trainer.get_model())
+        if trainer.cfg.ema.store_ema:
+            moving_averages.begin(state, path)
     return state
 
 
@@ -105,6 +107,14 @@ def load_state_dict(stock: Any, model: torch.nn.Module, *args: Any, **kwargs: An
             f"the checkpoint's parameters are not those of this model: {_misfit(error)}; give the --arch and the "
             "options that the checkpoint was trained with"
         ) from error
+
+
+@GROUP.patch(models, "build_model", "cfg task from_checkpoint")
+def build_model(stock: Any, cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
+    """A task of language models cannot use a translation model, nor the other way round: stock fails at an attribute or
+    an argument that the model does not have."""
+    loading.check_kind(cfg, task)
+    return stock(cfg, task, from_checkpoint)
 
 
 @GROUP.patch(hub_utils, "from_pretrained", "model_name_or_path checkpoint_file data_name_or_path archive_map **kwargs")

@@ -29,6 +29,8 @@ GROUP = Group("Going on from a checkpoint")
 
 # Beside exp_avg and others in the optimizer's state.
 MASTER = "fp32_param"
+# How stock says that an epoch is over before the place in it that a checkpoint names.
+_FEWER = "dataloader mismatch"
 
 _LOAD = "self filename reset_optimizer reset_lr_scheduler optimizer_overrides reset_meters"
 
@@ -106,7 +108,9 @@ def load_newest_intact(stock: Any, trainer: Any, filename: str, *args: Any, **kw
 def load_checkpoint(stock: Any, cfg: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """Stock, started again after its last update, makes one update more before it looks. A second training in the same
     `--save-dir` is refused."""
-    check_softmax(trainer.cfg)
+    if not isinstance(trainer, Trainer):  # of another program, with options of its own
+        return stock(cfg, trainer, *args, **kwargs)
+    check_softmax(trainer.cfg, trainer.get_model())
     launch.check(trainer.cfg, trainer.cuda)
     launch.check_files(trainer.cfg)
     if trainer.data_parallel_rank == 0 and not cfg.no_save:
@@ -145,10 +149,19 @@ def position_of_all(stock: Any, iterator: Any) -> dict[str, Any]:
 @GROUP.patch(EpochBatchIterator, "load_state_dict", "self state_dict")
 def position_of_one(stock: Any, iterator: Any, state_dict: dict[str, Any]) -> None:
     """Training goes on after the batches that the processes of before, however many, have had; where they cannot be
-    dealt out evenly, the last ones are had again."""
+    dealt out evenly, the last ones are had again. Where the epoch has fewer batches now, stock asks for a report."""
     if "batches_in_epoch" in state_dict:  # files of stock fairseq do not have it
         state_dict = {**state_dict, "iterations_in_epoch": state_dict["batches_in_epoch"] // iterator.num_shards}
-    stock(iterator, state_dict)
+    try:
+        stock(iterator, state_dict)
+    except RuntimeError as error:
+        if _FEWER not in str(error):
+            raise
+        made, epoch = state_dict["iterations_in_epoch"], state_dict["epoch"]
+        raise UserError(
+            f"training cannot go on after batch {made} of epoch {epoch}, which has fewer batches now: give the "
+            "--max-tokens, --batch-size and data of before, or --reset-dataloader, which begins with the data anew"
+        ) from error
 
 
 @GROUP.patch(_FP16OptimizerMixin, "state_dict", "self")

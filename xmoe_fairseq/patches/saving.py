@@ -33,7 +33,7 @@ def torch_persistent_save(stock: Any, obj: Any, filename: str, async_write: bool
     if async_write or not PathManager.supports_rename(filename):
         stock(obj, filename, async_write)
     else:
-        saving.save(numpy_values.plain_numbers(obj), filename)
+        saving.save(numpy_values.plain_checkpoint(obj), filename)
 
 
 @GROUP.patch(PathManager, "copy", "src_path dst_path overwrite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.util
 import os
 import re
@@ -150,13 +151,24 @@ def check_files(cfg: Any) -> None:
         last = PathManager.exists(os.path.join(options.save_dir, LAST))
         if path not in (None, LAST) and not (option != "restore_file" and last):
             _check_there(f"--{option.replace('_', '-')}", path, options.save_dir)
+    if cfg.ema.store_ema and cfg.ema.ema_seed_model is not None:
+        _check_there("--ema-seed-model", cfg.ema.ema_seed_model, options.save_dir)
     if options.finetune_from_model is not None and options.restore_file != LAST:
         raise UserError(
             f"--finetune-from-model {options.finetune_from_model} and --restore-file {options.restore_file} are two "
             "files to start from: give one of them"
         )
-    if log is not None and (os.path.isdir(log) or not os.path.isdir(os.path.dirname(log) or ".")):
+    if log is not None and (os.path.isdir(log) or not os.path.isdir(os.path.dirname(log) or ".") or _is_unread(log)):
         raise UserError(f"--log-file {log} cannot be written: give a file in a folder that is there")
+
+
+def _is_unread(path: str) -> bool:
+    """Says whether a path is a named pipe that nobody reads: who opens it waits without an end."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as error:
+        return error.errno == errno.ENXIO
+    return False
 
 
 def _check_there(option: str, path: str, save_dir: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import is_there
 
 # In the order in which they are shown, with what they show.
 _CAPTIONS = {
@@ -43,7 +44,7 @@ def read_drawings(folder: Path) -> list[Drawing]:
     """
     drawings = []
     for name, caption in _CAPTIONS.items():
-        files = [path for ending in _TYPES if (path := folder / f"{name}.{ending}").is_file()]
+        files = [path for ending in _TYPES if is_there(path := folder / f"{name}.{ending}")]
         if files:
             drawings.append(Drawing(caption, _data_url(min(files, key=lambda path: path.stat().st_size))))
     return drawings

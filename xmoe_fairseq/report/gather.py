@@ -34,6 +34,7 @@ from ..evaluation.scores import Row, Scores, average, score_lines
 from ..evaluation.test_sets import check_generated, check_made_alike
 from ..evaluation.usage import LayerUsage, measure
 from ..evaluation.versions import read_versions
+from ..files import is_there
 from .drawings import read_drawings
 from .logs import find_logs, read_training
 from .results import Report, Sample, ScoredSet, TracedSample, pick_samples
@@ -62,7 +63,7 @@ class Model:
 
     def trained(self, translated: Sequence[Direction]) -> list[Direction]:
         """Gives the directions that it was trained on, among them those of ``translated`` if it does not say."""
-        named = (self.data / "bin" / "lang_pairs.txt").is_file()
+        named = is_there(self.data / "bin" / "lang_pairs.txt")
         return trained_pairs(self.checkpoint, self.data, known_pairs(self.data) if named else translated)
 
     def usage(self) -> list[LayerUsage]:
@@ -147,7 +148,7 @@ def score_generated(
     Raises:
         UserError: a file is missing, incomplete or of another length.
     """
-    benchmark = read_benchmark(data) if (data / "MANIFEST.json").is_file() else None
+    benchmark = read_benchmark(data) if is_there(data / "MANIFEST.json") else None
     english = benchmark.english if benchmark else "en"
     groups = read_groups_of(data, benchmark) if benchmark else {}
     pivot = pivot_of([name for name in names if name not in untrained], english)
@@ -202,7 +203,7 @@ def read_seconds(path: Path) -> Mapping[str, float]:
     Raises:
         UserError: the file is not a flat JSON object of numbers from 0.
     """
-    if not path.exists():
+    if not is_there(path):
         return {}
     advice = "it must map each stage to its seconds, as in {'train': 80.2}, or be removed"
     seconds = schema.build(Seconds, {"stages": schema.read_json(path, advice)}, str(path), advice).stages

@@ -14,6 +14,7 @@ from ..evaluation.outputs import check_replaced, find_raw, read_lines
 from ..evaluation.result_folder import SCORES, SETTINGS, read_scores
 from ..evaluation.scores import Scores
 from ..evaluation.test_sets import texts_checksum
+from ..files import is_there
 from .results import ScoredSet
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def choose_scores(folders: Sequence[Path], checkpoint: Path) -> Path | None:
     Raises:
         UserError: there are results, but of other checkpoints only.
     """
-    found = {folder: read_scores(folder).settings for folder in folders if (folder / SCORES).is_file()}
+    found = {folder: read_scores(folder).settings for folder in folders if is_there(folder / SCORES)}
     tested = {folder: settings for folder, settings in found.items() if settings.get("subset") == "test"}
     for folder, settings in tested.items():
         if settings.get("checkpoint") in (None, fingerprint(str(checkpoint))):
@@ -77,9 +78,9 @@ def belongs(folder: Path, checkpoint: Path, data: Path) -> bool:
     check_replaced(folder / _ANALYSIS, "xmoe analyze")
     check_replaced(folder / _SWEEP, "xmoe sweep")
     swept = sorted(folder.glob(f"threshold-*/{SETTINGS}"))
-    if (folder / _ANALYSIS).is_file():
+    if is_there(folder / _ANALYSIS):
         differs = _of_analysis(folder / _ANALYSIS, checkpoint, data)
-    elif swept and (swept[0].parent / SCORES).is_file():
+    elif swept and is_there(swept[0].parent / SCORES):
         differs = _of_scores(read_scores(swept[0].parent), checkpoint, data)
     else:
         differs = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from .. import locks
 from ..arguments import CommandParser, comma_list, quiet_libraries
@@ -12,12 +14,14 @@ from ..errors import UserError
 from ..evaluation.outputs import replacing_set
 from ..evaluation.result_folder import read_json, write_json
 from ..evaluation.sweep_plot import save
+from ..files import is_there
+from ..schema import build
 from .claims import test_claims
 from .figures import draw_curves, draw_experts, draw_quality
 from .jobs import run_all
 from .page import StudyResults, render_markdown, render_tsv
-from .plan import read_plan
-from .results import read_results
+from .plan import read_plan, split
+from .results import RowResults, read_results
 from .runs import Study, runs_of
 
 # What benchmarks/study_speed.py writes into the folder of results.
@@ -47,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     check_range("--jobs", args.jobs, 1000)
     study = read_study(args)
     runs = runs_of(study, args.models, _seeds(args.seeds))
+    _ = study.data_checksum, _read(study)  # what cannot be read is said before anything is trained
     with locks.held(study.results):
         failures = run_all(runs, args.jobs, lambda _: write_page(study))
         write_page(study)
@@ -61,15 +66,10 @@ def write_page(study: Study) -> None:
     Raises:
         UserError: a result is damaged, or of other settings.
     """
-    rows = read_results(study)
+    rows, speed = _read(study)
     if not rows:
         return
-    speed = study.results / SPEED
-    results = StudyResults(
-        rows=rows,
-        claims=test_claims(study.plan.claims, rows),
-        speed=read_json(speed, "measure the speed again")["ratios"] if speed.is_file() else {},
-    )
+    results = StudyResults(rows=rows, claims=test_claims(study.plan.claims, rows), speed=speed)
     figures = {"curves": draw_curves, "experts": draw_experts, "quality": draw_quality}
     with replacing_set(study.results / "results.json") as new:
         (new / "results.md").write_text(render_markdown(results), encoding="utf-8")
@@ -77,6 +77,24 @@ def write_page(study: Study) -> None:
         for name, draw in figures.items():
             save(draw(rows), new / f"{name}.png", new / f"{name}.svg")
         write_json(new / "results.json", results.as_json())
+
+
+def _read(study: Study) -> tuple[list[RowResults], Mapping[str, Mapping[str, float]]]:
+    speed = study.results / SPEED
+    return read_results(study), _read_speed(speed) if is_there(speed) else {}
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """What ``speed.json`` holds that is shown: training time of a row's update relative to that of another."""
+
+    OTHERS: ClassVar[bool] = True
+    ratios: Mapping[str, Mapping[str, float]]
+
+
+def _read_speed(path: Path) -> Mapping[str, Mapping[str, float]]:
+    advice = "measure the speed again with benchmarks/study_speed.py, or delete it"
+    return build(_Speed, read_json(path, advice), str(path), advice).ratios
 
 
 def check_range(option: str, value: int, most: int) -> None:
@@ -135,6 +153,7 @@ def read_study(args: argparse.Namespace) -> Study:
     """
     for name, most in (("updates", 10**9), ("beam", 1000)):
         check_range(f"--{name}", getattr(args, name), most)
+    split(args.train, "--train")
     return Study(
         rows=args.rows,
         plan=read_plan(args.rows),

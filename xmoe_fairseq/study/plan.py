@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 
 from ..errors import UserError
+from ..evaluation.sweep import read_thresholds
 from ..files import read_file
 from ..schema import build
 
@@ -127,7 +128,7 @@ def read_plan(path: Path) -> StudyPlan:
         values = yaml.safe_load(read_file(path).decode())
     except OSError as error:
         raise UserError(f"cannot read the study's rows {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError, too; a number of 5,000 digits
         raise UserError(f"{path} is not YAML: {error}") from error
     plan = build(StudyPlan, values, str(path), "write it like configs/study/rows.yaml")
     _check(plan, path)
@@ -136,11 +137,13 @@ def read_plan(path: Path) -> StudyPlan:
 
 def _check(plan: StudyPlan, path: Path) -> None:
     names = [row.name for row in plan.rows]
+    if not names:
+        raise UserError(f"{path} has no rows: write it like configs/study/rows.yaml")
     for row in plan.rows:
         if not _NAME.fullmatch(row.name):
             raise UserError(f"{path}: the row's name {row.name!r} is refused: use letters, digits, '.', '_' and '-'")
         for words in (row.options, plan.train):
-            _split(words, path)
+            split(words, str(path))
     if len(set(names)) < len(names):
         raise UserError(f"{path} has two rows of the same name: {', '.join(names)}")
     for claim in plan.claims:
@@ -148,10 +151,18 @@ def _check(plan: StudyPlan, path: Path) -> None:
             plan.row(name)
     if plan.sweep is not None:
         plan.row(plan.sweep.than)
+        read_thresholds(plan.sweep.thresholds)
+        if plan.sweep.lines < 1:
+            raise UserError(f"{path}: sweep.lines is {plan.sweep.lines}: give at least 1")
 
 
-def _split(words: str, path: Path) -> None:
+def split(words: str, where: str) -> list[str]:
+    """Takes the words of a command apart as a shell does.
+
+    Raises:
+        UserError: a quotation does not end.
+    """
     try:
-        shlex.split(words)
+        return shlex.split(words)
     except ValueError as error:
-        raise UserError(f"{path}: the options {words!r} cannot be read: {error}") from error
+        raise UserError(f"{where}: the options {words[:100]!r} cannot be read: {error}") from error

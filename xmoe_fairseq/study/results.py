@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -180,17 +179,40 @@ def read_results(study: Study) -> list[RowResults]:
     for row in study.plan.rows:
         named = (_SEED.fullmatch(path.name.removeprefix(row.name)) for path in study.results.glob(f"{row.name}-*.json"))
         runs = [Run(study, row, seed) for seed in sorted(int(match[1]) for match in named if match)]
-        results = [_read(run.result) for run in runs if run.finished()]
+        results = [_read(run) for run in runs if run.finished()]
         if results:
             rows.append(RowResults(row, results))
+    _check_draws(study, rows)
     return rows
 
 
-def _read(path: Path) -> RunResult:
-    advice = "delete it to measure the run again"
+def _check_draws(study: Study, rows: Sequence[RowResults]) -> None:
+    """Claims compare the systems draw by draw."""
+    systems = [
+        (f"{row.row.name}-{result.seed}.json", len(system.bleu_draws))
+        for row in rows
+        for result in row.results
+        for system in (result.trained, result.chosen)
+        if system is not None
+    ]
+    for name, draws in systems:
+        if not draws or draws != systems[0][1]:
+            raise UserError(
+                f"{study.results / name} has {draws} draws, {systems[0][0]} has {systems[0][1]}, all need as many: "
+                "delete it to measure the run again"
+            )
+
+
+def _read(run: Run) -> RunResult:
+    path, advice = run.result, "delete it to measure the run again"
     result = build(RunResult, read_json(path, advice), str(path), advice)
+    if (result.row, result.seed) != (run.row.name, run.seed):
+        raise UserError(f"{path} is the result of {result.row!r} with seed {result.seed}: {advice}")
     if not result.valid.get("updates") or not {"loss", "ppl"} <= result.valid.keys():
         raise UserError(f"{path} has no course of the validation loss: {advice}")
     if any(len(set(map(len, course.values()))) > 1 for course in (result.valid, result.train)):
         raise UserError(f"{path} has courses of different lengths: {advice}")
+    swept = result.sweep
+    if swept and len({len(one) for one in (swept.thresholds, swept.bleu, swept.moe_flops, swept.experts)}) > 1:
+        raise UserError(f"{path} has a sweep with lists of different lengths: {advice}")
     return result

@@ -17,10 +17,10 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluation.result_folder import read_json, write_json
-from ..files import read_file
+from ..files import is_there, read_file
 from .plan import StudyPlan, StudyRow
 
-_UPDATES = re.compile(r"num_updates[=\": ]+(\d+)")
+_UPDATES = re.compile(r"num_updates[=\": ]+(\d{1,18})(?!\d)")
 # Of the log, where the last number of updates is looked for.
 _TAIL = 20_000
 
@@ -121,9 +121,12 @@ class Run:
         Raises:
             UserError: it is there, with other settings.
         """
-        if not self.result.is_file():
+        if not is_there(self.result):
             return False
-        kept = read_json(self.result, "delete it to measure the run again").get("settings", {})
+        advice = "delete it to measure the run again"
+        kept = read_json(self.result, advice).get("settings")
+        if not isinstance(kept, dict):
+            raise UserError(f"{self.result} does not say with which settings it was made: {advice}")
         _check_same(self.result, kept, self.settings)
         return True
 
@@ -133,12 +136,12 @@ class Run:
         Raises:
             UserError: the folder holds a training with others.
         """
-        if self._started.is_file():
+        if is_there(self._started):
             _check_same(self.folder, read_json(self._started, f"delete {self.folder}"), self._trained_with)
 
     def start(self) -> None:
         """Notes in the folder what the training is made with."""
-        if not self._started.is_file():
+        if not is_there(self._started):
             write_json(self._started, self._trained_with)
 
     @property

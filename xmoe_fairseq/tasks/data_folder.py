@@ -13,6 +13,7 @@ from fairseq.data.indexed_dataset import data_file_path, index_file_path
 from ..benchmarks import Benchmark, directions
 from ..directions import CODE, TRAINED, Direction, read_listed
 from ..errors import UserError
+from ..files import is_there
 from .binary_text import AGAIN, SPECIAL_SYMBOLS, check_text
 
 # Of a line of dict.txt, where fairseq takes a symbol that was there before.
@@ -73,7 +74,7 @@ def read_trained(data: str, benchmark: Benchmark, languages: Sequence[str]) -> l
     Raises:
         UserError: the list names what is no direction of the languages, or nothing.
     """
-    if benchmark.languages or not os.path.isfile(os.path.join(data, TRAINED)):
+    if benchmark.languages or not is_there(os.path.join(data, TRAINED)):
         english, *others = languages
         return directions(others, english)
     trained = read_listed(data, TRAINED, languages)
@@ -118,7 +119,7 @@ def read_groups(data: str, benchmark: Benchmark) -> dict[str, list[str]]:
     if benchmark.groups:
         return {group: list(members) for group, members in benchmark.groups.items()}
     path = os.path.join(os.path.dirname(os.path.abspath(data)), "groups.tsv")
-    if not os.path.isfile(path):
+    if not is_there(path):
         raise UserError(
             f"there is no {path}, which names the group of each language: make it with data_prep/prepare.sh"
         )
@@ -148,13 +149,14 @@ def find_text(data: str, split: str, pair: str) -> str | None:
     """
     source, target = pair.split("-")
     names = [os.path.join(data, f"{split}.{name}") for name in (f"{source}-{target}", f"{target}-{source}")]
-    there = [name for name in names if any(_is_there(f"{name}.{code}") for code in (source, target))]
+    there = [name for name in names if any(has_text(f"{name}.{code}") for code in (source, target))]
     # As fairseq does: where both are there, it takes the one that has the source.
     whole = [name for name in there if os.path.lexists(index_file_path(f"{name}.{source}"))]
     return next(iter((*whole, *there)), None)
 
 
-def _is_there(prefix: str) -> bool:
+def has_text(prefix: str) -> bool:
+    """Says whether a text has one of its two files at least; ``prefix`` is of their names."""
     return any(os.path.lexists(path) for path in (index_file_path(prefix), data_file_path(prefix)))
 
 
@@ -164,7 +166,12 @@ def list_splits(data: str) -> list[str]:
 
 
 def check_split(
-    data: str, split: str, lang_pairs: Iterable[str], combine: bool = False, references: bool = True
+    data: str,
+    split: str,
+    lang_pairs: Iterable[str],
+    combine: bool = False,
+    references: bool = True,
+    dictionary: str | None = None,
 ) -> None:
     """Checks that both sides of every direction are there, whole, and have the same, positive number of lines.
 
@@ -174,11 +181,12 @@ def check_split(
         lang_pairs: directions.
         combine: whether fairseq joins the files of train, train1, train2 and so on.
         references: whether the target side is needed; it is checked where it is there.
+        dictionary: the folder that has it; None for the same one.
 
     Raises:
         UserError: names the file and what is wrong with it.
     """
-    symbols = count_symbols(os.path.join(data, "dict.txt"))
+    symbols = count_symbols(os.path.join(dictionary or data, "dict.txt"))
     checked: set[tuple[str, frozenset[str]]] = set()
     for pair in lang_pairs:
         source, target = pair.split("-")
@@ -188,7 +196,7 @@ def check_split(
                 if part:
                     break
                 name = os.path.join(data, f"{split}.{pair}")
-            sides = [source, target] if references or _is_there(f"{name}.{target}") else [source]
+            sides = [source, target] if references or has_text(f"{name}.{target}") else [source]
             if (name, frozenset(sides)) not in checked:
                 _check_sides(name, sides, symbols)
                 checked.add((name, frozenset(sides)))

@@ -13,6 +13,7 @@ from fairseq.data.multilingual.multilingual_data_manager import MultilingualData
 
 from ..directions import Direction
 from .data_parts import count_lines, sources
+from .extra_data import read_extra
 from .sampling import check_weights
 
 VALID = "valid"
@@ -48,20 +49,27 @@ class DataManager(MultilingualDatasetManager):
     """fairseq's manager of the files of all directions, for subsets of directions and of lines, and for text in parts.
 
     Attributes:
+        extra: the directions of each kind of ``--extra-data``.
         lines_of: by split, the lines that are read of each file; 0, or none given, for all.
         directions_of: the directions in each subset.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.extra = read_extra(self.args, self.langs)
         self.lines_of: dict[str, int] = {}
         self.directions_of: dict[str, Sequence[str]] = {}
+
+    def get_data_paths_and_lang_pairs(self, split: str) -> tuple[dict[str, str], dict[str, list[Direction]]]:
+        """Gives the folders of each kind of text, and its directions; stock fairseq takes names apart at hyphens."""
+        paths, pairs = super().get_data_paths_and_lang_pairs(split)
+        return paths, {kind: self.extra.get(kind, listed) for kind, listed in pairs.items()}
 
     def get_split_data_param_list(self, split: str, epoch: int, shard_epoch: int | None = None) -> list[dict[str, Any]]:
         """Lists what is to be loaded for a subset, in the files of its split."""
         wanted = self.directions_of[split]
         every = super().get_split_data_param_list(split_name(split)[0], epoch, shard_epoch=shard_epoch)
-        chosen = [one for one in every if f"{one['src']}-{one['tgt']}" in wanted]
+        chosen = [one for one in every if one["data_category"] != _MAIN or f"{one['src']}-{one['tgt']}" in wanted]
         for one in chosen:
             if self.has_sharded_data(split) and one["data_category"] == _MAIN:
                 # Stock fairseq takes a direction that some folders lack to be in the first ones.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from fairseq.data import TransformEosLangPairDataset
 from fairseq.data.multilingual.multilingual_utils import get_lang_tok
+from fairseq.models import FairseqEncoderDecoderModel
 from fairseq.ngram_repeat_block import NGramRepeatBlock
 from fairseq.search import LexicallyConstrainedBeamSearch
 from torch import Tensor, nn
@@ -27,8 +28,10 @@ def knowing_languages(model: Any, task: Any) -> nn.Module:
     """Gives a language model that may stand beside the translation model of a task.
 
     Raises:
-        UserError: it has another dictionary.
+        UserError: it is no language model, or has another dictionary.
     """
+    if isinstance(model, FairseqEncoderDecoderModel):
+        raise UserError("--lm-path: the checkpoint holds a translation model: give one of a language model")
     known, needed = model.decoder.dictionary.symbols, task.target_dictionary.symbols
     if known == needed:
         return model

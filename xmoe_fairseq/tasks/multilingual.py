@@ -33,6 +33,7 @@ from .data_folder import (
 from .data_manager import VALID, DataManager, split_name
 from .data_parts import check_alike, home, read_folders
 from .eval_bleu import EvalBleuConfig, TranslatesDevelopmentSets, check_options
+from .extra_data import check_extra, read_extra
 from .lengths import Fitting, Whole, check_batch_sizes, nothing
 from .stock_options import stock_dataclass, stock_namespace
 
@@ -162,7 +163,13 @@ class MultilingualTask(TranslatesDevelopmentSets, TranslationMultiSimpleEpochTas
             if getattr(args, name) < least:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(args, name)} is out of range: it must be at least {least}")
+        if args.dataset_impl not in (None, "mmap"):
+            raise UserError(
+                f"--dataset-impl {args.dataset_impl} does not go with the tasks multilingual_*: the text that "
+                "data_prep/prepare.sh and fairseq-preprocess write is memory-mapped (mmap); leave it out"
+            )
         check_options(args, home(folders[0]))
+        read_extra(args, languages)
         if not 0 < args.sampling_temperature < math.inf:
             raise UserError(f"--sampling-temperature {args.sampling_temperature} is out of range: it must be above 0")
         args.langs = languages
@@ -212,12 +219,14 @@ class MultilingualTask(TranslatesDevelopmentSets, TranslationMultiSimpleEpochTas
             UserError: a file is missing, empty, damaged, or its two sides differ in length; no direction has the split;
                 the group is unknown or none of its languages is trained.
         """
+        if split in self.datasets and not self.has_sharded_data(split):
+            return  # what is trained and validated, which stock fairseq cannot load twice
         name, group = split_name(split)
         wanted = self._directions_of(split, group) if group is not None else list(self.lang_pairs)
         if name != self.args.train_subset:
             wanted = self._with_text(split, name, wanted)
         self.data_manager.directions_of[split] = wanted
-        if split not in self.datasets or not self.has_sharded_data(split):
+        if split not in self.datasets:
             self._check_files(name, wanted, combine)
         super().load_dataset(split, epoch, combine, **kwargs)
 
@@ -228,6 +237,8 @@ class MultilingualTask(TranslatesDevelopmentSets, TranslationMultiSimpleEpochTas
         for folder in manager.folders:
             if pairs := [pair for pair in wanted if folder in places[pair]]:
                 check_split(folder, name, pairs, combine, references=self.training or self.measures_loss)
+        if name == self.args.train_subset:
+            check_extra(self.args, manager.extra, name, combine)
 
     def _with_text(self, split: str, name: str, pairs: list[Direction]) -> list[Direction]:
         folder = self.data_manager.folders[0]

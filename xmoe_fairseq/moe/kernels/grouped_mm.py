@@ -38,8 +38,14 @@ def grouped_mm(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Acti
     """Runs all experts at once; see `ExpertKernel`.
 
     Raises:
+        ValueError: this torch is older than ``grouped_mm``.
         RuntimeError: by torch, where d or h is no multiple of 16 bytes, or in float64.
     """
+    if not hasattr(F, "grouped_mm"):
+        raise ValueError(
+            f"the kernel grouped_mm needs torch.nn.functional.grouped_mm, which torch {torch.__version__} does not "
+            "have; choose --moe-kernel auto"
+        )
     mask = None
     if dropout:
         mask = F.dropout(x.new_ones(len(pairs.token), weights.fc1_weight.shape[1]), dropout)
