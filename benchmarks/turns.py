@@ -54,9 +54,13 @@ class Program:
         hint = "if it had no more data, take fewer --rounds"
         raise SystemExit(f"{' '.join(self.words)} ended too early ({hint}):\n{''.join(self._said)}")
 
+    def kill(self) -> None:
+        """Ends it, without waiting for that."""
+        self._signal(signal.SIGKILL)
+
     def close(self) -> None:
         """Ends it."""
-        self._signal(signal.SIGKILL)
+        self.kill()
         self._process.communicate()
 
     def _signal(self, number: signal.Signals) -> None:
@@ -79,9 +83,17 @@ def take_turns(
         By name, the seconds of each turn and the line that ended it.
 
     Raises:
-        SystemExit: a program ends before its last turn.
+        SystemExit: a program ends before its last turn, or this one is told to end, as `timeout` does; none is left.
     """
     programs: dict[str, Program] = {}
+
+    def end(number: int, frame: object) -> None:
+        # Threads may wait for their lines.
+        for program in programs.values():
+            program.kill()
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     taken: dict[str, list[tuple[float, str]]] = {name: [] for name in commands}
     try:
         for name, words in commands.items():
@@ -95,6 +107,7 @@ def take_turns(
                 if number >= warm:
                     taken[name].append(turn)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for program in programs.values():
             program.close()
     return taken
