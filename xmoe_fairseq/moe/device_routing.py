@@ -192,7 +192,7 @@ class _Route(torch.autograd.Function):
             probs, ranks, ends, padding_mask, log_sums, *others, grad, router, twice, *numbers, size,
             padding_mask is not None, *(other is not None for other in others), parts, *options,
         )  # fmt: skip
-        if twice is None:
+        if twice is None or router is None:
             return grad, *[None] * 7
         grad_x = None
         if ctx.needs_input_grad[0]:
