@@ -103,7 +103,7 @@ def around(
 
 def watch() -> None:
     """Imports the plugin now, if fairseq is there, or when it comes."""
-    if "fairseq" in sys.modules:
+    if sys.modules.get("fairseq") is not None:  # None bars a module from being imported
         importlib.import_module(_PLUGIN)
     else:
         sys.meta_path.insert(0, Watch())

@@ -44,6 +44,14 @@ def test_what_a_model_was_trained_with_holds(name: str, tmp_path: Path) -> None:
     assert getattr(parsed(tmp_path / "none.pt"), name) != TRAINED[name]
 
 
+def test_a_stock_task_that_has_some_of_the_options_takes_those(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "one.pt", **TRAINED)
+    words = ["data", "--task", "multilingual_translation", "--lang-pairs", "en-xx", "--path", str(path)]
+    found = options.parse_args_and_arch(options.get_generation_parser(), words)
+    assert (found.encoder_langtok, found.decoder_langtok) == ("src", True)
+    assert not hasattr(found, "lang_tok_style")
+
+
 def test_what_is_given_holds_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_checkpoint(tmp_path / "one.pt", **TRAINED)
     found = parsed(path, "--encoder-langtok", "tgt", "--lang-tok-style", "mbart")

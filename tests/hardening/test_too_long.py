@@ -127,8 +127,8 @@ def test_validation_measures_the_other_lines(
         (["--max-tokens-valid", "5"], ["--max-tokens-valid) is 5, but line ", " of valid, ", "give at least"]),
         (["--max-tokens", "0"], ["is 0: give at least 1"]),
         (["--max-tokens", "-7"], ["is -7: give at least 1"]),
-        (["--batch-size", "0"], ["--batch-size is 0: give at least 1"]),
-        (["--required-batch-size-multiple", "0"], ["--required-batch-size-multiple is 0"]),
+        (["--batch-size", "0"], ["--batch-size 0 is out of range: it must be at least 1"]),
+        (["--required-batch-size-multiple", "0"], ["--required-batch-size-multiple 0 is out of range"]),
     ],
 )
 def test_batches_smaller_than_a_sentence_are_one_line(

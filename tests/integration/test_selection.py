@@ -53,6 +53,9 @@ class FakeTrainer:
     def consolidate_optimizer(self) -> None:
         pass
 
+    def get_model(self) -> None:
+        pass
+
     def get_num_updates(self) -> int:
         return self.updates
 

@@ -12,6 +12,7 @@ import torch
 from fairseq import options, tasks
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import OmegaConf
 
 import xmoe_fairseq  # noqa: F401  (registers the plugin)
 
@@ -45,6 +46,15 @@ def build(data: Path, *args: str) -> Built:
     torch.manual_seed(cfg.common.seed)
     task = tasks.setup_task(cfg.task)
     return Built(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+
+
+def save_checkpoint(built: Built, path: Path) -> Path:
+    """Writes a model as a checkpoint that the commands read, of one update."""
+    cfg = OmegaConf.to_container(OmegaConf.create(built.cfg), resolve=True, enum_to_str=True)
+    history = [{"num_updates": 1, "lr_scheduler_state": {}}]
+    state = {"cfg": cfg, "args": None, "model": built.model.state_dict(), "optimizer_history": history}
+    torch.save(state | {"extra_state": {"train_iterator": {"epoch": 1}}}, path)
+    return path
 
 
 def batches(task: Any, split: str = "valid", max_tokens: int = 200) -> list[dict[str, Any]]:

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers import build
+from helpers import build, save_checkpoint
 from helpers_routing import MODELS, sharpen
-from omegaconf import OmegaConf
 
 from xmoe_fairseq.analysis import results
 from xmoe_fairseq.analysis.command import main
@@ -24,12 +22,7 @@ def checkpoint(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     def make(*args: str) -> Path:
         built = build(toy_data, *args)
         sharpen(built.model)
-        path = tmp_path_factory.mktemp("model") / "checkpoint_last.pt"
-        cfg = OmegaConf.to_container(OmegaConf.create(built.cfg), resolve=True, enum_to_str=True)
-        history = [{"num_updates": 1, "lr_scheduler_state": {}}]
-        state = {"cfg": cfg, "args": None, "model": built.model.state_dict(), "optimizer_history": history}
-        torch.save(state | {"extra_state": {"train_iterator": {"epoch": 1}}}, path)
-        return path
+        return save_checkpoint(built, tmp_path_factory.mktemp("model") / "checkpoint_last.pt")
 
     return make
 

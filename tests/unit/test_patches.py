@@ -107,6 +107,14 @@ def test_another_signature_is_one_line_and_nothing_is_installed() -> None:
     assert stock.double is before
 
 
+@pytest.mark.parametrize("other", [lambda: 1, lambda *args: 1, lambda **kwargs: 1, lambda x, *args, **kwargs: 1])
+def test_a_function_that_does_not_take_all_is_refused(other: Any) -> None:
+    stock = Stock()
+    stock.double = other
+    with pytest.raises(UserError, match="is not the function that xmoe_fairseq patches"):
+        install(group_of(stock))
+
+
 def test_a_function_that_is_gone_is_one_line() -> None:
     stock = Stock()
     group = group_of(stock)

@@ -169,7 +169,7 @@ def test_groups_of_the_user_are_those_of_groups_tsv(toy_data: Path, tmp_path: Pa
     assert len(task.dataset("valid@mine")) == 2 * 20
     (tmp_path / "groups.tsv").write_text("xx mine\n")
     with pytest.raises(UserError, match=r"groups\.tsv, line 1: expected LANGUAGE<tab>GROUP, found 'xx mine'"):
-        task.load_dataset("valid@mine")
+        build(data).task.load_dataset("valid@mine")
 
 
 def test_unknown_and_empty_groups_are_named(m4_data: Path) -> None:

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import batches, build
+from helpers import batches, build, save_checkpoint
 from helpers_routing import MODELS, sharpen
-from omegaconf import OmegaConf
 
 from xmoe_fairseq.checkpoints import shards
 from xmoe_fairseq.errors import UserError
@@ -22,12 +20,7 @@ def checkpoint(toy_data: Path, tmp_path: Path) -> Callable[..., Path]:
     def make(*args: str) -> Path:
         built = build(toy_data, *args)
         sharpen(built.model)
-        path = tmp_path / "checkpoint_last.pt"
-        cfg = OmegaConf.to_container(OmegaConf.create(built.cfg), resolve=True, enum_to_str=True)
-        history = [{"num_updates": 1, "lr_scheduler_state": {}}]
-        state = {"cfg": cfg, "args": None, "model": built.model.state_dict(), "optimizer_history": history}
-        torch.save(state | {"extra_state": {"train_iterator": {"epoch": 1}}}, path)
-        return path
+        return save_checkpoint(built, tmp_path / "checkpoint_last.pt")
 
     return make
 

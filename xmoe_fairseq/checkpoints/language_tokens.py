@@ -38,7 +38,7 @@ def adopt(parser: argparse.ArgumentParser, parsed: argparse.Namespace, words: Se
     if not found or not hasattr(parsed, OPTIONS[0]):
         return
     given = _given(parser, parsed, words)
-    for name in OPTIONS:
+    for name in filter(lambda one: hasattr(parsed, one), OPTIONS):  # stock multilingual_translation has two of them
         values = {path: trained[name] for path, trained in found.items() if name in trained}
         path, value = next(iter(values.items()), ("", getattr(parsed, name)))
         other = next((one for one in values if values[one] != value), None)

@@ -41,8 +41,8 @@ def clip_grad_norm(stock: Any, trainer: Any, clip_norm: float) -> Tensor:
 
 @GROUP.patch(Trainer, "_prepare_sample", "self sample is_dummy")
 def _prepare_sample(stock: Any, trainer: Any, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
-    """Our criterion counts a batch that stands in for a missing one as nothing; stock, with `--update-freq`, also
-    forgets the size and metrics of its other batches in the update."""
+    """A dummy batch, of a process without data, contributes nothing to our criterion; stock, with `--update-freq`, also
+    forgets the size and metrics of the other batches of the update."""
     prepared, dummy = stock(trainer, sample, is_dummy)
     if dummy and getattr(trainer.get_criterion(), "knows_dummies", False):
         return {**prepared, batches.DUMMY: True}, False

@@ -80,7 +80,8 @@ class Patch:
             raise UserError(f"fairseq has no {self.target}, which xmoe_fairseq patches: {_ADVICE}")
         found = _parameters(getattr(self.owner, self.name))
         # A wrapper of another plugin may take anything and hand it on.
-        if found != self.parameters and not all(name.startswith("*") for name in found):
+        takes_anything = [name.count("*") for name in found] == [1, 2]
+        if found != self.parameters and not takes_anything:
             raise UserError(
                 f"{self.target}({', '.join(found)}) is not the function that xmoe_fairseq patches, which has the "
                 f"parameters ({', '.join(self.parameters)}): {_ADVICE}"

@@ -80,8 +80,8 @@ def name_other_options(stock: Any, trainer: Any, filename: str, *args: Any, **kw
 
 @GROUP.patch(Trainer, "load_checkpoint", _LOAD)
 def load_newest_intact(stock: Any, trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
-    """Where `checkpoint_last.pt` is damaged, training goes on from the most trained intact file of the folder; a file
-    that was named is not replaced by another one."""
+    """If `checkpoint_last.pt` is damaged, training resumes from the intact file of the folder with the most updates; a
+    file that the command names is never replaced by another one."""
     token = current_trainer.set(trainer)
     # Each process reads the file: what fairseq sends from one to the others, torch refuses to unpickle.
     trainer.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = trainer.data_parallel_world_size > 1
@@ -148,8 +148,8 @@ def position_of_all(stock: Any, iterator: Any) -> dict[str, Any]:
 
 @GROUP.patch(EpochBatchIterator, "load_state_dict", "self state_dict")
 def position_of_one(stock: Any, iterator: Any, state_dict: dict[str, Any]) -> None:
-    """Training goes on after the batches that the processes of before, however many, have had; where they cannot be
-    dealt out evenly, the last ones are had again. Where the epoch has fewer batches now, stock asks for a report."""
+    """Training resumes at the same place of the epoch with any number of processes; if the batches cannot be divided
+    evenly, the last few are repeated. If the epoch has fewer batches now, stock asks for a report."""
     if "batches_in_epoch" in state_dict:  # files of stock fairseq do not have it
         state_dict = {**state_dict, "iterations_in_epoch": state_dict["batches_in_epoch"] // iterator.num_shards}
     try:
