@@ -50,9 +50,7 @@ class Subword:
         UserError: where the file is missing, no SentencePiece model, or one without byte pieces.
     """
 
-    def __init__(
-        self, model: str | Path, dictionary: str | Path | None = None, byte_fallback: bool = True
-    ) -> None:
+    def __init__(self, model: str | Path, dictionary: str | Path | None = None, byte_fallback: bool = True) -> None:
         if not Path(model).is_file():
             raise UserError(f"SentencePiece model {model}: no such file; give the spm.model of the prepared data")
         try:

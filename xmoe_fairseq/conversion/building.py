@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -83,7 +83,7 @@ def check(checkpoint: Checkpoint, parameters: Parameters) -> None:
     """
     found = {name: tensor.shape for name, tensor in parameters.plain.items()}
     found |= {name: torch.Size((len(parts), *parts[0].shape)) for name, parts in parameters.experts.items()}
-    needed = {_stored(name): shape for name, shape in checkpoint.shapes.items() if not _is_constant(name)}
+    needed = {_stored(name): shape for name, shape in checkpoint.shapes.items() if not names.is_computed(name)}
     for name in needed.keys() - found.keys():
         raise UserError(f"the model lacks {name}, which its configuration asks for: get all files of it again")
     for name in found.keys() - needed.keys():
@@ -97,11 +97,6 @@ def check(checkpoint: Checkpoint, parameters: Parameters) -> None:
 
 def _stored(name: str) -> str:
     return names.EMBEDDINGS if name in names.TIED else name
-
-
-def _is_constant(name: str) -> bool:
-    """Whether a tensor of the model says nothing about the parameters."""
-    return name.endswith((".version", "._float_tensor"))
 
 
 class Writer:
@@ -147,7 +142,7 @@ class Writer:
         for name, shape in self.checkpoint.shapes.items():
             if name in experts:
                 yield name, experts[name]
-            elif _is_constant(name):
+            elif names.is_computed(name):
                 yield name, torch.full(shape, 3.0 if name.endswith("version") else 1.0)
             else:
                 yield name, plain[_stored(name)]
@@ -163,12 +158,13 @@ class Writer:
         return tensor.to(self.dtype) if self.dtype else tensor
 
 
-def check_dtypes(tensors: Sequence[Tensor]) -> None:
+def check_dtypes(parameters: Parameters) -> None:
     """Refuses tensors that are no fractions, as of a quantised model.
 
     Raises:
         UserError: names the type.
     """
-    for tensor in tensors:
+    parts = (part for stacked in parameters.experts.values() for part in stacked.values())
+    for tensor in (*parameters.plain.values(), *parts):
         if not tensor.is_floating_point():
             raise UserError(f"a parameter has the type {tensor.dtype}: quantised models are not read, get the original")

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from .. import locks
 from ..arguments import CommandParser
@@ -19,12 +16,11 @@ from ..checkpoints import saving, shards
 from ..errors import UserError
 from ..identity import checksum
 from ..schema import json_text
-from . import building, transformers_folder
+from . import branch_files, building, transformers_folder
+from .outputs import DTYPES, RECORD, check_free, whole_folder
 from .source import SPECIAL, Source, Vocabulary
 
 CHECKPOINT = "checkpoint.pt"
-RECORD = "import.json"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _EPILOG = """\
 Written into DIR:
   checkpoint.pt   the model; with --shards, beside it files of experts
@@ -36,6 +32,8 @@ examples:
   fairseq-interactive imported/nllb/bin --user-dir xmoe_fairseq --task multilingual_local \\
       --path imported/nllb/checkpoint.pt --source-lang eng_Latn --target-lang cat_Latn \\
       --bpe sentencepiece --sentencepiece-model imported/nllb/bin/spm.model
+  xmoe import nllb/checkpoint-shared.pt --dictionary nllb/dict.txt --languages nllb/langs.txt \
+      --sentencepiece nllb/spm.model --out imported/branch
   xmoe import models/nllb-moe-54b --out imported/nllb-moe --dtype bfloat16 --shards 16
 """
 
@@ -51,10 +49,7 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     out: Path = args.out
-    if os.path.lexists(out):
-        raise UserError(f"--out {out} is there already: give another folder")
-    if not out.parent.is_dir():
-        raise UserError(f"there is no folder {out.parent} for --out {out}: make it first")
+    check_free(out)
     with locks.held(out, file=True):
         record = _import(args.source, out, args)
     if args.json:
@@ -69,41 +64,57 @@ def _parser() -> CommandParser:
         description="Makes a checkpoint and a data folder from an M2M-100 or NLLB-200 model, dense or MoE.",
         epilog=_EPILOG,
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="the model's folder, as transformers stores it")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="the model's folder, as transformers stores it; or a file of fairseq's nllb branch, of several the one "
+        "that ends in -shared.pt",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="precision of the checkpoint (default: the model's)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="precision of the checkpoint (default: the model's)")
     parser.add_argument("--shards", type=int, metavar="K", help="write the experts into K files beside the checkpoint")
+    for name, text in (
+        ("--dictionary", "dict.txt of a file of fairseq's nllb branch"),
+        ("--languages", "its list of languages, in the order of their tokens"),
+        ("--sentencepiece", "its SentencePiece model"),
+    ):
+        parser.add_argument(name, type=Path, metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
     return parser
 
 
 def _import(path: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    if not path.is_dir():
-        raise UserError(f"there is no folder {path}: give the folder with the model's config.json")
-    source = transformers_folder.read(path)
+    source = _read(path, args)
     _check(source, args.shards)
-    made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with whole_folder(out) as made:
         _write_data(source.vocabulary, made / "bin")
         checkpoint = building.build(source, made / "bin", out / "bin")
         building.check(checkpoint, source.parameters)
         if not args.json:
             print(f"{source.kind}: {_count(source):,} parameters", flush=True)
-        dtype = _DTYPES[args.dtype] if args.dtype else None
+        dtype = DTYPES[args.dtype] if args.dtype else None
         _write_checkpoint(building.Writer(checkpoint, source.parameters, dtype), made / CHECKPOINT, args.shards)
         record = _record(source, path, args)
-        (made / RECORD).write_text(json_text(record, RECORD), encoding="utf-8")
-        made.chmod(0o777 & ~_umask())
-        os.rename(made, out)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+        (made / "import.json").write_text(json_text(record, RECORD), encoding="utf-8")
     return record
 
 
+def _read(path: Path, args: argparse.Namespace) -> Source:
+    given = (args.dictionary, args.languages, args.sentencepiece)
+    if path.is_dir():
+        if any(given):
+            raise UserError("--dictionary, --languages and --sentencepiece go with a file: a folder has its own")
+        return transformers_folder.read(path)
+    if not path.is_file():
+        raise UserError(f"there is no {path}: give the folder with the model's config.json, or a checkpoint")
+    if not (args.dictionary and args.languages):
+        raise UserError(f"{path} has no vocabulary: give its --dictionary and --languages, and --sentencepiece")
+    return branch_files.read(path, *given)
+
+
 def _check(source: Source, count: int | None) -> None:
-    parts = [*source.parameters.plain.values(), *(one for by in source.parameters.experts.values() for one in by.values())]
-    building.check_dtypes(parts)
+    building.check_dtypes(source.parameters)
     if count is not None:
         fewest = min(map(len, source.parameters.experts.values()), default=0)
         if not 1 <= count <= fewest:
@@ -151,9 +162,3 @@ def _record(source: Source, path: Path, args: argparse.Namespace) -> dict[str, A
 def _count(source: Source) -> int:
     experts = sum(part.numel() for parts in source.parameters.experts.values() for part in parts.values())
     return experts + sum(tensor.numel() for tensor in source.parameters.plain.values())
-
-
-def _umask() -> int:
-    before = os.umask(0)
-    os.umask(before)
-    return before

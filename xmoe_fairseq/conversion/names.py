@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Within a layer: the name in `transformers`, and in fairseq.
@@ -102,6 +101,6 @@ def expert_to_transformers(name: str, number: int) -> str:
     return f"model.{layer}ffn.experts.expert_{number}.{parameter.replace('_', '.')}"
 
 
-def numbers(experts: Iterable[Expert]) -> list[int]:
-    """Lists the numbers of experts, in order."""
-    return sorted(one.number for one in experts)
+def is_computed(name: str) -> bool:
+    """Returns whether a tensor is computed, not learnt: of positions, or the version of a stack."""
+    return _COMPUTED.fullmatch(name) is not None

@@ -103,8 +103,13 @@ def _tensor(storage: torch.UntypedStorage, first: int, last: int, kind: torch.dt
     return torch.empty(0, dtype=kind).set_(own, 0, shape)  # type: ignore[call-overload, no-any-return]
 
 
-def write(tensors: Mapping[str, Tensor], file: IO[bytes]) -> None:
+def write(tensors: Mapping[str, Tensor], file: IO[bytes], dtype: torch.dtype | None = None) -> None:
     """Writes tensors; one at a time is copied.
+
+    Args:
+        tensors: by name.
+        file: to write to.
+        dtype: of the file; None for each tensor's own.
 
     Raises:
         UserError: a tensor has a type that the format lacks.
@@ -112,17 +117,15 @@ def write(tensors: Mapping[str, Tensor], file: IO[bytes]) -> None:
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     place = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise UserError(f"{name} has the type {tensor.dtype}, which safetensors lacks: give --dtype float32")
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [place, place + size],
-        }
-        place += size
+        kind = dtype or tensor.dtype
+        if kind not in _NAMES:
+            raise UserError(f"{name} has the type {kind}, which safetensors lacks: give --dtype float32")
+        end = place + tensor.numel() * kind.itemsize
+        header[name] = {"dtype": _NAMES[kind], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(_LENGTH.pack(len(text)) + text)
     for tensor in tensors.values():
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        numbers = tensor.to(dtype or tensor.dtype).contiguous().reshape(-1)
+        file.write(numbers.view(torch.uint8).numpy().data)

@@ -17,7 +17,7 @@ from .transformers_vocabulary import read_vocabulary
 DENSE, MOE = "m2m_100", "nllb-moe"
 _AGAIN = "get the folder again"
 # How fairseq names activation functions.
-_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_accurate", "tanh": "tanh"}
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_accurate", "tanh": "tanh"}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -84,9 +84,9 @@ def _options(config: Config, notes: list[str]) -> dict[str, Any]:
         config.fixed(name, token, token, "its special tokens have other numbers than fairseq's")
     config.fixed("tie_word_embeddings", True, True, "its output layer is another matrix than its embeddings")
     activation = values.get("activation_function", "relu")
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise UserError(
-            f"{config.path}: activation_function is {str(activation)[:40]!r}, choose from {', '.join(_ACTIVATIONS)}"
+            f"{config.path}: activation_function is {str(activation)[:40]!r}, choose from {', '.join(ACTIVATIONS)}"
         )
     dim, positions = config.number("d_model"), config.number("max_position_embeddings")
     options: dict[str, Any] = {"arch": "moe_transformer", "share_all_embeddings": True}
@@ -102,7 +102,7 @@ def _options(config: Config, notes: list[str]) -> dict[str, Any]:
     options |= {
         "max_source_positions": positions,
         "max_target_positions": positions,
-        "activation_fn": _ACTIVATIONS[activation],
+        "activation_fn": ACTIVATIONS[activation],
         "no_scale_embedding": not values.get("scale_embedding", True),
         **{name: config.rate(name) for name in ("dropout", "attention_dropout", "activation_dropout")},
     }
