@@ -1,7 +1,7 @@
 """Reads an M2M-100 or NLLB model as fairseq's nllb branch stores it.
 
-One file, or ``NAME-shared.pt`` with the experts of each process in ``NAME-rank-N.pt``. What the files lack is an argument:
-the dictionary of pieces, the list of languages, the SentencePiece model.
+One file, or ``NAME-shared.pt`` with the experts of each process in ``NAME-rank-N.pt``. The files lack the dictionary of
+pieces, the list of languages and the SentencePiece model: the user names them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +56,13 @@ def build(source: Source, data: Path, final: Path) -> Checkpoint:
         UserError: the options are refused.
     """
     words = [str(data), *_TASK, *_TRAINING, *source.words]
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words))
-    task = tasks.setup_task(cfg.task)
-    with torch.device("meta"):
-        model = task.build_model(cfg.model)
+    with _quietly():
+        cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words))
+        task = tasks.setup_task(cfg.task)
+        with torch.device("meta"):
+            model = task.build_model(cfg.model)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
-    plain["task"]["data"] = plain["model"]["data"] = os.path.abspath(final)
-    plain["model"].pop("data", None)
+    plain["task"]["data"] = os.path.abspath(final)
     known = dataclasses.replace(task.identity, folder=os.path.abspath(final))
     state = {
         "args": None,
@@ -73,6 +76,19 @@ def build(source: Source, data: Path, final: Path) -> Checkpoint:
         "last_optimizer_state": None,
     }
     return Checkpoint(state, {name: tensor.shape for name, tensor in model.state_dict().items()})
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Leaves out what fairseq and hydra report of a configuration."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def check(checkpoint: Checkpoint, parameters: Parameters) -> None:
