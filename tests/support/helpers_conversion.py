@@ -24,7 +24,7 @@ SENTENCES = {
     "cat_Latn": ["bon dia", "una casa a tothom"],
 }
 TARGETS = ("fra_Latn", "zho_Hans")
-DIM, PIECES = 32, 60
+DIM, PIECES, LONGEST = 32, 60, 40
 SIZES = {
     **{"d_model": DIM, "encoder_layers": 4, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40},
     **{"encoder_attention_heads": 4, "decoder_attention_heads": 2, "max_position_embeddings": 64, "init_std": 0.3},
@@ -72,14 +72,20 @@ class Theirs:
         return out.encoder_last_hidden_state, out.logits
 
     def translations(self, source: str, target: str, beam: int) -> list[list[int]]:
-        """Searches without a length penalty, for a forced first token is free here and costs its probability in fairseq."""
+        """Searches without length penalty, for only fairseq counts the probability of the forced first token."""
         found = self.model.generate(
             **self.batch(source),
-            **{"forced_bos_token_id": self.token(target), "num_beams": beam, "do_sample": False, "max_new_tokens": 41},
+            **{"forced_bos_token_id": self.token(target), "forced_eos_token_id": 2, "max_new_tokens": LONGEST + 1},
+            **{"num_beams": beam, "do_sample": False, "suppress_tokens": [1]},  # fairseq never takes padding
             **({"length_penalty": 0.0, "early_stopping": True} if beam > 1 else {}),
-            suppress_tokens=[1],  # fairseq never takes padding
         )
         return [row[row.ne(1)][1:].tolist() for row in found]
+
+    def lengths(self, beam: int) -> set[int]:
+        """Returns the lengths of all translations."""
+        return {
+            len(one) for source in SENTENCES for target in TARGETS for one in self.translations(source, target, beam)
+        }
 
 
 def sentencepiece_model(path: Path) -> Path:
@@ -94,14 +100,12 @@ def sentencepiece_model(path: Path) -> Path:
     return path
 
 
-def make(folder: Path, moe: bool, end: float = 1.5, **options: Any) -> Theirs:
-    """Makes a random model whose translations differ in length.
+def make(folder: Path, moe: bool) -> Theirs:
+    """Makes a random model whose translations end by themselves, and differ in length.
 
     Args:
         folder: to write.
         moe: whether every second layer has 6 experts.
-        end: raises the probability of the end of sentence.
-        options: of ``save_pretrained``.
     """
     torch.manual_seed(3)
     folder.mkdir()
@@ -114,13 +118,32 @@ def make(folder: Path, moe: bool, end: float = 1.5, **options: Any) -> Theirs:
         if moe
         else M2M100ForConditionalGeneration(M2M100Config(vocab_size=entries, **SIZES))
     )
-    direction = torch.nn.functional.normalize(torch.randn(DIM), dim=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # all biases are 0 and all norms 1 at the start
             if "bias" in name or "norm" in name:
                 parameter += torch.randn_like(parameter) * 0.1
-        model.model.decoder.layer_norm.bias += end * direction
-        model.model.shared.weight[2] += end * direction
-    model.save_pretrained(folder, **options)
+    made = Theirs(folder, model.eval(), tokenizer)
+    _let_end(made)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return Theirs(folder, model.eval(), tokenizer)
+    return made
+
+
+@torch.no_grad()
+def _let_end(made: Theirs) -> None:
+    """Raises the logit of the end of sentence until translations end at different places."""
+    weight = made.model.model.shared.weight
+    states = [
+        made.model.model.decoder(
+            input_ids=made.prefixes(source, target), encoder_hidden_states=made.logits(source, target)[0]
+        ).last_hidden_state[:, 1:4]
+        for source in SENTENCES
+        for target in TARGETS
+    ]
+    step = torch.nn.functional.normalize(torch.cat(states).mean((0, 1)), dim=0) / 4
+    for _ in range(20):
+        lengths = {beam: made.lengths(beam) for beam in (1, 5)}
+        if max(map(max, lengths.values())) <= LONGEST and len(lengths[1]) > 2:
+            return
+        weight[2] += step
+    raise AssertionError(f"no translations of different lengths: {lengths}")
