@@ -66,12 +66,15 @@ def test_translations_are_those_of_transformers(
     kind: str, beam: int, theirs: dict[str, Theirs], imported: dict[str, Path]
 ) -> None:
     ours = load(imported[kind])
+    lengths = set()
     for source, target in directions():
         wanted = theirs[kind].translations(source, target, beam)
         sources = [ours.encode(sentence) for sentence in SENTENCES[source]]
         search = {"beam": beam, "lenpen": 0.0, "max_len_b": LONGEST}
         found = ours.generate(sources, source_lang=source, target_lang=target, **search)
         assert [one[0]["tokens"].tolist() for one in found] == wanted
+        lengths |= {len(one) for one in wanted}
+    assert len(lengths) > 3 and max(lengths) <= LONGEST  # else the search was not tested
 
 
 def test_the_data_folder_has_their_numbers(theirs: dict[str, Theirs], imported: dict[str, Path]) -> None:

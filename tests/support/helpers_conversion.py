@@ -24,7 +24,7 @@ SENTENCES = {
     "cat_Latn": ["bon dia", "una casa a tothom"],
 }
 TARGETS = ("fra_Latn", "zho_Hans")
-DIM, PIECES, LONGEST = 32, 60, 40
+DIM, PIECES, LONGEST, UPDATES = 32, 60, 40, 60
 SIZES = {
     **{"d_model": DIM, "encoder_layers": 4, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40},
     **{"encoder_attention_heads": 4, "decoder_attention_heads": 2, "max_position_embeddings": 64, "init_std": 0.3},
@@ -81,12 +81,6 @@ class Theirs:
         )
         return [row[row.ne(1)][1:].tolist() for row in found]
 
-    def lengths(self, beam: int) -> set[int]:
-        """Returns the lengths of all translations."""
-        return {
-            len(one) for source in SENTENCES for target in TARGETS for one in self.translations(source, target, beam)
-        }
-
 
 def sentencepiece_model(path: Path) -> Path:
     """Learns a SentencePiece model as NLLB-200's, without byte pieces."""
@@ -101,7 +95,7 @@ def sentencepiece_model(path: Path) -> Path:
 
 
 def make(folder: Path, moe: bool) -> Theirs:
-    """Makes a random model whose translations end by themselves, and differ in length.
+    """Makes a small model whose translations end by themselves, and differ in length.
 
     Args:
         folder: to write.
@@ -123,27 +117,30 @@ def make(folder: Path, moe: bool) -> Theirs:
             if "bias" in name or "norm" in name:
                 parameter += torch.randn_like(parameter) * 0.1
     made = Theirs(folder, model.eval(), tokenizer)
-    _let_end(made)
+    _learn(made)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return made
 
 
-@torch.no_grad()
-def _let_end(made: Theirs) -> None:
-    """Raises the logit of the end of sentence until translations end at different places."""
-    weight = made.model.model.shared.weight
-    states = [
-        made.model.model.decoder(
-            input_ids=made.prefixes(source, target), encoder_hidden_states=made.logits(source, target)[0]
-        ).last_hidden_state[:, 1:4]
-        for source in SENTENCES
-        for target in TARGETS
-    ]
-    step = torch.nn.functional.normalize(torch.cat(states).mean((0, 1)), dim=0) / 4
-    for _ in range(20):
-        lengths = {beam: made.lengths(beam) for beam in (1, 5)}
-        if max(map(max, lengths.values())) <= LONGEST and len(lengths[1]) > 2:
-            return
-        weight[2] += step
-    raise AssertionError(f"no translations of different lengths: {lengths}")
+def _learn(made: Theirs) -> None:
+    """Teaches a model the sentences backwards, so that its translations end, and differ in length."""
+    pairs = [(made.batch(source), _labels(made, source, target)) for source in SENTENCES for target in TARGETS]
+    optimizer = torch.optim.Adam(made.model.parameters(), lr=0.005)
+    for _ in range(UPDATES):
+        for batch, labels in pairs:
+            made.model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _labels(made: Theirs, source: str, target: str) -> Tensor:
+    """Returns the token of the target, each sentence backwards, and its end: (B, L), -100 for padding."""
+    rows = [[made.token(target), *reversed([one for one in row if one > 3][1:]), 2] for row in _rows(made, source)]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
+
+
+def _rows(made: Theirs, source: str) -> list[list[int]]:
+    rows: list[list[int]] = made.batch(source)["input_ids"].tolist()
+    return rows

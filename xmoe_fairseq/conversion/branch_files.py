@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fairseq.utils import get_available_activation_fns
 from torch import Tensor
 
 from ..checkpoints import reading
@@ -97,7 +98,7 @@ def _options(model: Mapping[str, Any], experts: int, path: Path, notes: list[str
         if not model.get(name):
             raise UserError(f"{path}: its option {name} is off: only models like M2M-100 and NLLB are read")
     options = {"arch": "moe_transformer", "share_all_embeddings": True}
-    options |= {name: model[name] for name in _SAME if model.get(name) is not None}
+    options |= {name: _plain(model, name, path) for name in _SAME if model.get(name) is not None}
     if not experts:
         return options | {"moe_placement": "none"}
     if model.get("moe_top1_expert"):
@@ -116,7 +117,7 @@ def _options(model: Mapping[str, Any], experts: int, path: Path, notes: list[str
             f"moe_eval_capacity_token_fraction is {str(fraction)[:20]}: fairseq's nllb branch drops assignments beyond "
             "it in translation, this package drops none"
         )
-    masked = model.get("moe_eom") or 0.0
+    masked = _plain(model, "moe_eom", path) if model.get("moe_eom") else 0.0
     return options | {
         **router,
         "moe_placement": "both" if len(sparse) == 2 else next(iter(sparse)),
@@ -126,6 +127,15 @@ def _options(model: Mapping[str, Any], experts: int, path: Path, notes: list[str
         "moe_regularizer": "eom" if masked else "none",
         "moe_eom_rate": masked,
     }
+
+
+def _plain(model: Mapping[str, Any], name: str, path: Path) -> Any:
+    """Returns an option that is a number, a flag, or the name of an activation function."""
+    value = model[name]
+    known = value in get_available_activation_fns() if name == "activation_fn" else isinstance(value, int | float)
+    if not known:
+        raise UserError(f"{path}: its option {name} is {str(value)[:40]!r}, which is none of its values: {_AGAIN}")
+    return value
 
 
 def _vocabulary(dictionary: Path, languages: Path, sentencepiece: Path | None, entries: int) -> Vocabulary:

@@ -100,10 +100,12 @@ def check(checkpoint: Checkpoint, parameters: Parameters) -> None:
     found = {name: tensor.shape for name, tensor in parameters.plain.items()}
     found |= {name: torch.Size((len(parts), *parts[0].shape)) for name, parts in parameters.experts.items()}
     needed = {_stored(name): shape for name, shape in checkpoint.shapes.items() if not names.is_computed(name)}
-    for name in needed.keys() - found.keys():
-        raise UserError(f"the model lacks {name}, which its configuration asks for: get all files of it again")
-    for name in found.keys() - needed.keys():
-        raise UserError(f"the model has {name}, which its configuration has no place for: it computes something else")
+    if lacking := [name for name in needed if name not in found]:
+        raise UserError(f"the model lacks {lacking[0]}, which its configuration asks for: get all files of it again")
+    if more := [name for name in found if name not in needed]:
+        raise UserError(
+            f"the model has {more[0]}, which its configuration has no place for: it computes something else"
+        )
     for name, shape in needed.items():
         if found[name] != shape:
             raise UserError(

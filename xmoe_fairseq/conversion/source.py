@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -58,11 +59,17 @@ class Parameters:
     experts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def add(self, place: str | Expert | None, tensor: Tensor) -> None:
-        """Takes a tensor for a place that `names` gives."""
+        """Takes a tensor for a place that `names` returns; of tied ones, which are stored several times, the first.
+
+        Raises:
+            UserError: two tensors have one place and different numbers.
+        """
         if isinstance(place, Expert):
             self.experts.setdefault(place.name, {})[place.number] = tensor.t() if place.transposed else tensor
-        elif place is not None:
-            self.plain.setdefault(place, tensor)
+        elif place is not None and not torch.equal(self.plain.setdefault(place, tensor), tensor):
+            raise UserError(
+                f"{place} is stored twice, with different numbers: models with untied embeddings are not read"
+            )
 
     def check_experts(self, wanted: int) -> None:
         """Makes sure that every layer has its experts.
@@ -107,8 +114,7 @@ def words(options: Mapping[str, Any]) -> tuple[str, ...]:
         for name, value in options.items():
             if value is None or value is False:
                 continue
-            yield "--" + name.replace("_", "-")
-            if value is not True:
-                yield str(value)
+            flag = "--" + name.replace("_", "-")
+            yield flag if value is True else f"{flag}={value}"
 
     return tuple(spelled())

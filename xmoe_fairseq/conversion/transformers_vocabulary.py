@@ -33,7 +33,7 @@ def read_vocabulary(folder: Path, kind: str, entries: int) -> Vocabulary:
     if not model.is_file():
         raise UserError(f"{folder} has no {_SENTENCEPIECE}, the SentencePiece model of its tokenizer: {_AGAIN}")
     symbols = _pieces(folder, model)
-    listed = dict(_added(folder, len(symbols)))
+    listed = dict(_added(folder, symbols))
     languages = {number: code for number, token in listed.items() if (code := language(token))}
     symbols |= {number: f"__{code}__" for number, code in languages.items()}
     if beyond := [number for number in symbols if number >= entries]:
@@ -71,14 +71,15 @@ def _pieces(folder: Path, model: Path) -> dict[int, str]:
     return dict(enumerate(SPECIAL)) | {number + 1: processor.id_to_piece(number) for number in pieces}
 
 
-def _added(folder: Path, first: int) -> Iterator[tuple[int, str]]:
+def _added(folder: Path, pieces: dict[int, str]) -> Iterator[tuple[int, str]]:
     """Yields the tokens beside the pieces with their numbers.
 
     Args:
         folder: of the model.
-        first: the number after the pieces, where tokens begin that a file lists without numbers.
+        pieces: by number; after them begin the tokens that a file lists without numbers.
     """
-    found = next((listed for listed in _lists(folder, first) if any(map(_is_language, listed))), None)
+    lists = (*_lists(folder, len(pieces)), list(pieces.items()))
+    found = next((listed for listed in lists if any(map(_is_language, listed))), None)
     if found is None:
         raise UserError(f"{folder}: no file of its tokenizer lists tokens of languages: {_AGAIN}")
     for number, token in found:
