@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,8 @@ def _options(model: Mapping[str, Any], experts: int, path: Path, notes: list[str
         raise UserError(f"{path}: its option moe_second_expert_policy is {policy}: only all and sampling are read")
     else:
         router = {"moe_router": "gshard", "moe_second_expert": "sampling" if policy == "sampling" else "gate"}
-    # A frequency of 0 is of a stack without MoE layers.
-    freq = {stack: model.get(f"{stack}_moe_freq") or model.get("moe_freq") or 0 for stack in ("encoder", "decoder")}
+    # A frequency of 0, or none, is of a stack without MoE layers.
+    freq = {stack: _first(model, (f"{stack}_moe_freq", "moe_freq"), path) for stack in ("encoder", "decoder")}
     sparse = {stack: one for stack, one in freq.items() if one}
     if len(set(sparse.values())) != 1:
         raise UserError(f"{path}: MoE layers every {freq['encoder']} and {freq['decoder']} layers cannot be built")
@@ -117,7 +117,7 @@ def _options(model: Mapping[str, Any], experts: int, path: Path, notes: list[str
             f"moe_eval_capacity_token_fraction is {str(fraction)[:20]}: fairseq's nllb branch drops assignments beyond "
             "it in translation, this package drops none"
         )
-    masked = _plain(model, "moe_eom", path) if model.get("moe_eom") else 0.0
+    masked = _first(model, ("moe_eom",), path)
     return options | {
         **router,
         "moe_placement": "both" if len(sparse) == 2 else next(iter(sparse)),
@@ -127,6 +127,11 @@ def _options(model: Mapping[str, Any], experts: int, path: Path, notes: list[str
         "moe_regularizer": "eom" if masked else "none",
         "moe_eom_rate": masked,
     }
+
+
+def _first(model: Mapping[str, Any], options: Sequence[str], path: Path) -> Any:
+    """Returns the first of some options that is set; 0 if none is."""
+    return next((_plain(model, name, path) for name in options if model.get(name)), 0)
 
 
 def _plain(model: Mapping[str, Any], name: str, path: Path) -> Any:

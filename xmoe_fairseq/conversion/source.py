@@ -66,10 +66,8 @@ class Parameters:
         """
         if isinstance(place, Expert):
             self.experts.setdefault(place.name, {})[place.number] = tensor.t() if place.transposed else tensor
-        elif place is not None and not torch.equal(self.plain.setdefault(place, tensor), tensor):
-            raise UserError(
-                f"{place} is stored twice, with different numbers: models with untied embeddings are not read"
-            )
+        elif place is not None and not _same(self.plain.setdefault(place, tensor), tensor):
+            raise UserError(f"{place} is stored twice, with different numbers: untied embeddings are not read")
 
     def check_experts(self, wanted: int) -> None:
         """Makes sure that every layer has its experts.
@@ -86,6 +84,10 @@ class Parameters:
                 )
             if len({(part.shape, part.dtype) for part in parts.values()}) > 1:
                 raise UserError(f"the experts of {name} differ in shape or type: get the files again")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 
 @dataclass(frozen=True)
