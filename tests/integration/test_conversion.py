@@ -219,3 +219,32 @@ def test_a_truncated_file_is_a_line_and_an_output_that_exists_stays(theirs: dict
     with pytest.raises(UserError, match="is there already"):
         main(["import", str(theirs["dense"].folder), "--out", str(bad)])
     assert (bad / "model.safetensors").read_bytes() == content[:-100]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_exported_is_imported_again(kind: str, imported: dict[str, Path], tmp_path: Path) -> None:
+    main(
+        ["export", str(imported[kind] / "checkpoint.pt"), "--data", str(imported[kind]), "--out", str(tmp_path / "out")]
+    )
+    main(["import", str(tmp_path / "out"), "--out", str(tmp_path / "again")])
+    for name in ("dict.txt", "langs.txt", "spm.model"):
+        assert (tmp_path / "again" / "bin" / name).read_bytes() == (imported[kind] / "bin" / name).read_bytes()
+    found, wanted = (
+        torch.load(one / "checkpoint.pt", weights_only=True) for one in (tmp_path / "again", imported[kind])
+    )
+    assert found["cfg"]["model"] == wanted["cfg"]["model"]
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in wanted["model"].items())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("moe_router", "threshold"), ("moe_strata", "2-4"), ("share_all_embeddings", False)]
+)
+def test_export_refuses_what_transformers_lacks(
+    option: str, value: Any, imported: dict[str, Path], tmp_path: Path
+) -> None:
+    state = torch.load(imported["moe"] / "checkpoint.pt", weights_only=True)
+    state["cfg"]["model"][option] = value
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=f"its {option} is {value}"):
+        main(["export", str(tmp_path / "other.pt"), "--data", str(imported["moe"]), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
