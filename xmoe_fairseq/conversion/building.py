@@ -61,7 +61,7 @@ def build(source: Source, data: Path, final: Path) -> Checkpoint:
         task = tasks.setup_task(cfg.task)
         with torch.device("meta"):
             model = task.build_model(cfg.model)
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     plain["task"]["data"] = os.path.abspath(final)
     known = dataclasses.replace(task.identity, folder=os.path.abspath(final))
     state = {

@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     places = {name: _place(name, entry, size - start, path) for name, entry in header.items() if name != _METADATA}
-    storage = torch.UntypedStorage.from_file(str(path), False, size)
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
     return {
         name: _tensor(storage, start + first, start + last, kind, shape)
         for name, (kind, shape, first, last) in places.items()
@@ -81,8 +81,10 @@ def _read_header(file: IO[bytes], size: int, path: Path) -> tuple[dict[str, Any]
 def _place(name: str, entry: Any, room: int, path: Path) -> tuple[torch.dtype, list[int], int, int]:
     """Checks what the header says of a tensor: type, shape, first byte and the byte after the last."""
     fields = entry if isinstance(entry, dict) else {}
-    kind, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if kind not in _TYPES:
+    kind: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise UserError(f"{path}: the tensor {name[:60]!r} has the type {str(kind)[:40]!r}: use {', '.join(_TYPES)}")
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
         raise UserError(f"{path}: the shape or the place of the tensor {name[:60]!r} is damaged; {_ADVICE}")
@@ -100,7 +102,7 @@ def _tensor(storage: torch.UntypedStorage, first: int, last: int, kind: torch.dt
     own = storage[first:last]
     if first % kind.itemsize:
         own = own.clone()  # PyTorch reads numbers at multiples of their size only
-    return torch.empty(0, dtype=kind).set_(own, 0, shape)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=kind).set_(own, 0, shape)  # type: ignore[call-overload]
 
 
 def write(tensors: Mapping[str, Tensor], file: IO[bytes], dtype: torch.dtype | None = None) -> None:

@@ -50,10 +50,10 @@ class Config:
         self.path = path
         values = read_json(path, _AGAIN)
         self.values: dict[str, Any] = values if isinstance(values, dict) else {}
-        self.kind = self.values.get("model_type")
+        self.kind = str(self.values.get("model_type"))
         if self.kind not in (DENSE, MOE):
             raise UserError(
-                f"{path}: model_type is {str(self.kind)[:40]!r}: only {DENSE} (M2M-100, NLLB-200) and {MOE} are read"
+                f"{path}: model_type is {self.kind[:40]!r}: only {DENSE} (M2M-100, NLLB-200) and {MOE} are read"
             )
 
     def number(self, name: str) -> int:
@@ -83,10 +83,10 @@ def _options(config: Config, notes: list[str]) -> dict[str, Any]:
     for name, token in (("bos_token_id", 0), ("pad_token_id", 1), ("eos_token_id", 2), ("decoder_start_token_id", 2)):
         config.fixed(name, token, token, "its special tokens have other numbers than fairseq's")
     config.fixed("tie_word_embeddings", True, True, "its output layer is another matrix than its embeddings")
-    activation = values.get("activation_function", "relu")
+    activation = str(values.get("activation_function", "relu"))
     if activation not in ACTIVATIONS:
         raise UserError(
-            f"{config.path}: activation_function is {str(activation)[:40]!r}, choose from {', '.join(ACTIVATIONS)}"
+            f"{config.path}: activation_function is {activation[:40]!r}, choose from {', '.join(ACTIVATIONS)}"
         )
     dim, positions = config.number("d_model"), config.number("max_position_embeddings")
     options: dict[str, Any] = {"arch": "moe_transformer", "share_all_embeddings": True}
