@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from . import guard
+from .common import guard
 from .errors import UserError
 
 # By command: the module under this package, imported when the command runs, and a line for the help.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sacrebleu.significance import _bootstrap_resample
 
-from xmoe_fairseq.directions import Direction
+from xmoe_fairseq.common.directions import Direction
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.bootstrap import corpus_score, draw_scores, read_seed, sentence_statistics
 from xmoe_fairseq.evaluation.compare import mean_of_draws

@@ -15,8 +15,8 @@ from helpers_scoring import FakeTranslator, fake_translator, spoil, write_checkp
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import outputs
-from xmoe_fairseq.evaluation.outputs import (
+from xmoe_fairseq.evaluation import generate_output
+from xmoe_fairseq.evaluation.generate_output import (
     check_replaced,
     check_writable,
     finish_replacing,
@@ -82,7 +82,7 @@ def test_no_folder_can_be_there(command: str, kind: str, fake: type[FakeTranslat
 def test_a_read_only_place_is_named_before_the_work(
     command: str, fake: type[FakeTranslator], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(generate_output.tempfile, "TemporaryFile", read_only)
     before = sorted(tmp_path.rglob("*"))
     message = refused(*COMMANDS[command], "--out", tmp_path / "new/out")
     assert "new/out: Read-only file system; give another" in message

@@ -12,10 +12,10 @@ import torch
 from helpers import build
 from helpers_routing import MODELS, Naive, flattened, sharpen
 
-from xmoe_fairseq.analysis.collect import INPUTS, collect, stack_of
 from xmoe_fairseq.analysis.results import analysis
-from xmoe_fairseq.analysis.text import Text, read
 from xmoe_fairseq.analysis.tokens import text_tokens
+from xmoe_fairseq.evaluation.direction_dataset import Text, read
+from xmoe_fairseq.evaluation.routing_counts import INPUTS, collect, stack_of
 
 MIN_COUNT, SHOWN = 4, 5
 

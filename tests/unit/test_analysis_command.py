@@ -13,7 +13,7 @@ from helpers import build, save_checkpoint
 from helpers_routing import MODELS, sharpen
 
 from xmoe_fairseq.analysis import results
-from xmoe_fairseq.analysis.command import main
+from xmoe_fairseq.commands.analyze import main
 from xmoe_fairseq.errors import UserError
 
 

@@ -63,9 +63,9 @@ ORDERS = {
     "a part that needs fairseq, alone": """
         from xmoe_fairseq.config import RouterConfig
         import xmoe_fairseq.config
-        assert sys.modules["xmoe_fairseq.config"] is xmoe_fairseq.config
-        assert xmoe_fairseq.config.__spec__.loader is xmoe_fairseq.config.__loader__
-        assert RouterConfig is xmoe_fairseq.config.RouterConfig
+        assert sys.modules["xmoe_fairseq.models.config"] is xmoe_fairseq.models.config
+        assert xmoe_fairseq.models.config.__spec__.loader is xmoe_fairseq.models.config.__loader__
+        assert RouterConfig is xmoe_fairseq.models.config.RouterConfig
         check_registered()
     """,
     "a part of a part, as an attribute": """

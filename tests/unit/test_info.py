@@ -15,10 +15,11 @@ from helpers import ROOT, build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from xmoe_fairseq import cli, info
-from xmoe_fairseq.architectures import architectures, build_on_meta
+from xmoe_fairseq import cli
+from xmoe_fairseq.commands import info
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.usage import LayerUsage
+from xmoe_fairseq.evaluation.routing_usage import LayerUsage
+from xmoe_fairseq.models.architectures import architectures, build_on_meta
 from xmoe_fairseq.models.presets import PRESETS
 from xmoe_fairseq.moe import StratifiedMoE
 from xmoe_fairseq.moe.flops import count_flops, count_parameters, expert_sites

@@ -14,7 +14,7 @@ from helpers_translation import generated, write_output
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.checkpoints.shards import fingerprint
-from xmoe_fairseq.directions import Direction
+from xmoe_fairseq.common.directions import Direction
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.model_directions import choose_directions, direction_sets, group_of, known_pairs
 from xmoe_fairseq.evaluation.test_sets import MADE

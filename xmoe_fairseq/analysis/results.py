@@ -11,13 +11,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..common.schema import json_text
+from ..evaluation.generate_output import replacing_set, writing
 from ..evaluation.model_directions import ZERO_SHOT
-from ..evaluation.outputs import replacing_set, writing
-from ..schema import json_text
-from . import figures, heatmaps, tables, tokens
-from .collect import INPUTS, Counts
+from ..evaluation.routing_counts import INPUTS, Counts
+from ..render import analysis_figures, analysis_heatmaps
+from ..render.style import drawing, save
+from . import tables, tokens
 from .languages import LanguageLoad, language_load
-from .style import drawing, save
 from .tables import Table
 
 FILE = "analysis.json"
@@ -128,18 +129,18 @@ def draw(found: Analysis) -> Iterator[tuple[str, Figure]]:
     """Draws the figures one by one, each with the name of the table that has its numbers."""
     made, value = found.tables, found.capacity
     if found.varies:
-        yield "directions", figures.directions(made["directions"], value)
-        yield "layers", figures.layers(made["directions"], value)
-        yield "distribution", figures.distribution(made["distribution"])
-        yield "positions", figures.positions(made["positions"], value)
-        yield "frequency", figures.frequency(made["frequency"], made["frequency_extremes"], value)
+        yield "directions", analysis_figures.directions(made["directions"], value)
+        yield "layers", analysis_figures.layers(made["directions"], value)
+        yield "distribution", analysis_figures.distribution(made["distribution"])
+        yield "positions", analysis_figures.positions(made["positions"], value)
+        yield "frequency", analysis_figures.frequency(made["frequency"], made["frequency_extremes"], value)
         if made["extremes"].rows:
-            yield "extremes", figures.extremes(made["extremes"], value)
-    yield "flops", figures.flops(made["flops"])
+            yield "extremes", analysis_figures.extremes(made["extremes"], value)
+    yield "flops", analysis_figures.flops(made["flops"])
     for load in found.loads:
-        yield load.load_table().name, heatmaps.experts_by_language(load)
-        yield load.similarity_table().name, heatmaps.language_similarity(load)
-    yield "coselection", heatmaps.coselection(made["coselection"])
+        yield load.load_table().name, analysis_heatmaps.experts_by_language(load)
+        yield load.similarity_table().name, analysis_heatmaps.language_similarity(load)
+    yield "coselection", analysis_heatmaps.coselection(made["coselection"])
 
 
 def write(found: Analysis, folder: Path, about: Mapping[str, Any]) -> list[Path]:

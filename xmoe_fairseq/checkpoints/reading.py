@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.files import check_regular
 from ..errors import UserError
-from ..files import check_regular
 from . import numpy_values
 
 # What a file of a sharded checkpoint holds beside stock fairseq's entries; see shards.py.

@@ -18,11 +18,11 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from .. import identity
 from ..checkpoints.reading import SHARD, SHARD_SET
 from ..checkpoints.shards import Shard, ShardSet
+from ..common import identity
 from ..errors import UserError
-from ..moe.parallel import block
+from ..moe.expert_parallel.group import block
 from . import names
 from .source import Parameters, Source
 

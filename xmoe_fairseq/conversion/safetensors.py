@@ -17,9 +17,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ..common.files import check_regular
+from ..common.schema import parse_json
 from ..errors import UserError
-from ..files import check_regular
-from ..schema import parse_json
 
 _TYPES = {
     "F64": torch.float64,

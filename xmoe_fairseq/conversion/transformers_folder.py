@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoints import reading
+from ..common.schema import read_json
 from ..errors import UserError
-from ..schema import read_json
 from . import names, safetensors
 from .source import Parameters, Source, words
 from .transformers_vocabulary import read_vocabulary

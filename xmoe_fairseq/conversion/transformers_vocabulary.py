@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..common.schema import read_json
 from ..errors import UserError
-from ..schema import read_json
 from ..subword import Subword
 from .source import SPECIAL, Vocabulary
 

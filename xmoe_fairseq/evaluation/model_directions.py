@@ -11,12 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import identity
 from ..checkpoints import options, reading
-from ..directions import TRAINED, Direction, is_english, read_direction, readings
+from ..common import identity
+from ..common.directions import TRAINED, Direction, is_english, read_direction, readings
+from ..common.files import is_there
 from ..errors import UserError
-from ..files import is_there
-from .outputs import read_lines
+from .generate_output import read_lines
 
 ZERO_SHOT = "zero-shot"
 # What a set is called in the names of its files; fairseq numbers further ones.

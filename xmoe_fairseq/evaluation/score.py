@@ -18,11 +18,11 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
 from sacrebleu.utils import SACREBLEU_DIR
 
-from ..arguments import CommandParser, file_path
+from ..commands.options import CommandParser, file_path
+from ..common.schema import json_text
 from ..errors import UserError, printable
-from ..schema import json_text
 from .bootstrap import corpus_score, sentence_statistics
-from .outputs import GENERATE_FILE, read_hypotheses, read_lines, write_lines
+from .generate_output import GENERATE_FILE, read_hypotheses, read_lines, write_lines
 
 # BLEU needs words. sacreBLEU has word segmenters for three languages written without spaces; two of them need MeCab
 # (pip install sacrebleu[ja,ko]) and give way to characters where that is not installed. The other such languages are

@@ -13,32 +13,25 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
-from .. import schema
-from ..benchmarks import BENCHMARKS, Benchmark
 from ..checkpoints.shards import fingerprint
 from ..checkpoints.summary import summarize
-from ..directions import Direction
+from ..common import schema
+from ..common.directions import Direction
+from ..common.files import is_there
 from ..errors import UserError
-from ..files import is_there
+from ..mt_benchmarks import BENCHMARKS, Benchmark
+from ..render.score_tables import render_markdown, render_tsv
+from ..results.folder import SCORES, ResultFolder, read_json
+from ..results.scores import Row, Scores, average, score_lines, words_per_second
+from ..results.versions import read_versions
 from ..tasks.data_folder import read_groups
-from .decoding import Decoding, Translated, Translator
-from .language import MISSING, LanguageDetector, find_detector
+from .decode import Decoding, Translated, Translator
+from .generate_output import check_no_folders, count_too_long, find_raw, generate_file, read_lines, replacing_all
+from .language_id import MISSING, LanguageDetector, find_detector
 from .model_directions import choose_directions, group_of, has_set, known_direction, known_pairs, pivot_of
-from .outputs import (
-    check_no_folders,
-    count_too_long,
-    find_raw,
-    generate_file,
-    read_lines,
-    replacing_all,
-)
-from .result_folder import SCORES, ResultFolder, read_json
+from .routing_usage import LayerUsage, add_up
 from .score import build_metric
-from .score_page import render_markdown, render_tsv
-from .scores import Row, Scores, average, score_lines, words_per_second
 from .test_sets import check_binarised, check_made_alike, read_generated, texts_checksum
-from .usage import LayerUsage, add_up
-from .versions import read_versions
 
 
 @dataclass(frozen=True)

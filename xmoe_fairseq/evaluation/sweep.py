@@ -9,9 +9,9 @@ from decimal import Decimal
 from typing import Any
 
 from ..errors import UserError
+from ..render.tables import NONE, code, markdown, number, percent, plain, short, tsv
+from ..results.scores import Scores
 from .score import METRICS
-from .scores import Scores
-from .tables import NONE, code, markdown, number, percent, plain, short, tsv
 
 
 @dataclass(frozen=True)

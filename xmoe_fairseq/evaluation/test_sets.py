@@ -13,15 +13,15 @@ from pathlib import Path
 
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 
-from .. import schema
 from ..checkpoints.shards import fingerprint
-from ..directions import Direction
+from ..common import schema
+from ..common.directions import Direction
+from ..common.files import is_there
+from ..common.identity import checksum
 from ..errors import UserError
-from ..files import is_there
-from ..identity import checksum
 from ..subword import Subword
 from ..tasks.data_folder import check_split
-from .outputs import read_hypotheses, read_lines
+from .generate_output import read_hypotheses, read_lines
 
 logger = logging.getLogger(__name__)
 

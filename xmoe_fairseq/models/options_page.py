@@ -14,11 +14,11 @@ from typing import Any
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterionConfig
 from omegaconf import MISSING
 
-from ..config import FlatTransformerConfig, MoETransformerConfig
 from ..criterions.threshold_routing import ThresholdRoutingCrossEntropyConfig
 from ..moe import ROUTERS, Router, RouterOptions
-from ..moe.router_options import declared
+from ..moe.routing.options import declared
 from ..tasks.multilingual import MultilingualConfig, StockOptions
+from .config import FlatTransformerConfig, MoETransformerConfig
 
 INTRODUCTION = """# Options
 

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..architectures import build_on_meta
-from ..arguments import CommandParser, quiet_libraries
+from ..commands.info import model_flops
+from ..commands.options import CommandParser, quiet_libraries
+from ..commands.study import add_study_options, read_study
 from ..evaluation.compare import mean_of_draws
-from ..evaluation.decoding import Decoding
-from ..evaluation.result_folder import ResultFolder, read_texts, write_json
+from ..evaluation.decode import Decoding
+from ..evaluation.routing_usage import LayerUsage, add_up
 from ..evaluation.score_job import ScoreJob
 from ..evaluation.sweep import choose, make_point, read_thresholds
-from ..evaluation.usage import LayerUsage, add_up
-from ..evaluation.versions import read_versions
-from ..info import model_flops
+from ..models.architectures import build_on_meta
 from ..moe.flops import expert_sites
-from ..report.logs import Values, read_training
-from .command import add_study_options, read_study
+from ..results.folder import ResultFolder, read_texts, write_json
+from ..results.training_log import Values, read_training
+from ..results.versions import read_versions
 from .plan import SweepPlan
 from .runs import Run
 

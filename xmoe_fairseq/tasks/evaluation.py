@@ -25,9 +25,9 @@ from fairseq import utils
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from fairseq.distributed import utils as distributed
 
-from ..directions import Direction
+from ..common.directions import Direction
+from ..distributed.lockstep_search import in_step
 from ..errors import UserError
-from ..processes.in_step import in_step
 from ..subword import SentencepieceBytes
 from .data_manager import split_name
 
