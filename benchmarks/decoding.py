@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 
 from programs import MODELS, call, command, demo_data, flops, model_options, vocabulary
-from rows import Row, finish, parser, ratio
+from rows import Row, finish, parser, ratio, write
 from tqdm import tqdm
-from turns import take_turns
+from turns import Turns, take_turns
 
 from xmoe_fairseq.evaluation.usage import measure
 
@@ -65,6 +65,18 @@ def work(name: str, checkpoint: Path, data: Path, args: Namespace) -> float:
     return flops(name, args, vocabulary(data), means)
 
 
+def rows_of(turns: Turns, per_token: dict[str, float]) -> list[Row]:
+    """Compares the models with the dense one, after any number of turns; a token takes so many operations."""
+    seconds = {name: [taken for taken, _ in turn] for name, turn in turns.items()}
+    rows = []
+    for name in MODELS:
+        share = per_token[name] / per_token["dense"]
+        if name != "dense":
+            label = f"decoding, {name}, sentences/s at equal active work ({share:.2f} of dense)"
+            rows.append(ratio(label, [share * dense for dense in seconds["dense"]], seconds[name], ">= 0.8"))
+    return rows
+
+
 def main() -> None:
     """Measures, prints and writes."""
     options = parser("fairseq-generate, sentences a second against the dense model of equal active work")
@@ -75,22 +87,21 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=20, help="batches of each model")
     args = options.parse_args()
     data = demo_data(args)
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         make = partial(make_checkpoint, data=data, args=args, folder=Path(folder))
         with ThreadPoolExecutor(2) as pool:
             paths = dict(zip(MODELS, tqdm(pool.map(make, MODELS), total=len(MODELS), unit="model"), strict=True))
         per_token = {name: work(name, path, data, args) for name, path in paths.items()}
         commands = {name: translate(path, data, args) for name, path in paths.items()}
-        turns = take_turns(commands, '"wps"', WARM, 4 if args.quick else args.rounds)
-    seconds = {name: [taken for taken, _ in turn] for name, turn in turns.items()}
-    for name, taken in seconds.items():
-        share = per_token[name] / per_token["dense"]
-        print(f"{name}: {args.batch_size * len(taken) / sum(taken):.2f} sentences/s", file=sys.stderr)
-        if name != "dense":
-            label = f"decoding, {name}, sentences/s at equal active work ({share:.2f} of dense)"
-            rows.append(ratio(label, [share * dense for dense in seconds["dense"]], taken, ">= 0.8"))
-    finish(rows, args)
+
+        def keep(turns: Turns) -> None:
+            write(rows_of(turns, per_token), args)  # what ends this program early leaves what was measured
+
+        turns = take_turns(commands, '"wps"', WARM, 4 if args.quick else args.rounds, keep)
+    for name, turn in turns.items():
+        seconds = sum(taken for taken, _ in turn)
+        print(f"{name}: {args.batch_size * len(turn) / seconds:.2f} sentences/s", file=sys.stderr)
+    finish(rows_of(turns, per_token), args)
 
 
 if __name__ == "__main__":

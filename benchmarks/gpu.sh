@@ -1,13 +1,23 @@
 #!/usr/bin/env bash
-# What is to be seen on a GPU, for a machine that is lent for minutes: one command, a time limit, and what is finished by
-# then is kept.
+# All that is to be seen on a GPU, for a machine that is lent for minutes. Each part has its own time limit, writes its
+# results as it goes, and stops no other by failing.
 #
-#   bash benchmarks/gpu.sh OUT study      trains and measures the models of configs/study/rows.yaml, many at a time
+#   bash benchmarks/gpu.sh OUT [PART...] [--device cuda|cpu] [--quick]
 #
-#   OUT      folder for results; study.tar.gz holds the small results of all finished runs
-#   LIMIT    seconds after which it ends (default: 400)
-#   DATA     prepared text (default: runs/study/data), from data_prep/prepare.sh
-#   WHEELS   folder of wheels to install first, without a network (default: none); see below
+#   tests      what only a GPU can show: tests/unit/test_gpu.py and the programs of routing, compiled
+#   study      trains and measures models of configs/study/rows.yaml, many at a time, those without results first
+#   layer      the layer beside the dense one: benchmarks/moe_layer.py
+#   programs   fairseq-train at 8,192 and 32,768 tokens a batch, and fairseq-generate, beside the dense model
+#   peers      other packages' layers, where they are installed
+#
+#   OUT        folder for results: parts.jsonl has a line for each part that ended, PART.log what it said, *.json its
+#              rows; study.tar.gz holds the small results of all finished runs
+#   PART       default: all, in this order
+#   --device   cpu tries the script without a GPU (default: cuda)
+#   --quick    the smallest sizes
+#   LIMIT      seconds after which all ends (default: 480); LIMIT_TESTS, LIMIT_STUDY, ... that of a part
+#   DATA       prepared text of the study (default: runs/study/data), from data_prep/prepare.sh
+#   WHEELS     folder of wheels to install first, without a network (default: none); see below
 #   MODELS, SEEDS, JOBS, UPDATES, TRAIN   as for scripts/study.sh (defaults: all, "1 2 3", 12, 2500 and larger batches)
 #
 # It takes the Python that it finds, with its torch; a machine with neither network nor fairseq needs the wheels of
@@ -16,36 +26,141 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-[[ $# -eq 2 && $2 == study ]] || {
-    echo "gpu.sh: error: give a folder and what to do: bash benchmarks/gpu.sh OUT study" >&2
-    exit 2
+all=(tests study layer programs peers)
+fail() {
+    echo "gpu.sh: error: $1" >&2
+    exit "${2:-2}"
 }
-out=$(mkdir -p "$1" && cd "$1" && pwd)
+folder="" device=cuda quick=() parts=()
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --device) device=${2:-} && shift ;;
+        --quick) quick=(--quick) ;;
+        *) if [[ -z $folder ]]; then folder=$1; else parts+=("$1"); fi ;;
+    esac
+    shift || true
+done
+[[ -n $folder ]] || fail "give a folder, and parts if not all: bash benchmarks/gpu.sh OUT [${all[*]}]"
+[[ $device == cuda || $device == cpu ]] || fail "--device $device is unknown: choose cuda or cpu"
+for part in "${parts[@]}"; do
+    [[ " ${all[*]} " == *" $part "* ]] || fail "there is no part $part: choose of ${all[*]}"
+done
+[[ ${#parts[@]} -gt 0 ]] || parts=("${all[@]}")
+out=$(mkdir -p "$folder" && cd "$folder" && pwd)
 python=${PYTHON:-python3}
-models=${MODELS:-}
-seeds=${SEEDS:-1 2 3}
-data=${DATA:-runs/study/data}
-[[ -d $data/bin ]] || {
-    echo "gpu.sh: error: there is no prepared text in $data: make it with data_prep/prepare.sh, or set DATA" >&2
-    exit 1
-}
+small=${quick[0]:-}
 
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+work=$(mktemp -d)
+trap 'rm -rf "$work" "$out/.site"' EXIT
 if [[ -n ${WHEELS:-} ]]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$out/.site" "$WHEELS"/*.whl
     export PYTHONPATH=$PYTHONPATH:$out/.site
 fi
+"$python" - "$device" <<'PYTHON' || exit 1
+import sys
+import torch
 
-work=$(mktemp -d)
-trap 'rm -rf "$work" "$out/.site"' EXIT
-# At the limit the whole group of processes ends; each run wrote its result as it ended.
-# The models are so small that a GPU has room for many; each process keeps its own share of the processor.
-timeout --kill-after=10 "${LIMIT:-400}" "$python" -m xmoe_fairseq study --data "$data" \
-    --out "$work/runs" --results "$work/results" --models "${models// /,}" --seeds "${seeds// /,}" \
-    --jobs "${JOBS:-12}" --updates "${UPDATES:-2500}" --train="${TRAIN---max-tokens 5000 --lr 0.006}" || code=$?
-# The time limit is no failure: what is finished counts.
-[[ ${code:-0} -eq 0 || ${code:-0} -eq 124 ]] || echo "gpu.sh: error: the study ended with code $code" >&2
-tar -C "$work" -czf "$out/study.tar.gz.tmp" results
-mv "$out/study.tar.gz.tmp" "$out/study.tar.gz"
-echo "written: $out/study.tar.gz with $(find "$work/results" -name '*-[0-9]*.json' | wc -l) runs"
-[[ ${code:-0} -eq 0 || ${code:-0} -eq 124 ]] || exit "$code"
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit("gpu.sh: error: torch sees no GPU here: try the script with --device cpu")
+try:
+    from triton import __version__ as triton
+except ImportError:
+    triton = "none"
+if sys.argv[1] == "cuda":
+    one = torch.cuda.get_device_properties(0)
+    print(f"GPU: {one.name}, {one.total_memory / 2**30:.0f} GiB, {torch.cuda.device_count()} of them")
+else:
+    print("GPU: none is used, for --device cpu")
+print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton}", flush=True)
+PYTHON
+
+measure() { # FILE SCRIPT OPTIONS...: its rows go into OUT/FILE.json
+    "$python" "benchmarks/$2.py" --device "$device" "${quick[@]}" --json "$out/$1.json" "${@:3}"
+}
+
+run_tests() {
+    local files=(tests/unit/test_gpu.py tests/unit/test_device_routing.py tests/unit/test_launches.py) marker=""
+    [[ $device == cuda ]] || marker="not gpu"
+    [[ -z $small ]] || files=(tests/unit/test_launches.py)
+    "$python" -m pytest -q -p no:cacheprovider -m "$marker" --junitxml "$out/tests.xml" "${files[@]}"
+}
+
+# The rows of the study that have no result in docs/results.
+missing_rows() {
+    "$python" - <<'PYTHON'
+from pathlib import Path
+
+from xmoe_fairseq.study.plan import read_plan
+
+names = [row.name for row in read_plan(Path("configs/study/rows.yaml")).rows]
+print(",".join(name for name in names if not any(Path("docs/results").glob(f"{name}-[0-9]*.json"))))
+PYTHON
+}
+
+run_study() {
+    local data=${DATA:-runs/study/data} seeds=${SEEDS:-1 2 3} jobs=${JOBS:-12} code=0
+    local updates=${UPDATES:-2500} train=${TRAIN---max-tokens 5000 --lr 0.006}
+    [[ -d $data/bin ]] || fail "there is no prepared text in $data: make it with data_prep/prepare.sh, or set DATA" 1
+    # All of them come after those that are missing.
+    local groups=("$(missing_rows)" "")
+    [[ -z ${MODELS:-} ]] || groups=("${MODELS// /,}")
+    [[ -z $small ]] || groups=(dense) seeds=1 jobs=1 updates=2 train="--max-tokens 500"
+    # The models are so small that a GPU has room for many; each process keeps its own share of the processor.
+    for names in "${groups[@]}"; do
+        "$python" -m xmoe_fairseq study --data "$data" --out "$work/runs" --results "$work/results" \
+            --models "$names" --seeds "${seeds// /,}" --jobs "$jobs" --updates "$updates" --train="$train" || code=$?
+    done
+    return "$code"
+}
+
+# Runs that ended wrote their results, whether or not the part came to its end.
+keep_study() {
+    [[ -d $work/results ]] || return 0
+    tar -C "$work" -czf "$out/study.tar.gz.tmp" results
+    mv "$out/study.tar.gz.tmp" "$out/study.tar.gz"
+    echo "written: $out/study.tar.gz with $(find "$work/results" -name '*-[0-9]*.json' | wc -l) runs"
+}
+
+run_layer() {
+    measure layer moe_layer --only training forward threshold split strata router memory growth
+}
+
+run_programs() {
+    local code=0
+    for tokens in 8192 32768; do
+        measure "training-$tokens" training --max-tokens "$tokens" || code=$?
+    done
+    measure decoding decoding || code=$?
+    return "$code"
+}
+
+run_peers() {
+    measure peers moe_layer --only peers
+}
+
+export -f fail measure missing_rows run_tests run_study run_layer run_programs run_peers
+export out device python small work
+declare -A limits=([tests]=90 [study]=300 [layer]=120 [programs]=180 [peers]=60)
+begin=$SECONDS failed=()
+for part in "${parts[@]}"; do
+    own=LIMIT_${part^^}
+    limit=${!own:-${limits[$part]}} left=$((${LIMIT:-480} - (SECONDS - begin))) start=$SECONDS code=0
+    [[ $limit -le $left ]] || limit=$left
+    if [[ $limit -le 0 ]]; then
+        echo "$part: no time is left"
+        code=124
+    else
+        echo "$part: at most $limit s"
+        # A group of processes of its own, all of which end at the limit; arrays are not exported.
+        timeout --kill-after=10 "$limit" bash -euo pipefail -c "quick=(${quick[*]}); run_$part" |& tee "$out/$part.log" ||
+            code=$?
+        [[ $((SECONDS - start)) -lt $limit ]] || code=124
+    fi
+    [[ $part != study ]] || keep_study
+    echo "{\"part\": \"$part\", \"device\": \"$device\", \"code\": $code, \"seconds\": $((SECONDS - start))}" >>"$out/parts.jsonl"
+    # A time limit is no failure: what is finished counts.
+    [[ $code -eq 0 || $code -eq 124 ]] || failed+=("$part")
+    echo "$part: code $code after $((SECONDS - start)) s"
+done
+[[ ${#failed[@]} -eq 0 ]] || fail "these parts failed, see their logs in $out: ${failed[*]}" 1

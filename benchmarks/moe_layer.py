@@ -16,8 +16,16 @@ from pathlib import Path
 
 import torch
 from cases import DIM, EXPERTS, HIDDEN, MEAN, Case, dense, graph, inference, make_case, training
-from peers import RELEASED, fairscale_top2, one_hot, padded_loop, released_xmoe, transformers_nllb
-from rows import Row, finish, parser, ratio, seconds
+from peers import (
+    RELEASED,
+    fairscale_top2,
+    one_hot,
+    padded_loop,
+    released_xmoe,
+    transformers_grouped,
+    transformers_nllb,
+)
+from rows import Row, finish, parser, ratio, seconds, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -82,13 +90,15 @@ class Benchmark:
         return self.compare(name, over, under, goal, scale, launched=launched)
 
     def training(self) -> Iterator[Row]:
+        # On a GPU as a CUDA graph, and as launched.
         sizes = {"cpu": [self.tokens], "cuda": [16384, 65536]}[self.device]
-        goals = {"cpu": ("<= 1.15", "<= 1.2"), "cuda": ("<= 1.25", "<= 1.25")}[self.device]
+        on_gpu = {16384: ("<= 1.3", "<= 1.6"), 65536: ("<= 1.2", "<= 1.3")}
         for tokens in sizes:
-            for name, skew, goal in (("balanced", 0.0, goals[0]), ("skewed", 10.0, goals[1])):
+            for name, skew, on_cpu in (("balanced", 0.0, "<= 1.15"), ("skewed", 10.0, "<= 1.2")):
                 label, case = f"forward + backward, T {tokens}, {name}", self.make(tokens, skew=skew)
-                for launched in (False, True) if self.device == "cuda" else (False,):
-                    yield self.against_dense(label, case, goal, launched=launched)
+                goals = on_gpu[tokens] if self.device == "cuda" else (on_cpu,)
+                for launched, goal in enumerate(goals):
+                    yield self.against_dense(label, case, goal, launched=bool(launched))
 
     def forward(self) -> Iterator[Row]:
         for name, skew in (("balanced", 0.0), ("skewed", 10.0)):
@@ -173,22 +183,28 @@ class Benchmark:
         yield self.compare(label, route, whole, "<= 0.1")
 
     def peers(self) -> Iterator[Row]:
-        case = self.make(self.tokens)
+        # The one-hot tensors of more tokens do not fit a GPU.
+        case = self.make(16384 if self.device == "cuda" else self.tokens)
         ours = training(lambda x: output(case.layer, x), case.layer, case.x)
         for name, make, goal in (
             ("released XMoE code", partial(released_xmoe, clone=self.released), ">= 2"),
             ("released XMoE's method in our words (padded loop, drops)", padded_loop, ">= 2"),
             ("one-hot einsum", one_hot, ">= 4"),
             ("fairscale MOELayer, top-2", fairscale_top2, ">= 1"),
+            ("transformers grouped_mm experts, top-2", transformers_grouped, ">= 1"),
             ("transformers NLLB-MoE block, top-2", transformers_nllb, ">= 1"),
         ):
-            run = make(case.layer, case.x)
-            if run is None:
-                print(f"{name}: not installed, or no folder is given: no row", file=sys.stderr)
-                continue
-            module = nn.ModuleList([run.module, case.layer])  # type: ignore[attr-defined]
-            theirs = training(run, module, case.x)
-            yield self.compare(f"{name}, its time over ours", theirs, ours, goal, most_rounds=3, launched=True)
+            try:
+                run = make(case.layer, case.x)
+                if run is None:
+                    tqdm.write(f"{name}: not installed, or no folder is given: no row", file=sys.stderr)
+                    continue
+                module = nn.ModuleList([run.module, case.layer])  # type: ignore[attr-defined]
+                theirs = training(run, module, case.x)
+                yield self.compare(f"{name}, its time over ours", theirs, ours, goal, most_rounds=3, launched=True)
+            # Another package may fail in any way; the next one is measured all the same.
+            except Exception as error:
+                tqdm.write(f"{name}: fails, no row: {type(error).__name__}: {error}", file=sys.stderr)
 
     def memory(self) -> Iterator[Row]:
         peaks = {}
@@ -254,7 +270,11 @@ def main() -> None:
         print(peak(benchmark, args.peak))
         return
     parts = args.only or [part for part in PARTS if part != "decoding" or args.device == "cpu"]
-    finish(list(benchmark.measure(parts)), args)
+    rows: list[Row] = []
+    for row in benchmark.measure(parts):
+        rows.append(row)
+        write(rows, args)  # what ends this program early leaves what was measured
+    finish(rows, args)
 
 
 if __name__ == "__main__":

@@ -115,13 +115,50 @@ def fairscale_top2(layer: MoELayer, x: Tensor) -> Run | None:
     return run
 
 
-def transformers_nllb(layer: MoELayer, x: Tensor) -> Run | None:
-    """transformers' NLLB-MoE block, top-2; None where it is not installed."""
+def _has_transformers(module: str) -> bool:
     if importlib.util.find_spec("transformers") is None:
-        return None
+        return False
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # transformers would import fairseq's torchaudio, which does not load beside every torch.
     sys.modules.setdefault("torchaudio", None)  # type: ignore[arg-type]
+    return importlib.util.find_spec(f"transformers.{module}") is not None
+
+
+def transformers_grouped(layer: MoELayer, x: Tensor) -> Run | None:
+    """transformers' experts by grouped products, of the same weights, behind a plain top-2 softmax router.
+
+    None where transformers 5 is not installed.
+    """
+    if not _has_transformers("integrations.moe"):
+        return None
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    module = nn.Module()
+    for name, value in (
+        ("up_proj", layer.experts.fc1_weight),
+        ("up_proj_bias", layer.experts.fc1_bias),
+        ("down_proj", layer.experts.fc2_weight.transpose(1, 2).contiguous()),
+        ("down_proj_bias", layer.experts.fc2_bias),
+        ("router", layer.router.weight),
+    ):
+        module.register_parameter(name, nn.Parameter(value.detach().clone()))
+    # What its experts without a gate say of themselves.
+    module.num_experts, module.act_fn = len(module.up_proj), F.relu
+    module.has_gate, module.has_bias, module.is_transposed, module._is_expert_parallel = False, True, False, False
+
+    def run(x: Tensor) -> Tensor:
+        probs = torch.softmax(F.linear(x, module.router).float(), dim=-1)
+        weights, experts = probs.topk(2)
+        return grouped_mm_experts_forward(module, x, experts, weights.to(x.dtype))
+
+    run.module = module  # type: ignore[attr-defined]
+    return run
+
+
+def transformers_nllb(layer: MoELayer, x: Tensor) -> Run | None:
+    """transformers' NLLB-MoE block, top-2; None where it is not installed."""
+    if not _has_transformers("models.nllb_moe"):
+        return None
     from transformers import NllbMoeConfig
     from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 

@@ -61,14 +61,20 @@ def output_file(name: str) -> Path:
 
 def finish(rows: Sequence[Row], args: argparse.Namespace) -> None:
     """Prints the rows as a Markdown table and writes them to ``--json``; goals are those of the full sizes."""
-    if args.quick:
-        rows = [replace(row, goal="") for row in rows]
+    rows = write(rows, args)
     print(f"\n{machine(args.device)}\n\n| case | ratio | quartiles | goal | met |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {row.case} | {row.ratio:.2f} | {row.low:.2f}-{row.high:.2f} | {row.goal} | {row.met} |")
+
+
+def write(rows: Sequence[Row], args: argparse.Namespace) -> Sequence[Row]:
+    """Writes what there is so far to ``--json``, and gives the rows as they are shown."""
+    if args.quick:
+        rows = [replace(row, goal="") for row in rows]
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
 
 
 def machine(device: str) -> str:

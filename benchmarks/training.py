@@ -16,8 +16,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from programs import MODELS, command, demo_data, flops, model_options, vocabulary
-from rows import Row, finish, parser, ratio
-from turns import take_turns
+from rows import Row, finish, parser, ratio, write
+from turns import Turns, take_turns
 
 # The learning rate is next to nothing, so that what a token takes does not change while it is measured.
 TRAIN = (
@@ -50,6 +50,31 @@ def work(name: str, args: Namespace, vocab: int, log: list[dict[str, float]]) ->
     return flops(name, args, vocab, taken)
 
 
+def rows_of(turns: Turns, args: Namespace, vocab: int) -> list[Row]:
+    """Compares the models with the dense one, after any number of turns."""
+    goal = ">= 0.85" if args.device == "cuda" else ">= 0.9"
+    seconds = {name: [taken for taken, _ in turn] for name, turn in turns.items()}
+    logs = {name: [logged(line) for _, line in turn] for name, turn in turns.items()}
+    per_token = {name: work(name, args, vocab, log) for name, log in logs.items()}
+    rows = []
+    for name in MODELS:
+        share = per_token[name] / per_token["dense"]
+        if name != "dense":
+            label = f"training, {name}, words/s at equal active work ({share:.2f} of dense)"
+            rows.append(ratio(label, [share * taken for taken in seconds["dense"]], seconds[name], goal))
+    return rows
+
+
+def say_speeds(turns: Turns, args: Namespace) -> None:
+    """Prints every model's words a second, and how many experts its tokens took."""
+    for name, turn in turns.items():
+        log = [logged(line) for _, line in turn]
+        words = INTERVAL[args.device] * sum(line["wpb"] for line in log)
+        experts = [log[0].get(key) for key in ("enc_experts", "dec_experts")]
+        speed = words / sum(taken for taken, _ in turn)
+        print(f"{name}: {speed:.0f} words/s, experts per token {experts}", file=sys.stderr)
+
+
 def main() -> None:
     """Measures, prints and writes."""
     options = parser("fairseq-train, words a second against the dense model of equal active work")
@@ -59,25 +84,14 @@ def main() -> None:
     args = options.parse_args()
     args.max_tokens = args.max_tokens or {"cpu": 4096, "cuda": 32768}[args.device]
     data = demo_data(args)
-    goal = ">= 0.85" if args.device == "cuda" else ">= 0.9"
-    commands = {name: train(name, data, args) for name in MODELS}
-    turns = take_turns(commands, '"num_updates"', WARM, 4 if args.quick else args.rounds)
-    seconds = {name: [taken for taken, _ in turn] for name, turn in turns.items()}
-    logs = {name: [logged(line) for _, line in turn] for name, turn in turns.items()}
-    per_token = {name: work(name, args, vocabulary(data), log) for name, log in logs.items()}
-    rows: list[Row] = []
-    for name in MODELS:
-        words = INTERVAL[args.device] * sum(line["wpb"] for line in logs[name])
-        share = per_token[name] / per_token["dense"]
-        experts = [logs[name][0].get(key) for key in ("enc_experts", "dec_experts")]
-        print(
-            f"{name}: {words / sum(seconds[name]):.0f} words/s, {share:.2f} of dense FLOPs, experts {experts}",
-            file=sys.stderr,
-        )
-        if name != "dense":
-            label = f"training, {name}, words/s at equal active work ({share:.2f} of dense)"
-            rows.append(ratio(label, [share * taken for taken in seconds["dense"]], seconds[name], goal))
-    finish(rows, args)
+    commands, vocab = {name: train(name, data, args) for name in MODELS}, vocabulary(data)
+
+    def keep(turns: Turns) -> None:
+        write(rows_of(turns, args, vocab), args)  # what ends this program early leaves what was measured
+
+    turns = take_turns(commands, '"num_updates"', WARM, 4 if args.quick else args.rounds, keep)
+    say_speeds(turns, args)
+    finish(rows_of(turns, args, vocab), args)
 
 
 if __name__ == "__main__":

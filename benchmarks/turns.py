@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from programs import ROOT, environment
@@ -54,9 +54,13 @@ class Program:
         hint = "if it had no more data, take fewer --rounds"
         raise SystemExit(f"{' '.join(self.words)} ended too early ({hint}):\n{''.join(self._said)}")
 
+    def kill(self) -> None:
+        """Ends it, without waiting for that."""
+        self._signal(signal.SIGKILL)
+
     def close(self) -> None:
         """Ends it."""
-        self._signal(signal.SIGKILL)
+        self.kill()
         self._process.communicate()
 
     def _signal(self, number: signal.Signals) -> None:
@@ -64,9 +68,17 @@ class Program:
             os.killpg(self._process.pid, number)
 
 
+# By name, the seconds of each turn and the line that ended it.
+Turns = dict[str, list[tuple[float, str]]]
+
+
 def take_turns(
-    commands: Mapping[str, Sequence[str]], mark: str, warm: int, rounds: int
-) -> dict[str, list[tuple[float, str]]]:
+    commands: Mapping[str, Sequence[str]],
+    mark: str,
+    warm: int,
+    rounds: int,
+    after: Callable[[Turns], None] = lambda taken: None,
+) -> Turns:
     """Runs programs that print a line with a mark again and again, each in turn until it has printed the next one.
 
     Args:
@@ -74,15 +86,21 @@ def take_turns(
         mark: part of the line that ends a turn.
         warm: turns that are left out, beside those in which the programs start, two at a time.
         rounds: turns that are measured.
-
-    Returns:
-        By name, the seconds of each turn and the line that ended it.
+        after: takes what there is after each round that is measured.
 
     Raises:
-        SystemExit: a program ends before its last turn.
+        SystemExit: a program ends before its last turn, or this one is told to end, as `timeout` does; none is left.
     """
     programs: dict[str, Program] = {}
-    taken: dict[str, list[tuple[float, str]]] = {name: [] for name in commands}
+
+    def end(number: int, frame: object) -> None:
+        # Threads may wait for their lines.
+        for program in programs.values():
+            program.kill()
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    taken: Turns = {name: [] for name in commands}
     try:
         for name, words in commands.items():
             programs[name] = Program(words)
@@ -94,7 +112,10 @@ def take_turns(
                 turn = program.until(mark)
                 if number >= warm:
                     taken[name].append(turn)
+            if number >= warm:
+                after(taken)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for program in programs.values():
             program.close()
     return taken

@@ -33,6 +33,9 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first: else one process is left with them at the end."""
     for item in items:
+        # As by -m slow, which replaces the "not gpu" of pyproject.toml.
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
         missing = MISSING_KERNELS & set(_words(item))
         if missing:
             item.add_marker(pytest.mark.skip(reason=f"torch {torch.__version__} has no {', '.join(missing)}"))

@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "checkpoints.command",
         "Says what a checkpoint holds; splits, joins, averages checkpoints; adds languages.",
     ),
+    "import": ("conversion.import_command", "Makes a checkpoint from an M2M-100 or NLLB-200 model of another toolkit."),
+    "export": ("conversion.export_command", "Makes a folder for transformers from a dense or GShard checkpoint."),
     "prepare": ("data_prep.prepare", "Prepares text: download, clean, vocabulary, binary files."),
     "translate": ("evaluation.translate", "Translates a test set in all directions of a model, or in some."),
     "score": ("evaluation.score_command", "Translates the test sets with a checkpoint and scores them."),

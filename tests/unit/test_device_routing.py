@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe import ROUTERS, Experts, RouterOptions, StratifiedMoE, routers
+from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, StratifiedMoE, precise, routers
 from xmoe_fairseq.moe.routing import RoutingPlan
 
 OPTIONS = {
@@ -28,9 +28,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def both(route: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """What a function gives with the programs, and without."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routers, "routes_on_device", lambda logits: True)
+        patch.setattr(routers, "routes_on_device", lambda *_: True)
         ours = route()
-        patch.setattr(routers, "routes_on_device", lambda logits: False)
+        patch.setattr(routers, "routes_on_device", lambda *_: False)
         return ours, route()
 
 
@@ -124,4 +124,34 @@ def test_strata_are_those_of_torch(kind: str) -> None:
         return [y.detach(), plan.passes, x.grad, *(p.grad for p in block.parameters())]
 
     for one, other in zip(*both(run), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["threshold", "gshard with capacity", "switch with capacity"])
+def test_a_layer_whose_router_multiplies_in_its_programs_function_is_that_of_torch(name: str, padded: bool) -> None:
+    """The way of bf16 on a GPU, in float32: the input's gradients by the experts and by the router meet there."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(50, 16, generator=generator).to(DEVICE)
+    padding = (torch.rand(50, generator=generator) < 0.3).to(DEVICE) if padded else None
+
+    def run(kernel: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        router = ROUTERS[name.split()[0]](16, 5, OPTIONS[name])
+        router.measures_entropy = True
+        layer, given_x = MoELayer(router, Experts(5, 16, 32, kernel=kernel)).to(DEVICE), x.clone().requires_grad_()
+        y, plan = layer(given_x, padding)
+        stats = plan.stats
+        (y.square().sum() + stats.balance_loss + stats.z_loss + stats.entropy_loss).backward()
+        assert given_x.grad is not None
+        return [y.detach(), given_x.grad, *(p.grad for p in layer.parameters()), stats.first_dropped, stats.top1_prob]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routers, "routes_on_device", lambda *_: False)
+        expected = run("loop")
+        patch.setattr(routers, "routes_on_device", lambda *_: True)
+        patch.setattr(routers, "is_precise", lambda x, weight: True)
+        patch.setattr(precise, "product", torch.mm)
+        ours = run("triton")
+    for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

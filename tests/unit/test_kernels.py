@@ -280,7 +280,7 @@ def test_weights_used_twice_get_one_summed_gradient() -> None:
     calls = [draw([4, 0, 2], 10), draw([0, 5, 1], 10)]
 
     def gradients(kernels: list[str]) -> tuple[Tensor, ...]:
-        held = ExpertWeights.of(*weights, Buffers())
+        held = ExpertWeights.of(*weights, Buffers()).shared()
         y = sum(KERNELS[kernel](x, pairs, held, F.relu) for kernel, pairs in zip(kernels, calls, strict=True))
         return torch.autograd.grad(y.square().sum(), weights)
 
@@ -310,7 +310,7 @@ def test_grouped_mm_says_where_torch_is_too_old(monkeypatch: pytest.MonkeyPatch)
 def test_a_graph_that_is_kept_gives_the_same_gradients_again(kernels: list[str]) -> None:
     torch.manual_seed(0)
     weights, x = make_weights(3, 8, 12), torch.randn(10, 8)
-    held, calls = ExpertWeights.of(*weights, Buffers()), [draw([4, 0, 2], 10), draw([0, 0, 1], 10)]
+    held, calls = ExpertWeights.of(*weights, Buffers()).shared(), [draw([4, 0, 2], 10), draw([0, 0, 1], 10)]
     y = sum(KERNELS[kernel](x, pairs, held, F.relu) for kernel, pairs in zip(kernels, calls, strict=True))
     loss = y.square().sum()
     first, second = (torch.autograd.grad(loss, weights, retain_graph=True) for _ in range(2))

@@ -116,7 +116,7 @@ def test_routers_that_only_set_limits_have_equal_plans_on_both_paths() -> None:
     plans = []
     for programs in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(routers, "routes_on_device", lambda _, programs=programs: programs)
+            patch.setattr(routers, "routes_on_device", lambda *_, programs=programs: programs)
             plans.append(router.plan(logits, torch.arange(40) > 35))
     ours, expected = plans
     for name in ("token", "group_sizes"):
@@ -126,7 +126,7 @@ def test_routers_that_only_set_limits_have_equal_plans_on_both_paths() -> None:
 
 
 def test_a_router_that_plans_by_itself_never_meets_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routers, "routes_on_device", lambda _: True)
+    monkeypatch.setattr(routers, "routes_on_device", lambda *_: True)
     monkeypatch.setattr(routers, "plan_on_device", None)
     assert int(make_layer().router(torch.randn(4, 6, dtype=torch.double)).stats.tokens) == 4
 

@@ -311,9 +311,10 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, words: tuple[str, str], me
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "give a folder and what to do: bash benchmarks/gpu.sh OUT study"),
-        (("out", "nothing"), "give a folder and what to do"),
-        (("out", "study"), "there is no prepared text in nowhere: make it with data_prep/prepare.sh, or set DATA"),
+        ((), "give a folder, and parts if not all: bash benchmarks/gpu.sh OUT [tests study layer programs peers]"),
+        (("out", "nothing"), "there is no part nothing: choose of tests study"),
+        (("out", "--device", "tpu"), "--device tpu is unknown: choose cuda or cpu"),
+        (("out", "study", "--device", "cpu"), "these parts failed"),
     ],
 )
 def test_the_script_for_gpus_refuses_in_one_line(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
@@ -324,6 +325,10 @@ def test_the_script_for_gpus_refuses_in_one_line(tmp_path: Path, words: tuple[st
     ]
     done = subprocess.run(script, env={**os.environ, "DATA": "nowhere"}, capture_output=True, text=True, check=False)
     assert done.returncode and done.stderr.count("\n") == 1 and message in done.stderr
+    if "study" in words:
+        assert "there is no prepared text in nowhere: make it with data_prep/prepare.sh, or set DATA" in done.stdout
+        assert done.stdout.startswith("GPU: none")
+        assert json.loads((tmp_path / "out" / "parts.jsonl").read_text())["code"] == 1
 
 
 def test_the_tables_of_the_documentation_are_the_studys() -> None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from programs import ROOT
 from turns import Program, take_turns
 
 # Says when it began and ended each piece of work, on the clock that all processes share, and then waits long enough to
@@ -46,3 +52,18 @@ def test_programs_are_ended() -> None:
     program.until("done")
     program.close()
     assert program._process.returncode == -9
+
+
+def test_none_is_left_where_the_measurement_is_told_to_end(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    waits = f"import os, time; open({str(told)!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(600)"
+    code = f"from turns import take_turns; take_turns({{'a': [{sys.executable!r}, '-c', {waits!r}]}}, 'done', 1, 1)"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    measurement = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    while not (told.is_file() and told.read_text().endswith(" ")):
+        assert measurement.poll() is None
+        time.sleep(0.05)
+    measurement.terminate()
+    assert measurement.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)

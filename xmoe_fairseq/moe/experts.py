@@ -232,7 +232,7 @@ class StackedExperts(ExpertSet):
         return load.sum() * self.hidden
 
     def forward(self, x: Tensor, pairs: Pairs, weights: StackedWeights | None = None) -> Tensor:
-        weights = weights or self.weights(x.device)
+        weights = weights or self._weights(x.device)
         x = x.to(weights.dtype)
         if self.group is None or self.group.size == 1:
             return self._compute(x, pairs, weights)
@@ -247,6 +247,10 @@ class StackedExperts(ExpertSet):
         return kernel.compute(x, pairs, weights, self.activation, dropout)
 
     def weights(self, device: torch.device) -> StackedWeights:
+        return self._weights(device).shared()
+
+    def _weights(self, device: torch.device) -> StackedWeights:
+        """Prepares the parameters for one use."""
         parts = {name: getattr(self, name) for name in self.names}
         if torch.is_autocast_enabled(device.type):
             # Autocast does not look into custom autograd functions.

@@ -43,6 +43,8 @@ class MoELayer(nn.Module):
         """
         rows = x.reshape(-1, x.shape[-1])
         plan = self.router(rows, flat(padding_mask), flat(tokens))
+        if plan.rows is not None:
+            rows = plan.rows
         y = self.regularizer(self.experts(rows, plan)).reshape(x.shape)
         return y, _with_hidden_units(plan, self.experts)
 

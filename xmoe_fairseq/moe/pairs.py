@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .places import Places
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -19,9 +21,11 @@ class Pairs:
         group_sizes: (E,) int64, pairs of each expert: the first ``group_sizes[0]`` pairs are
             expert 0's, and so on. Experts without tokens have 0.
         most_each: the most pairs of an expert, where that is known without looking at them.
+        places: where the kernel ``triton`` computes them, if the router has found that already.
     """
 
     token: Tensor
     weight: Tensor
     group_sizes: Tensor
     most_each: int | None = field(default=None, kw_only=True)
+    places: Places | None = field(default=None, kw_only=True)

@@ -165,15 +165,35 @@ class ProbabilityRouter(LinearRouter):
         """Says when a token takes no more experts."""
         raise NotImplementedError
 
+    @property
+    def by_limits(self) -> bool:
+        """Whether `limits` alone decide; else `choose` does, without Triton."""
+        return True
+
+    def choose(self, logits: Tensor) -> tuple[RankedProbs, Tensor]:
+        """Ranks the experts of logits (T, E), and says which ranks are taken; see `make_plan`."""
+        return choose(logits, self.limits())
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> RoutingPlan:
+        # A subclass may plan by logits in its own way.
+        plain = self.by_limits and type(self).plan is ProbabilityRouter.plan
+        if is_precise(x, self.weight) and plain and routes_on_device(x.device, self.num_experts):
+            return self._plan_on_device(x, self.weight, padding_mask)
+        return super().forward(x, padding_mask, tokens)
+
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
-        if not routes_on_device(logits):
-            return self._plan_of_ranks(*choose(logits, self.limits()), padding_mask)
-        tokens = len(logits)
+        on_device = logits.dtype == torch.float32 and routes_on_device(logits.device, self.num_experts)
+        if not (on_device and self.by_limits):
+            return self._plan_of_ranks(*self.choose(logits), padding_mask)
+        return self._plan_on_device(logits, None, padding_mask)
+
+    def _plan_on_device(self, x: Tensor, weight: Tensor | None, padding_mask: Tensor | None) -> RoutingPlan:
+        """Routes by logits (T, E), or by x (T, d) and the router's weight."""
         capacity: Tensor | int | None = None
         if self.limited:
-            capacity = self.room(tokens) if padding_mask is None else self.capacity((~padding_mask).sum())
+            capacity = self.room(len(x)) if padding_mask is None else self.capacity((~padding_mask).sum())
         return plan_on_device(
-            logits, self.limits(), padding_mask, capacity, self.normalize, *self._most(logits), self.measures_entropy
+            x, weight, self.limits(), padding_mask, capacity, self.normalize, *self._most(x), self.measures_entropy
         )
 
     def _plan_of_ranks(self, ranked: RankedProbs, chosen: Tensor, padding_mask: Tensor | None) -> RoutingPlan:
@@ -304,14 +324,17 @@ class GShardRouter(TopKRouter):
     def label(cls, options: RouterOptions) -> str:
         return "top 2 (GShard)"
 
-    def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
+    @property
+    def by_limits(self) -> bool:
         draws = self.training and self.options.second_expert == "sampling" and self.options.top_k > 1
-        if not draws:
-            return super().plan(logits, padding_mask)
-        ranked, chosen = choose(logits, self.limits())
+        return not draws
+
+    def choose(self, logits: Tensor) -> tuple[RankedProbs, Tensor]:
+        ranked, chosen = super().choose(logits)
+        if self.by_limits:
+            return ranked, chosen
         order = torch.cat([ranked.order[:, :1], _draw_second(ranked)], dim=-1)
-        drawn = RankedProbs(logits, ranked.probs, ranked.probs.detach().gather(1, order), order)
-        return self._plan_of_ranks(drawn, chosen, padding_mask)
+        return RankedProbs(logits, ranked.probs, ranked.probs.detach().gather(1, order), order), chosen
 
     def capacity(self, real: Tensor) -> Tensor:
         mean = (real.double() / self.num_experts).ceil()

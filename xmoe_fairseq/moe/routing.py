@@ -24,12 +24,15 @@ class RoutingPlan(Pairs):
         num_tokens: T, the rows of the layer's input, padding included.
         count: makes `stats`.
         trace: makes `token_routing`.
+        rows: (T, d), the layer's input as it comes from the router, so that its gradients meet there; None where the
+            experts take the input itself.
     """
 
     first: Tensor
     num_tokens: int
     count: Callable[[], RoutingStats]
     trace: Callable[[], TokenRouting]
+    rows: Tensor | None = None
 
     @cached_property
     def stats(self) -> RoutingStats:
@@ -116,7 +119,7 @@ def planned(
         num_tokens=len(ranked.logits),
         count=partial(_statistics, ranked, wanted, received, load, padding_mask, measures_entropy),
         most_each=most_each,
-        trace=partial(_token_routing, ranked, received, padding_mask),
+        trace=partial(token_routing, ranked, received, padding_mask),
     )
 
 
@@ -291,7 +294,8 @@ def _entropy_sum(ranked: RankedProbs, padding_mask: Tensor | None) -> Tensor:
     return (entropies if padding_mask is None else entropies.masked_fill(padding_mask, 0.0)).sum()
 
 
-def _token_routing(ranked: RankedProbs, received: Callable[[], Tensor], padding_mask: Tensor | None) -> TokenRouting:
+def token_routing(ranked: RankedProbs, received: Callable[[], Tensor], padding_mask: Tensor | None) -> TokenRouting:
+    """Tells what was done with each token; the arguments are those of `planned`."""
     keep = real_tokens(padding_mask, ranked.probs)
     return TokenRouting(
         taken=received().long(),

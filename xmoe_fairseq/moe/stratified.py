@@ -123,7 +123,8 @@ class StratifiedMoE(nn.Module):
                 entering, state = _Enter.apply(state, rows)
             normed = norm(entering)
             plan = router(normed, ~inside if rows is None else None, _select(ids, rows))
-            y = self._compute(normed, plan, sum(self.sizes[:number]), weights)
+            taken = normed if plan.rows is None else plan.rows
+            y = self._compute(taken, plan, sum(self.sizes[:number]), weights)
             plans.append(plan)
             entered.append(rows)
             residual = normed if self.exit_norm is not None and number > 0 else entering
@@ -146,7 +147,8 @@ class StratifiedMoE(nn.Module):
     def _compute(self, normed: Tensor, plan: RoutingPlan, hidden_experts: int, weights: Any) -> Tensor:
         """Runs the visible experts, those of earlier strata having no rows."""
         sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
-        pairs = Pairs(plan.token, plan.weight, sizes, most_each=plan.most_each)
+        places = plan.places and plan.places.after(hidden_experts)
+        pairs = Pairs(plan.token, plan.weight, sizes, most_each=plan.most_each, places=places)
         return self.regularizer(self.experts(normed, pairs, weights))
 
     def _statistics(self, plans: Sequence[RoutingPlan], keep: Tensor) -> RoutingStats:

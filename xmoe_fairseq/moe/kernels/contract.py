@@ -30,6 +30,10 @@ def aligned(x: Tensor, hidden: int) -> bool:
     return x.shape[-1] % 8 == 0 and hidden % 8 == 0
 
 
+# Of the tensors of feed-forward networks, in the order in which kernels take them.
+NAMES = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+
 class StackedWeights:
     """The stacked parameters of E networks of one kind.
 
@@ -42,6 +46,10 @@ class StackedWeights:
         self.network = network
         self.tensors = tensors
         self.dtype = next(iter(tensors.values())).dtype
+
+    def shared(self) -> StackedWeights:
+        """Gives the weights for several uses in one forward pass; without it they are for one."""
+        return self
 
     def of_each(self) -> Iterator[dict[str, Tensor]]:
         """Yields the tensors of each expert by name."""
@@ -57,7 +65,8 @@ class ExpertWeights(StackedWeights):
         fc1_bias: (E, h).
         fc2_weight: (E, h, d), so that a hidden unit is a row of both matrices.
         fc2_bias: (E, d).
-        gradients: where a kernel's backward pass may add the weights' gradients, instead of returning them.
+        gradients: where a kernel's backward pass may add the weights' gradients, before it returns
+            `WeightGradients.returned`.
     """
 
     def __init__(
@@ -80,12 +89,14 @@ class ExpertWeights(StackedWeights):
     def of(
         cls, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, buffers: Buffers
     ) -> ExpertWeights:
-        """Prepares parameters for one forward pass, in which they may be used several times."""
-        gradients = WeightGradients(buffers)
+        """Prepares parameters for one forward pass."""
+        return cls(fc1_weight, fc1_bias, fc2_weight, fc2_bias, WeightGradients(buffers))
+
+    def shared(self) -> ExpertWeights:
         if not torch.is_grad_enabled():
-            return cls(fc1_weight, fc1_bias, fc2_weight, fc2_bias, gradients)
-        parts = collect(gradients, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-        return cls(**parts, gradients=gradients)
+            return self
+        gradients = WeightGradients(self.gradients.buffers, collected=True)
+        return ExpertWeights(**collect(gradients, **self.tensors), gradients=gradients)
 
 
 class ExpertKernel(Protocol):

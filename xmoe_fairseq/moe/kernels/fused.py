@@ -4,8 +4,8 @@ What an expert has just made is still in the cache when it is needed. On a CPU e
 they leave are weighted and added up afterwards, token by token. Outputs are kept, beside the hidden units, for the
 gradient of the pairs' weights, ``d y / d weight = <grad, output>``.
 
-The weights' gradients do not go through autograd but into `WeightGradients`, which a call of
-`ExpertWeights.of` returns to it.
+The weights' gradients do not go through autograd but into `WeightGradients`, so that several uses of
+the weights have one sum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..pairs import Pairs
 from .activation import activate, activated
-from .contract import Activation, ExpertWeights, feed_forward, kernel
+from .contract import NAMES, Activation, ExpertWeights, feed_forward, kernel
 from .gradients import WeightGradients
 from .threads import side_by_side
 
@@ -151,4 +151,6 @@ class _Fused(torch.autograd.Function):
                 torch.mm(inner, to_inputs[expert], out=grad_inputs)
 
         side_by_side(work, sizes, x.device)
-        return None if grad_rows is None else ctx.sums(grad_rows), grad_share, *[None] * 9
+        named = dict(zip(NAMES, (fc1_weight, fc1_bias, fc2_weight, fc2_bias), strict=True))
+        grad_x = None if grad_rows is None else ctx.sums(grad_rows)
+        return grad_x, grad_share, *gradients.returned(named), *[None] * 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,10 +62,11 @@ class WeightGradients:
 
     Args:
         buffers: memory for the large ones.
+        collected: whether `collect` gives the sums to autograd; else the one use of the weights returns them.
     """
 
-    def __init__(self, buffers: Buffers) -> None:
-        self.buffers = buffers
+    def __init__(self, buffers: Buffers, collected: bool = False) -> None:
+        self.buffers, self.collected = buffers, collected
         self._sums: dict[str, tuple[Tensor, bytearray]] = {}
 
     def of(self, name: str, like: Tensor) -> StackedGradient:
@@ -90,6 +91,10 @@ class WeightGradients:
             self.of(name, like).fill()
         total = self._sums.pop(name)[0].view(like.shape)
         return total if brought is None else total.add_(brought)
+
+    def returned(self, weights: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+        """Gives what the backward pass of a use of the weights, by name, returns as their gradients."""
+        return tuple(None if self.collected else self.take(name, like, None) for name, like in weights.items())
 
     def _sum(self, name: str, like: Tensor) -> tuple[Tensor, bytearray]:
         if name not in self._sums:

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..pairs import Pairs
+from ..places import TILE, Places
 from .activation import RELU
-from .contract import Activation, ExpertWeights, aligned, feed_forward, kernel
+from .contract import NAMES, Activation, ExpertWeights, aligned, feed_forward, kernel
 from .gradients import WeightGradients
 
-# Rows of a tile; columns and depth, warps, stages of loading, and programs a processor of the products. Measured on an
-# H100, with two experts a token of 65536 tokens.
-_ROWS = 128
+# Columns and depth, warps, stages of loading, and programs a processor of the products. Measured on an H100, with two
+# experts a token of 65536 tokens.
 _PRODUCT = (128, 64, 4, 3, 2)
 _GRADIENT = (128, 256, 64, 8, 3)
 
@@ -66,8 +66,7 @@ def tiled(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activatio
         weights.fc1_bias,
         weights.fc2_weight,
         weights.fc2_bias,
-        pairs.token,
-        pairs.group_sizes,
+        pairs,
         weights.gradients,
     )
     return y
@@ -87,51 +86,51 @@ def _check(x: Tensor, weights: ExpertWeights) -> None:
         )
 
 
-class _Places:
-    """Where the pairs of a call are computed, as the programs need it; see `tiles`.
+def find_places(token: Tensor, group_sizes: Tensor, tokens: int) -> Places:
+    """Finds where pairs are computed, for a plan that does not tell.
 
     Args:
         token: (R,) int64.
         group_sizes: (E,) int64.
         tokens: T.
     """
+    from . import tiles
 
-    def __init__(self, token: Tensor, group_sizes: Tensor, tokens: int) -> None:
-        from . import tiles
+    experts = len(group_sizes)
+    places = Places.empty(len(token), experts, tokens, token)
+    schedule, count = (*places.tables, experts), len(places.tile_row)
+    tiles.schedule[(experts + 1,)](group_sizes, *schedule, power_of_two(experts), TILE)
+    counts = token.new_zeros(2 * tokens + 1, dtype=torch.int32)
+    tiles.count[(count,)](token, counts, *schedule, TILE)
+    torch.cumsum(counts[: tokens + 1], 0, dtype=torch.int32, out=places.offsets)
+    tiles.list_places[(count,)](token, places.offsets, counts[tokens + 1 :], places.of_token, *schedule, TILE)
+    return places
 
-        experts = len(group_sizes)
-        self.token, self.tokens, self.experts = token, tokens, experts
-        self.span = power_of_two(experts)
-        self.tiles = -(-len(token) // _ROWS) + experts
-        self.count = self.tiles * _ROWS
-        parts = (experts + 1, self.tiles, self.tiles, self.tiles)
-        numbers = token.new_empty(sum(parts), dtype=torch.int32)
-        self.tile_starts, self.tile_expert, self.tile_row, tile_end = numbers.split(parts)
-        self.schedule = (self.tile_starts, self.tile_expert, self.tile_row, tile_end, experts)
-        tiles.schedule[(experts + 1,)](group_sizes, *self.schedule, self.span, _ROWS)
-        counts = token.new_zeros(2 * tokens + 1, dtype=torch.int32)
-        tiles.count[(self.tiles,)](token, counts, *self.schedule, _ROWS)
-        self.offsets = counts[: tokens + 1].cumsum(0, dtype=torch.int32)
-        self.of_token = token.new_empty(len(token), dtype=torch.int32)
-        tiles.list_places[(self.tiles,)](
-            token, self.offsets, counts[tokens + 1 :], self.of_token, *self.schedule, _ROWS
-        )
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Copies each pair's token from x (T, d) to its place: (P, d)."""
-        from . import tiles
+class _Work:
+    """The programs of a call, started with what they need to know of its places; see `tiles`.
 
-        out = x.new_empty(self.count, x.shape[1])
-        columns = min(64, power_of_two(x.shape[1]))
-        grid = (self.tiles, -(-x.shape[1] // columns))
-        tiles.gather[grid](x, self.token, out, *self.schedule, x.shape[1], _ROWS, columns)
-        return out
+    Args:
+        token: (R,) int64.
+        places: of these pairs.
+    """
+
+    def __init__(self, token: Tensor, places: Places) -> None:
+        self.token, self.places = token, places
+        self.tokens = len(places.offsets) - 1
+        # E that have places, and the number of all.
+        held = len(places.tile_starts) - 1
+        self.experts = held + places.before
+        self.tiles = len(places.tile_row)
+        self.count = self.tiles * TILE
+        self.schedule = (*places.tables, held)
 
     def multiply(
         self,
         a: Tensor,
         w: Tensor,
         *,
+        gather: bool = False,
         transposed: bool = False,
         bias: Tensor | None = None,
         relu: bool = False,
@@ -141,8 +140,9 @@ class _Places:
         """Gives each place of ``a`` times its expert's matrix, (P, n); see `tiles.multiply`.
 
         Args:
-            a: (P, k).
+            a: (P, k), or where ``gather`` the tokens' rows, (T, k).
             w: (E, k, n), or (E, n, k) where ``transposed``.
+            gather: what ``a`` is.
             transposed: what ``w`` is.
             bias: (E, n) to add.
             relu: whether negative values become 0.
@@ -160,37 +160,51 @@ class _Places:
         block = [1, columns, depth] if transposed else [1, depth, columns]
         programs = min(self.tiles * -(-width // columns), programs * _processors(a.device))
         tiles.multiply[(programs,)](
-            TensorDescriptor.from_tensor(a, [_ROWS, depth]),
+            a if gather else TensorDescriptor.from_tensor(a, [TILE, depth]),
+            self.token,
             TensorDescriptor.from_tensor(_aligned(w), block),
             bias,
-            None if kept is None else TensorDescriptor.from_tensor(kept, [_ROWS, columns // 2]),
-            out, sums, self.tile_starts, self.tile_expert, self.experts, width, inner,
-            transposed, bias is not None, relu, kept is not None, sums is not None, True, _ROWS, columns, depth,
-            num_warps=warps, num_stages=stages,
+            None if kept is None else TensorDescriptor.from_tensor(kept, [TILE, columns // 2]),
+            out, sums, *self.schedule, self.places.before, width, inner,
+            gather, transposed, bias is not None, relu, kept is not None, sums is not None, not gather,
+            TILE, columns, depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out
 
-    def weight_gradient(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-        """Writes each expert's ``a^T b``, (E, m, n); see `tiles.weight_gradient`.
+    def weight_gradients(
+        self,
+        second: tuple[Tensor, Tensor, Tensor],
+        first: tuple[Tensor, Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor],
+        add: bool,
+    ) -> None:
+        """Writes the gradients of the experts' matrices and biases; see `tiles.weight_gradients`.
 
         Args:
-            a: (P, m).
-            b: (P, n).
-            out: (E, m, n).
+            second: what those of the second matrix and its bias are made of: (P, h), (P, d), and the sums (tiles, d) of
+                the latter.
+            first: what those of the first are made of: (P, h), the tokens' rows (T, d), and the sums (tiles, h) of the
+                former.
+            gradients: of the first matrix (E, h, d), its bias (E, h), the second (E, h, d), its bias (E, d).
             add: whether to add to what is there, else it is overwritten.
         """
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         from . import tiles
 
-        height, width = out.shape[1:]
+        weight1, bias1, weight2, bias2 = gradients
+        height, width = weight1.shape[1:]
         up, columns, depth, warps, stages = _GRADIENT
         up, columns = min(up, max(power_of_two(height), 16)), min(columns, max(power_of_two(width), 16))
-        grid = (self.experts * -(-height // up) * -(-width // columns),)
-        tiles.weight_gradient[grid](
-            TensorDescriptor.from_tensor(a, [depth, up]),
-            TensorDescriptor.from_tensor(b, [depth, columns]),
-            out, self.tile_starts, height, width, add, _ROWS, up, columns, depth, num_warps=warps, num_stages=stages,
+        hidden, outer, sums2 = second
+        inner, x, sums1 = first
+        grid = (2 * self.experts * -(-height // up) * -(-width // columns),)
+        tiles.weight_gradients[grid](
+            TensorDescriptor.from_tensor(hidden, [depth, up]), TensorDescriptor.from_tensor(outer, [depth, columns]),
+            sums2, weight2, bias2, TensorDescriptor.from_tensor(inner, [depth, up]), x, sums1, weight1, bias1,
+            self.token, self.places.tile_starts, self.places.tile_row, self.places.tile_end, self.places.before,
+            height, width, add, TILE, up, columns, depth,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
     def combine(self, values: Tensor, share: Tensor | None) -> Tensor:
@@ -201,8 +215,8 @@ class _Places:
         y = values.new_empty(self.tokens, dim)
         columns = min(power_of_two(dim), 1024)
         tiles.combine[(self.tokens, -(-dim // columns))](
-            values, share, self.offsets, self.of_token, self.tile_row, y, dim,
-            self.span, _ROWS, columns, share is not None,
+            values, share, self.places.offsets, self.places.of_token, self.places.tile_row, y, dim,
+            power_of_two(self.experts), TILE, columns, share is not None,
         )  # fmt: skip
         return y
 
@@ -210,23 +224,17 @@ class _Places:
         """The gradients of `combine`, (P, d) and (R,); overwrites ``sums`` (tiles, d) by those of the first."""
         from . import tiles
 
-        outer, grad_share = torch.empty_like(values), torch.zeros_like(share)
+        outer, grad_share = torch.empty_like(values), torch.empty_like(share)
         columns = min(64, power_of_two(values.shape[1]))
         tiles.spread[(self.tiles,)](
-            grad, self.token, values, share, outer, grad_share, sums, *self.schedule, values.shape[1], _ROWS, columns
-        )
+            grad, self.token, values, share, outer, grad_share, sums, *self.schedule,
+            self.places.offsets[self.tokens :], len(share), values.shape[1], TILE, columns,
+        )  # fmt: skip
         return outer, grad_share
 
     def sums(self, width: int) -> Tensor:
         """Makes room for the sums of the places of each tile."""
         return self.token.new_empty(self.tiles, width, dtype=torch.float32)
-
-    def add_up(self, sums: Tensor, out: Tensor, add: bool) -> None:
-        """Adds up sums (tiles, n) over the tiles of each expert, (E, n), and over what is there if ``add``."""
-        from . import tiles
-
-        width = out.shape[1]
-        tiles.add_up[(self.experts, -(-width // 256))](sums, out, self.tile_starts, width, add, 256)
 
 
 class _Tiled(torch.autograd.Function):
@@ -239,44 +247,39 @@ class _Tiled(torch.autograd.Function):
         fc1_bias: Tensor,
         fc2_weight: Tensor,
         fc2_bias: Tensor,
-        token: Tensor,
-        group_sizes: Tensor,
+        pairs: Pairs,
         gradients: WeightGradients,
     ) -> Tensor:
-        x, share, token, group_sizes = (part.contiguous() for part in (x, share, token, group_sizes))
+        x, share, token = (part.contiguous() for part in (x, share, pairs.token))
+        weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+        ctx.gradients = gradients
         if not len(token):
-            ctx.places = None
-            ctx.save_for_backward(x, share)
+            ctx.work = None
+            ctx.save_for_backward(x, share, *weights)
             return torch.zeros_like(x)
-        places = _Places(token, group_sizes, len(x))
-        gathered = places.gather(x)
-        hidden = places.multiply(gathered, fc1_weight, transposed=True, bias=fc1_bias, relu=True)
-        values = places.multiply(hidden, fc2_weight, bias=fc2_bias)
-        ctx.save_for_backward(gathered, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values)
-        ctx.places, ctx.gradients = places, gradients
-        return places.combine(values, share)
+        ctx.work = work = _Work(token, pairs.places or find_places(token, pairs.group_sizes.contiguous(), len(x)))
+        hidden = work.multiply(x, fc1_weight, gather=True, transposed=True, bias=fc1_bias, relu=True)
+        values = work.multiply(hidden, fc2_weight, bias=fc2_bias)
+        ctx.save_for_backward(x, share, *weights, hidden, values)
+        return work.combine(values, share)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.places is None:
-            x, share = ctx.saved_tensors
-            return torch.zeros_like(x), torch.zeros_like(share), *[None] * 7
-        gathered, share, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, values = ctx.saved_tensors
-        places: _Places = ctx.places
-        gradients: WeightGradients = ctx.gradients
-        sums = places.sums(values.shape[1])
-        outer, grad_share = places.spread(grads[0].contiguous(), values, share, sums)
-        places.add_up(sums, *gradients.whole("fc2_bias", fc2_bias))
-        places.weight_gradient(hidden, outer, *gradients.whole("fc2_weight", fc2_weight))
-        sums = places.sums(hidden.shape[1])
-        inner = places.multiply(outer, fc2_weight, transposed=True, kept=hidden, sums=sums)
-        places.add_up(sums, *gradients.whole("fc1_bias", fc1_bias))
-        places.weight_gradient(inner, gathered, *gradients.whole("fc1_weight", fc1_weight))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = places.combine(places.multiply(inner, fc1_weight), None)
-        return grad_x, grad_share, *[None] * 7
+        work, gradients = ctx.work, ctx.gradients
+        x, share, *weights = ctx.saved_tensors
+        named = dict(zip(NAMES, weights[:4], strict=True))
+        if work is None:
+            return torch.zeros_like(x), torch.zeros_like(share), *gradients.returned(named), None, None
+        fc1_weight, _, fc2_weight, _, hidden, values = weights
+        sums = work.sums(values.shape[1])
+        outer, grad_share = work.spread(grads[0].contiguous(), values, share, sums)
+        inner_sums = work.sums(hidden.shape[1])
+        inner = work.multiply(outer, fc2_weight, transposed=True, kept=hidden, sums=inner_sums)
+        totals, begun = zip(*(gradients.whole(name, like) for name, like in named.items()), strict=True)
+        work.weight_gradients((hidden, outer, sums), (inner, x, inner_sums), totals, begun[0])
+        grad_x = work.combine(work.multiply(inner, fc1_weight), None) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_share, *gradients.returned(named), None, None
 
 
 def _aligned(w: Tensor) -> Tensor:

@@ -27,15 +27,24 @@ def schedule(sizes, tile_starts, tile_expert, tile_row, tile_end, experts, SPAN:
     index = tl.arange(0, SPAN)
     size = tl.load(sizes + index, mask=index < experts, other=0).to(tl.int32)
     needed = tl.cdiv(size, ROWS)
-    start = tl.sum(tl.where(index < expert, size, 0))
-    end = start + tl.sum(tl.where(index == expert, size, 0))
-    first = tl.sum(tl.where(index < expert, needed, 0))
-    last = first + tl.sum(tl.where(index == expert, needed, 0))
-    tl.store(tile_starts + expert, first)
-    for begin in range(first, last, SPAN):
+    first = tl.cumsum(needed, axis=0) - needed
+    tl.store(tile_starts + expert, tl.sum(tl.where(index < expert, needed, 0)))
+    list_tiles(size, tl.cumsum(size, axis=0) - size, needed, first, expert, tile_expert, tile_row, tile_end, SPAN, ROWS)
+
+
+@triton.jit
+def list_tiles(
+    size, start, needed, first, expert, tile_expert, tile_row, tile_end, SPAN: tl.constexpr, ROWS: tl.constexpr
+):
+    """Writes the tiles of one expert, from the pairs and tiles of each, (SPAN,), and where they begin."""
+    index = tl.arange(0, SPAN)
+    here = index == expert
+    row, end = tl.sum(tl.where(here, start, 0)), tl.sum(tl.where(here, start + size, 0))
+    one, last = tl.sum(tl.where(here, first, 0)), tl.sum(tl.where(here, first + needed, 0))
+    for begin in range(one, last, SPAN):
         tile = begin + index
         tl.store(tile_expert + tile, tl.zeros_like(tile) + expert, mask=tile < last)
-        tl.store(tile_row + tile, start + (tile - first) * ROWS, mask=tile < last)
+        tl.store(tile_row + tile, row + (tile - one) * ROWS, mask=tile < last)
         tl.store(tile_end + tile, tl.zeros_like(tile) + end, mask=tile < last)
 
 
@@ -68,20 +77,6 @@ def list_places(
 
 
 @triton.jit
-def gather(
-    x, token, out, tile_starts, tile_expert, tile_row, tile_end, experts, dim, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """Copies each pair's token to its place: (P, d); grid (tiles, d / COLS)."""
-    if tl.program_id(0) < tl.load(tile_starts + experts):
-        place, row, used = _rows_of(tl.program_id(0), tile_row, tile_end, ROWS)
-        column = tl.program_id(1) * COLS + tl.arange(0, COLS)
-        inside = (column < dim)[None, :]
-        owner = tl.load(token + row, mask=used, other=0)
-        here = tl.load(x + owner[:, None] * dim + column[None, :], mask=used[:, None] & inside, other=0.0)
-        tl.store(out + place[:, None] * dim + column[None, :], here, mask=inside)
-
-
-@triton.jit
 def combine(
     values, share, offsets, places, tile_row, y, dim,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -109,14 +104,18 @@ def combine(
 @triton.jit
 def spread(
     grad, token, values, share, outer, grad_share, sums, tile_starts, tile_expert, tile_row, tile_end, experts,
-    dim, ROWS: tl.constexpr, COLS: tl.constexpr,
+    total, most, dim, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of `combine`: that of each place, (P, d), and of each pair's share, (R,); grid (tiles,).
 
-    Also sums up the places of each tile: (tiles, d).
+    Also sums up the places of each tile: (tiles, d). What is left of R beyond ``total`` pairs has the gradient 0.
     """
     tile = tl.program_id(0)
-    if tile < tl.load(tile_starts + experts):
+    tiles = tl.load(tile_starts + experts)
+    if tile >= tiles:
+        unused = tl.load(total) + (tile - tiles) * ROWS + tl.arange(0, ROWS)
+        tl.store(grad_share + unused, tl.zeros((ROWS,), tl.float32), mask=unused < most)
+    else:
         place, row, used = _rows_of(tile, tile_row, tile_end, ROWS)
         owner = tl.load(token + row, mask=used, other=0)
         factor = tl.load(share + row, mask=used, other=0.0)
@@ -134,38 +133,34 @@ def spread(
 
 
 @triton.jit
-def add_up(sums, out, tile_starts, width, ADD: tl.constexpr, COLS: tl.constexpr):
-    """Adds up the sums of the tiles of each expert, (tiles, n): (E, n); grid (E, n / COLS)."""
-    expert = tl.program_id(0)
-    column = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    total = tl.zeros((COLS,), tl.float32)
-    if ADD:
-        total += tl.load(out + expert * width + column, mask=column < width, other=0.0).to(tl.float32)
-    for tile in range(tl.load(tile_starts + expert), tl.load(tile_starts + expert + 1)):
-        total += tl.load(sums + tile * width + column, mask=column < width, other=0.0)
-    tl.store(out + expert * width + column, total.to(out.dtype.element_ty), mask=column < width)
-
-
-@triton.jit
 def multiply(
-    a, w, bias, kept, out, sums, tile_starts, tile_expert, experts, width, inner,
-    TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr, SUM: tl.constexpr,
-    FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    a, token, w, bias, kept, out, sums, tile_starts, tile_expert, tile_row, tile_end, experts, before, width, inner,
+    GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr,
+    SUM: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Multiplies each expert's places of ``a`` (P, k) with its matrix of ``w``, (E, k, n), or (E, n, k) if TRANSPOSED.
 
     Then adds the bias (E, n), applies ReLU, zeroes where ``kept`` (P, n) is 0, or sums up the places of each tile:
-    (tiles, n). ``a``, ``w`` and ``kept`` are descriptors. Grid (programs,), of which each goes on from tile to tile.
+    (tiles, n). The first ``before`` experts of ``w`` have no places. ``a``, ``w``, ``kept`` are descriptors, but with
+    GATHER ``a`` is the tokens' rows (T, k), of which each place takes its own. Grid (programs,), of which each goes on
+    from tile to tile.
     """
     across = tl.cdiv(width, COLS)
     last = tl.load(tile_starts + experts) * across
     half: tl.constexpr = COLS // 2
     for number in tl.range(tl.program_id(0), last, tl.num_programs(0), flatten=FLAT):
         tile, left = number // across, number % across * COLS
-        expert = tl.load(tile_expert + tile)
+        expert = tl.load(tile_expert + tile) + before
         total = tl.zeros((ROWS, COLS), tl.float32)
+        if GATHER:
+            _, row, used = _rows_of(tile, tile_row, tile_end, ROWS)
+            mine = a + tl.load(token + row, mask=used, other=0)[:, None] * inner
         for begin in range(0, inner, DEPTH):
-            x = a.load([tile * ROWS, begin])
+            if GATHER:
+                column = begin + tl.arange(0, DEPTH)[None, :]
+                x = tl.load(mine + column, mask=used[:, None] & (column < inner), other=0.0)
+            else:
+                x = a.load([tile * ROWS, begin])
             if TRANSPOSED:
                 y = w.load([expert, left, begin]).reshape(COLS, DEPTH).T
             else:
@@ -203,26 +198,80 @@ def _finish(
 
 
 @triton.jit
-def weight_gradient(
-    a, b, out, tile_starts, height, width,
+def weight_gradients(
+    hidden, outer, sums2, weight2, bias2, inner, x, sums1, weight1, bias1,
+    token, tile_starts, tile_row, tile_end, before, height, width,
     ADD: tl.constexpr, ROWS: tl.constexpr, UP: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies each expert's places of ``a`` (P, m), transposed, with those of ``b`` (P, n): (E, m, n).
+    """The gradients of both matrices of every expert, (E, h, d), and of its biases, (E, h) and (E, d).
 
-    ADD adds to what is there. ``a`` and ``b`` are descriptors. Grid (E * m / UP * n / COLS,).
+    That of the second matrix is its places of ``hidden`` (P, h), transposed, times those of ``outer`` (P, d); that of
+    the first is those of ``inner`` (P, h), transposed, times its tokens' rows of ``x`` (T, d). Those of the biases are
+    the sums of its tiles' sums. ADD adds to what is there. What has P rows are descriptors.
+    Grid (2 * E * h / UP * d / COLS,).
     """
-    high, across = tl.cdiv(height, UP), tl.cdiv(width, COLS)
-    expert = tl.program_id(0) // (high * across)
-    up, left = tl.program_id(0) // across % high * UP, tl.program_id(0) % across * COLS
-    start, end = tl.load(tile_starts + expert) * ROWS, tl.load(tile_starts + expert + 1) * ROWS
-    if ADD and start == end:
+    high, across, half = tl.cdiv(height, UP), tl.cdiv(width, COLS), tl.num_programs(0) // 2
+    number = tl.program_id(0) % half
+    expert = number // (high * across)
+    up, left = number // across % high * UP, number % across * COLS
+    first = tl.load(tile_starts + expert - before, mask=expert >= before, other=0)
+    last = tl.load(tile_starts + expert - before + 1, mask=expert >= before, other=0)
+    if ADD and first == last:
         return
+    if tl.program_id(0) < half:
+        _product(
+            hidden, outer, token, tile_row, tile_end, weight2, expert, up, left, first, last, height, width,
+            False, ADD, ROWS, UP, COLS, DEPTH,
+        )  # fmt: skip
+        if up == 0:
+            _add_up(sums2, bias2, expert, left, first, last, width, ADD, COLS)
+    else:
+        _product(
+            inner, x, token, tile_row, tile_end, weight1, expert, up, left, first, last, height, width,
+            True, ADD, ROWS, UP, COLS, DEPTH,
+        )  # fmt: skip
+        if left == 0:
+            _add_up(sums1, bias1, expert, up, first, last, height, ADD, UP)
+
+
+@triton.jit
+def _product(
+    a, b, token, tile_row, tile_end, out, expert, up, left, first, last, height, width,
+    GATHER: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, UP: tl.constexpr, COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Multiplies the places of an expert's tiles of ``a`` (P, m), transposed, with those of ``b`` (P, n): one block.
+
+    GATHER takes the tokens' rows of ``b`` (T, n) instead. The pairs of an expert lie together.
+    """
     total = tl.zeros((UP, COLS), tl.float32)
-    for begin in range(start, end, DEPTH):
-        total = tl.dot(a.load([begin, up]).T, b.load([begin, left]), total, input_precision="ieee")
     m, n = up + tl.arange(0, UP), left + tl.arange(0, COLS)
+    if GATHER:
+        start = tl.load(tile_row + first, mask=first < last, other=0) - first * ROWS
+        end = tl.load(tile_end + first, mask=first < last, other=0)
+    for begin in range(first * ROWS, last * ROWS, DEPTH):
+        if GATHER:
+            row = start + begin + tl.arange(0, DEPTH)
+            owner = tl.load(token + row, mask=row < end, other=0)
+            right = tl.load(b + owner[:, None] * width + n, mask=(row < end)[:, None] & (n < width), other=0.0)
+        else:
+            right = b.load([begin, left])
+        total = tl.dot(a.load([begin, up]).T, right, total, input_precision="ieee")
     at = out + expert.to(tl.int64) * height * width + m[:, None] * width + n[None, :]
     inside = (m < height)[:, None] & (n < width)[None, :]
     if ADD:
         total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_up(sums, out, expert, left, first, last, width, ADD: tl.constexpr, COLS: tl.constexpr):
+    """Adds up the sums of some tiles, (tiles, n), for some columns of one expert's row of (E, n)."""
+    column = left + tl.arange(0, COLS)
+    inside = column < width
+    total = tl.zeros((COLS,), tl.float32)
+    if ADD:
+        total += tl.load(out + expert * width + column, mask=inside, other=0.0).to(tl.float32)
+    for tile in range(first, last):
+        total += tl.load(sums + tile * width + column, mask=inside, other=0.0)
+    tl.store(out + expert * width + column, total.to(out.dtype.element_ty), mask=inside)
