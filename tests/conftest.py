@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import MISSING_KERNELS, write_toy_data
+from hypothesis import settings
 
+# A test that waits for a busy machine has not failed.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 # Without a GPU, Triton's programs are interpreted; it looks at this when they are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -7,6 +7,8 @@ import re
 # Control codes, which a terminal obeys and which break lines; marks that turn the direction of writing; halves of
 # characters, which a name of a file that is not UTF-8 has and which cannot be written.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Characters of a longer message that are kept of its beginning and its end: a value may be a file's whole text.
+_BEGINNING, _END = 600, 300
 
 
 def printable(text: str) -> str:
@@ -26,5 +28,6 @@ class UserError(SystemExit):
     """
 
     def __init__(self, message: str) -> None:
-        self.message = printable(" ".join(message.split()))
+        line = printable(" ".join(message.split()))
+        self.message = line if len(line) <= _BEGINNING + _END else f"{line[:_BEGINNING]}...{line[-_END:]}"
         super().__init__(f"xmoe_fairseq: error: {self.message}")

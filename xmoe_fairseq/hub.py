@@ -48,6 +48,7 @@ class Translator(hub_utils.GeneratorHubInterface):
         if hasattr(task, "training"):  # a multilingual task takes itself to train where it was given no direction
             task.training = False
         super().__init__(cfg, task, models)
+        self.bpe = task.build_bpe(cfg.bpe)  # which compares the SentencePiece model with the data
 
     def translate(self, sentences: Any, beam: int = 5, verbose: bool = False, **kwargs: Any) -> Any:
         """Translates by beam search.
@@ -362,7 +363,9 @@ def _with_sentencepiece(data: str, given: dict[str, Any]) -> dict[str, Any]:
     """Adds the SentencePiece model beside the data, unless text is to be split otherwise."""
     model = os.path.join(data, SPM)
     wanted = given.get("bpe", _SENTENCEPIECE[0])
-    if "sentencepiece_model" in given or wanted not in _SENTENCEPIECE or not is_there(model):
+    if "sentencepiece_model" in given:  # without --bpe, it would be ignored
+        return {**given, "bpe": wanted}
+    if wanted not in _SENTENCEPIECE or not is_there(model):
         return given
     return {**given, "bpe": wanted, "sentencepiece_model": model}
 

@@ -122,12 +122,15 @@ BAD: dict[str, tuple[Callable[[State], None], str]] = {
     "no extra state": (without("extra_state"), "without 'extra_state'"),
     "an extra state that is text": (set_to("x", "extra_state"), "its 'extra_state' is str 'x'"),
     "an epoch that is text": (set_to("x", "extra_state", "train_iterator", "epoch"), "its 'train_iterator'"),
+    "an epoch without an end": (set_to(10**12, "extra_state", "train_iterator", "epoch"), "the epoch of its 'train_it"),
     "a model that is a number": (set_to(5, "model"), "its 'model' is 5"),
     "no parameters": (set_to({}, "model"), "its 'model' is empty"),
     "a parameter that is text": (set_to("x", "model", WEIGHT), "parameter .* is str 'x', it must be a tensor"),
     "a parameter too few": (without("model", WEIGHT), f"{WEIGHT} is missing"),
     "a parameter too many": (set_to(torch.zeros(3), "model", "encoder.w"), "encoder.w is one too many"),
     "another shape": (set_to(torch.zeros(3), "model", WEIGHT), "has the shape"),
+    "whole numbers": (lambda state: state["model"].update({WEIGHT: state["model"][WEIGHT].long()}), "holds int64"),
+    "complex numbers": (lambda state: state["model"].update({WEIGHT: state["model"][WEIGHT] * 1j}), "holds complex64"),
     "another number of experts": (model(moe_num_experts=4), "has the shape"),
     "NaN": (lambda state: state["model"][WEIGHT].fill_(float("nan")), f"{WEIGHT} holds NaN or infinity"),
     "infinity": (lambda state: state["model"][WEIGHT][0, 0].fill_(float("inf")), f"{WEIGHT} holds NaN"),
@@ -164,6 +167,13 @@ def test_the_command_info_neither_runs_nor_falls(
     except UserError as error:
         assert "fault" not in error.message
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.pt"]
+
+
+def test_the_command_info_does_not_move_the_terminal(
+    toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["checkpoint", "info", str(changed(toy_run, tmp_path, model(arch="\x1b[31mred\nupdates       5")))])
+    assert capsys.readouterr().out.startswith("architecture  \\x1b[31mred\\nupdates       5\nupdates       2, epoch")
 
 
 def test_a_good_checkpoint_is_read(toy_run: Path, toy_data: Path) -> None:
@@ -239,7 +249,9 @@ def test_any_value_in_place_of_any_option_is_taken_or_refused(data: st.DataObjec
 
 
 @pytest.mark.parametrize("option", ["--finetune-from-model", "--restore-file"])
-@pytest.mark.parametrize("name", ["parameters alone", "a parameter too few", "a task of speech", "no extra state"])
+@pytest.mark.parametrize(
+    "name", ["parameters alone", "a parameter too few", "a task of speech", "no extra state", "NaN"]
+)
 def test_training_does_not_go_on_from_it(option: str, name: str, toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
     path = changed(toy_run, tmp_path, BAD[name][0])
     run = train(toy_data, tmp_path / "save", 3, *MODEL, option, str(path), check=False)

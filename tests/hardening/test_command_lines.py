@@ -85,6 +85,7 @@ NUMBERS = {
     "update_freq": ("0", "4,0"),
     "label_smoothing": ("5", "nan", "-0.1"),
     "clip_norm": ("nan", "-1"),
+    "weight_decay": ("inf", "-1"),
     "dropout": ("5", "nan"),
     "sampling_temperature": ("0", "-1"),
     "adam_eps": ("nan",),  # has no range
@@ -111,7 +112,15 @@ def test_betas_without_a_meaning(betas: str, toy_data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("--beam", "0"), ("--lenpen", "nan"), ("--nbest", "0"), ("--max-len-b", "-1"), ("--sampling-topp", "5")]
+    "words",
+    [
+        ("--beam", "0"),
+        ("--lenpen", "nan"),
+        ("--nbest", "0"),
+        ("--max-len-b", "-1"),
+        ("--max-len-a", "inf"),
+        ("--sampling-topp", "5"),
+    ],
 )
 def test_numbers_of_translation_without_a_meaning(words: tuple[str, str], toy_data: Path) -> None:
     with pytest.raises(UserError, match=rf"{words[0]} {words[1]}(\.0)? is out of range"):

@@ -46,6 +46,7 @@ ENDS = {
     "a GPU": (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "there is not enough memory"),
     "a fault": (KeyError("best_loss"), r"this is a fault of xmoe_fairseq \(KeyError: 'best_loss'\): please report"),
     "lines": (RuntimeError("one\ntwo\n" + "x" * 5000), r"\(RuntimeError: one two x+\.\.\.\)"),
+    "a NUL byte": (ValueError("embedded null byte"), "the name of a file or folder holds a NUL byte"),
     "nothing": (AssertionError(), r"\(AssertionError: raise error\)"),
 }
 
@@ -65,6 +66,11 @@ def test_a_refusal_of_the_layers_is_a_line_as_it_is() -> None:
     with pytest.raises(UserError) as end, guard.one_line():
         kernels.choose("best", torch.zeros(1, 1), cast(Any, None), 1)
     assert end.value.message.startswith("there is no kernel 'best': choose one of ")
+
+
+def test_a_long_value_is_cut_and_the_advice_stays() -> None:
+    line = UserError(f"--moe-strata {'1-' * 100_000} is no list of sizes: write it as 4-12").message
+    assert len(line) < 1000 and line.startswith("--moe-strata 1-1-") and line.endswith("write it as 4-12")
 
 
 def test_what_ends_a_program_already_stays() -> None:

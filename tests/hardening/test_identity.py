@@ -13,7 +13,7 @@ from fairseq_cli import generate
 from helpers_identity import COMMANDS, PAIRS, generate_words, prepared, program
 from helpers_training import MODEL, train
 
-from xmoe_fairseq import cli
+from xmoe_fairseq import cli, hub
 from xmoe_fairseq.common import identity
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.routing_usage import measure
@@ -104,6 +104,15 @@ def test_another_sentencepiece_model_is_refused(data: Path, other: Path, checkpo
     shutil.copy(model, copy)
     with pytest.raises(UserError, match=r"trained with the spm.model \w+ of"):
         measure(checkpoint, copy)
+
+
+def test_another_sentencepiece_model_is_refused_from_python(data: Path, other: Path, checkpoint: Path) -> None:
+    place = (checkpoint.parent, checkpoint.name, data / "bin")
+    with pytest.raises(UserError, match=r"is of another preparation"):
+        hub.from_pretrained(*place, sentencepiece_model=other / "bin/spm.model")
+    assert hub.from_pretrained(*place, sentencepiece_model=data / "bin/spm.model").encode("abc").tolist() == (
+        hub.from_pretrained(*place).encode("abc").tolist()
+    )
 
 
 def test_a_checkpoint_of_before_is_taken_with_a_warning(

@@ -66,6 +66,26 @@ def test_a_note_of_any_form_is_one_line(note: bytes, tmp_path: Path) -> None:
     first.kill()
 
 
+@pytest.mark.parametrize("kind", ["a link", "a file"])
+def test_what_is_not_a_lock_is_left_alone(kind: str, tmp_path: Path) -> None:
+    folder, mine = tmp_path / "folder", tmp_path / "mine"
+    folder.mkdir()
+    lock = folder / locks.LOCK
+    mine.write_text("mine")
+    lock.symlink_to(mine) if kind == "a link" else lock.write_text("mine")
+    with pytest.raises(UserError, match=r"is a symlink|is not a lock of this program"), locks.held(folder):
+        pass
+    assert mine.read_text() == "mine" and lock.read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", [b"", b"\0\0", b'{"pid": 1}'])
+def test_what_a_dead_one_left_is_taken_over(left: bytes, tmp_path: Path) -> None:
+    (tmp_path / locks.LOCK).write_bytes(left)
+    with locks.held(tmp_path):
+        assert json.loads((tmp_path / locks.LOCK).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / locks.LOCK).exists()
+
+
 def test_a_child_does_not_keep_its_parents_lock(tmp_path: Path) -> None:
     with locks.held(tmp_path):
         child = FORK.Process(target=signal.pause, daemon=True)

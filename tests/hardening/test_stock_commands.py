@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fairseq import models, tasks
+from fairseq import models, options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from helpers import ROOT, TRAIN_ARGS
 from helpers_commands import run_warm
 from helpers_training import OPTIONS
 from test_command_lines import line_of
 
 from xmoe_fairseq.common import guard
+from xmoe_fairseq.distributed import launch
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.stock_commands.numbers import check_numbers
 
@@ -76,6 +78,17 @@ def test_numbers_that_must_be_positive(name: str) -> None:
         UserError, match=rf"--{name.replace('_', '-')} 0 is out of range: it must be (in \[1, |at least 1)"
     ):
         check_numbers({name: 0})
+
+
+@pytest.mark.parametrize("kind", ["a link to nowhere", "a named pipe"])
+def test_a_last_checkpoint_that_is_no_file(kind: str, toy_data: Path, tmp_path: Path) -> None:
+    last = tmp_path / "checkpoint_last.pt"
+    last.symlink_to("nowhere") if kind == "a link to nowhere" else os.mkfifo(last)
+    parser = options.get_training_parser()
+    words = [str(toy_data), *TRAIN_ARGS, "--arch", "xmoe_transformer_tiny", "--save-dir", str(tmp_path)]
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
+    with pytest.raises(UserError, match=r"checkpoint_last.pt, from which training would go on, is no file"):
+        launch.check_files(cfg)
 
 
 def test_a_log_that_nobody_reads(toy_data: Path, tmp_path: Path) -> None:

@@ -167,6 +167,7 @@ def test_embeddings_are_shared(toy_data: Path) -> None:
 BAD_OPTIONS = {
     "threshold above 1": (["--moe-threshold", "1.5"], r"--moe-threshold 1\.5 is out of range: .* in \[0, 1\]"),
     "threshold below 0": (["--moe-threshold", "-0.1"], "--moe-threshold -0.1 is out of range"),
+    "capacity infinite": (["--moe-capacity-factor", "inf"], "--moe-capacity-factor inf is out of range: .* at least 0"),
     "threshold nan": (["--moe-threshold", "nan"], "--moe-threshold nan is out of range"),
     "no experts": (["--moe-num-experts", "0"], "--moe-num-experts 0 .* at least 1"),
     "top k 0": (["--moe-router", "topk", "--moe-top-k", "0"], "--moe-top-k 0 .* at least 1"),

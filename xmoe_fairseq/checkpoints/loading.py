@@ -65,6 +65,22 @@ def forget_files(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> 
             saved[name] = None
 
 
+def check_types(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuses numbers that are not real: torch would round or cut them to those of the model, and say nothing.
+
+    Raises:
+        UserError: names the first parameter whose numbers are of another kind.
+    """
+    own = model.state_dict()
+    for name in own.keys() & state.keys():
+        given = state[name]
+        if isinstance(given, torch.Tensor) and own[name].is_floating_point() and not given.is_floating_point():
+            raise UserError(
+                f"the checkpoint's {name} holds {str(given.dtype).removeprefix('torch.')}, it must hold floating-point "
+                "numbers: use a file that fairseq-train wrote"
+            )
+
+
 def check_finite(model: nn.Module, path: str) -> None:
     """Refuses a model that would compute NaN from everything.
 

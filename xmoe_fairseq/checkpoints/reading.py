@@ -103,8 +103,12 @@ def _wrong_form(state: dict[str, Any]) -> str:
     if not isinstance(extra, (dict, type(None))):
         return f"its 'extra_state' is {_kind(extra)}, it must be names with values"
     place = (extra or {}).get("train_iterator")
-    if not isinstance(place, (dict, type(None))) or not isinstance((place or {}).get("epoch", 1), int):
-        return f"its 'train_iterator' is {_kind(place)}, it must say the epoch"
+    if not isinstance(place, (dict, type(None))):
+        return f"its 'train_iterator' is {_kind(place)}, it must be names with values"
+    for name in ("epoch", "iterations_in_epoch"):
+        number = (place or {}).get(name, 1)
+        if not isinstance(number, int) or not 0 <= number < 2**31:
+            return f"the {name} of its 'train_iterator' is {_kind(number)}, it must be a whole number"
     return _wrong_optimizer(state.get("last_optimizer_state"))
 
 

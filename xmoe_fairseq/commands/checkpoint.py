@@ -19,7 +19,7 @@ from ..checkpoints import languages, reading, saving, shards
 from ..checkpoints.average import average, newest
 from ..checkpoints.summary import summarize
 from ..common import locks
-from ..errors import UserError
+from ..errors import UserError, printable
 from .options import CommandParser
 
 _EPILOG = """\
@@ -105,9 +105,14 @@ def _check_free(path: str, force: bool) -> None:
         raise UserError(f"{path} is there already: give another --out, or --force to replace it")
 
 
+def _lines(*lines: str) -> str:
+    """Joins lines, in which a file's or its own names must not move a terminal."""
+    return "\n".join(map(printable, lines))
+
+
 def _info(args: argparse.Namespace) -> None:
     summary = summarize(args.file)
-    print(json.dumps(summary.as_json(), indent=2) if args.json else "\n".join(summary.lines()))
+    print(json.dumps(summary.as_json(), indent=2) if args.json else _lines(*summary.lines()))
 
 
 def _shard(args: argparse.Namespace) -> None:
@@ -123,7 +128,7 @@ def _shard(args: argparse.Namespace) -> None:
     parts = shards.split(state, args.shards, os.path.basename(args.out), shards.fingerprint(args.file))
     # NAME.pt, which comes last, is the state that the shards were taken from.
     saving.write({path: partial(_save_next, parts) for path in paths} | {args.out: partial(_save_rest, parts, state)})
-    print("\n".join(("written:", args.out, *paths)))
+    print(_lines("written:", args.out, *paths))
 
 
 def _save_next(parts: Iterator[dict[str, Any]], file: Any) -> None:
@@ -142,7 +147,7 @@ def _consolidate(args: argparse.Namespace) -> None:
         raise UserError(f"{args.file} is one file already: it has no shards to join")
     shards.join(state, args.file, partial(_join_on_disk, os.path.dirname(args.out) or "."))
     saving.write({args.out: partial(torch.save, state)})
-    print(f"written: {args.out}")
+    print(_lines(f"written: {args.out}"))
 
 
 def _join_on_disk(folder: str, blocks: list[Tensor]) -> Tensor:
@@ -176,7 +181,7 @@ def _average(args: argparse.Namespace) -> None:
             raise UserError("--num-epoch-checkpoints and --num-update-checkpoints go with one folder")
         paths = newest(paths[0], count, within_epochs)
     saving.write({args.out: partial(torch.save, average(paths))})
-    print("\n".join(("averaged:", *paths, f"written: {args.out}")))
+    print(_lines("averaged:", *paths, f"written: {args.out}"))
 
 
 def _add_languages(args: argparse.Namespace) -> None:
@@ -187,4 +192,4 @@ def _add_languages(args: argparse.Namespace) -> None:
     added = languages.add(state, args.file, data)
     saving.write({args.out: partial(torch.save, state)})
     print(f"added: {', '.join(added)}; without the optimizer's state: train on with --finetune-from-model {args.out}")
-    print(f"written: {args.out}")
+    print(_lines(f"written: {args.out}"))

@@ -189,6 +189,10 @@ def _line(error: BaseException) -> str:
         return f"{text}: {os.strerror(errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EEXIST)}"
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"standard output, or a file, cannot be written: {error.strerror}"
+    if isinstance(error, ValueError) and "embedded null byte" in text:
+        return (
+            "the name of a file or folder holds a NUL byte, which no file system takes: check the names that are given"
+        )
     if is_no_memory(error):
         return (
             f"there is not enough memory ({text or 'MemoryError'}): use a smaller --max-tokens, a smaller model, fewer "

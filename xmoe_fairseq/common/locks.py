@@ -67,7 +67,7 @@ def held(path: str | Path, file: bool = False) -> Iterator[int]:
         UserError: the folder cannot be written to.
     """
     path = Path(path)
-    name = os.path.realpath(path.with_name(f".{path.name}.lock") if file else path / LOCK)
+    name = _lock_of(path.with_name(f".{path.name}.lock") if file else path / LOCK)
     if name in _held:
         yield _held[name]
         return
@@ -91,7 +91,7 @@ def hold(folder: str | Path) -> None:
         Held: another program holds it.
         UserError: the folder cannot be written to.
     """
-    name = os.path.realpath(Path(folder) / LOCK)
+    name = _lock_of(Path(folder) / LOCK)
     if name not in _held:
         _held[name] = _acquire(name, Path(folder))
 
@@ -100,6 +100,11 @@ def release_all() -> None:
     """Gives back all that the process holds."""
     for name in list(_held):
         _release(name)
+
+
+def _lock_of(path: Path) -> str:
+    """Names a lock by its one name; the lock itself is never a link, which could lead to any file."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 def _make(folder: Path) -> list[Path]:
@@ -117,6 +122,8 @@ def _acquire(name: str, path: Path) -> int:
         try:
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
+            if os.path.islink(name):
+                raise UserError(f"{name} is a symlink, which this program never makes: remove it") from error
             raise _not_writable(path, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,6 +136,9 @@ def _acquire(name: str, path: Path) -> int:
                 raise _not_writable(path, error) from error
             logger.warning(f"{path} is on a file system without locks: start no second program that writes there")
         if _is_current(name, descriptor):
+            if not _is_note(descriptor):
+                os.close(descriptor)
+                raise UserError(f"{name} is not a lock of this program, which writes one of this name: move it")
             _write_note(descriptor)
             return descriptor
         os.close(descriptor)  # the holder of before removed the file between the two calls
@@ -174,6 +184,15 @@ def _read_note(descriptor: int) -> str:
         return f"process {holder.pid} on {holder.host} since {holder.since} ({holder.command})"
     except (OSError, ValueError, TypeError):  # it is writing the note just now
         return "another program"
+
+
+def _is_note(descriptor: int) -> bool:
+    """Says whether a file is what a program left here, also one that was killed: it is emptied and removed."""
+    found = os.pread(descriptor, _READ, 0).strip(b"\0")
+    try:
+        return not found or isinstance(json.loads(found), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _not_writable(path: Path, error: Exception) -> UserError:

@@ -142,7 +142,7 @@ def _read_vocabulary(parser: OneLineParser, given: argparse.Namespace, benchmark
 def _check_texts(parser: OneLineParser, given: argparse.Namespace) -> None:
     """Refuses empty values, as an unset variable gives them, and a folder that later programs cannot be told."""
     for name, value in vars(given).items():
-        if "" in (value if isinstance(value, list) else [value]):
+        if any(isinstance(one, str) and not one.strip() for one in (value if isinstance(value, list) else [value])):
             parser.error(f"--{name.replace('_', '-')} is empty: is the variable set that it is from?")
     given.out, given.input = Path(given.out), None if given.input is None else Path(given.input)
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.directions import CODE, Direction, readings
-from ..errors import UserError
+from ..errors import UserError, printable
 from .io_utils import SPLITS, Column, Side, check_file
 from .sources import Corpus
 from .unpacking import SUFFIXES
@@ -199,4 +199,4 @@ def say_unused(
 ) -> None:
     """Names the files that are left out although they look like text of a split."""
     for name in names:
-        print(f"{folder}: not used: {name}: {why}", flush=True)
+        print(printable(f"{folder}: not used: {name}: {why}"), flush=True)

@@ -12,7 +12,7 @@ import sentencepiece
 
 from ..common.directions import Directions
 from ..common.files import is_there
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..subword import UNKNOWN_ID, Subword
 from ..tasks.data_folder import count_symbols
 from .io_utils import fingerprint, read_lines, write_lines
@@ -139,5 +139,7 @@ def write(vocabulary: Vocabulary, directions: Directions, folder: Path) -> dict[
     unknown = [i for i, one in enumerate(Subword(folder / "spm.model", folder / "dict.txt").ids) if one == UNKNOWN_ID]
     lost = [processor.id_to_piece(i) for i in unknown if i != processor.unk_id()]
     if lost:
-        print(f"spm: {len(lost)} pieces are not in dict.txt, such as {lost[0]}: they become <unk>", flush=True)
+        print(
+            printable(f"spm: {len(lost)} pieces are not in dict.txt, such as {lost[0]}: they become <unk>"), flush=True
+        )
     return {"pieces": len(ids), "lines_used": {}, "taken_from": str(vocabulary.folder), "unknown_pieces": len(lost)}

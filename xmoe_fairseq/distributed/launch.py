@@ -151,11 +151,16 @@ def check_files(cfg: Any) -> None:
         UserError: names the option and the file.
     """
     options, log = cfg.checkpoint, cfg.common.log_file
+    last = os.path.join(options.save_dir, LAST)
+    if options.restore_file == LAST and os.path.lexists(last) and not os.path.isfile(last):
+        raise UserError(
+            f"{last}, from which training would go on, is no file, or a symlink to none: bring it back, or remove it "
+            "to begin anew"
+        )
     for option in ("finetune_from_model", "continue_once", "restore_file"):
         path = getattr(options, option, None)
         # A run that goes on does not need what it started from, and may start without its own last checkpoint.
-        last = PathManager.exists(os.path.join(options.save_dir, LAST))
-        if path not in (None, LAST) and not (option != "restore_file" and last):
+        if path not in (None, LAST) and not (option != "restore_file" and PathManager.exists(last)):
             _check_there(f"--{option.replace('_', '-')}", path, options.save_dir)
     if cfg.ema.store_ema and cfg.ema.ema_seed_model is not None:
         _check_there("--ema-seed-model", cfg.ema.ema_seed_model, options.save_dir)

@@ -7,6 +7,7 @@ command line, to YAML and to ``--model-overrides``.
 
 # No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
 import dataclasses
+import math
 import re
 from argparse import Namespace
 from collections import Counter
@@ -286,7 +287,7 @@ def check(cfg: Namespace) -> None:
     for field in dataclasses.fields(MoETransformerConfig):
         low, high = field.metadata.get("low"), field.metadata.get("high")
         value = getattr(cfg, field.name)
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
+        if (low is not None and not low <= value < math.inf) or (high is not None and not value <= high):
             allowed = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
             raise ValueError(f"{_flag(field.name)} {value} is out of range: it must be {allowed}")
     check_sizes(vars(cfg))

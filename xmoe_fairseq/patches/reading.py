@@ -100,7 +100,10 @@ def load_model_ensemble_and_task(stock: Any, filenames: list[str], *args: Any, *
 
 @GROUP.patch(BaseFairseqModel, "load_state_dict", "self state_dict strict model_cfg args")
 def load_state_dict(stock: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """torch lists all parameters that do not fit, a line each; the first one is named."""
+    """torch lists all parameters that do not fit, a line each; the first one is named. Whole numbers in the place of
+    real ones are refused."""
+    given = inspect.signature(stock).bind(model, *args, **kwargs).arguments["state_dict"]
+    loading.check_types(model, given)
     try:
         return stock(model, *args, **kwargs)
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:

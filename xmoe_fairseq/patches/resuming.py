@@ -14,7 +14,7 @@ from fairseq.data.iterators import EpochBatchIterator
 from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
 from fairseq.trainer import Trainer
 
-from ..checkpoints import reading, saving, selection
+from ..checkpoints import loading, reading, saving, selection
 from ..common import guard, locks
 from ..criterions.softmax import check_softmax
 from ..distributed import checkpoint_experts, launch
@@ -63,19 +63,25 @@ def count_updates(
 
 @GROUP.patch(Trainer, "load_checkpoint", _LOAD)
 def name_other_options(stock: Any, trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
-    """Stock ends in one of many tracebacks where training goes on with other options than the file's."""
+    """Stock ends in one of many tracebacks where training goes on with other options than the file's, and takes
+    parameters that are NaN or infinite."""
     try:
-        return stock(trainer, filename, *args, **kwargs)
+        extra_state = stock(trainer, filename, *args, **kwargs)
     except Exception as error:
         other_cause = isinstance(error, (OSError, dist.DistError)) or "gloo" in str(error)
         if other_cause or guard.is_no_memory(error):
             raise
         cause = error if error.__context__ is None else error.__context__
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        reason = " ".join(str(cause).split())[:300]
+        reason = f"{type(cause).__name__}: {reason}" if isinstance(cause, KeyError) else reason or type(cause).__name__
         raise UserError(
             f"training cannot go on from {filename} with these options ({reason}): give the --arch, --optimizer, "
-            "--criterion and precision that it was trained with, or --reset-optimizer to keep the parameters only"
+            "--lr-scheduler, --criterion and precision that it was trained with, or --reset-optimizer to keep the "
+            "parameters only"
         ) from error
+    if extra_state is not None:  # there is such a file
+        loading.check_finite(trainer.get_model(), filename)
+    return extra_state
 
 
 @GROUP.patch(Trainer, "load_checkpoint", _LOAD)
