@@ -261,7 +261,8 @@ def test_kernels_say_what_they_compute() -> None:
         assert choose("auto", torch.empty(1, 8), one, 8, True, network) is KERNELS["reference"]
         assert [name for name, kernel in KERNELS.items() if kernel.computes(network)] == ["reference"]
     assert all(kernel.computes(Experts.network) for kernel in KERNELS.values())
-    for make_one in (lambda: GatedExperts(2, 8, 8, kernel="per_expert"), lambda: choose("decode", torch.empty(1, 8), one, 8,
+    for make_one in (lambda: GatedExperts(2, 8, 8, kernel="per_expert"),
+                     lambda: choose("decode", torch.empty(1, 8), one, 8,
                      True, GatedExperts.network)):  # fmt: skip
         with pytest.raises(ValueError, match=r"does not compute gated networks; choose --moe-kernel auto, loop$"):
             make_one()

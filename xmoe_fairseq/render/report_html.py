@@ -61,7 +61,7 @@ class ShownSample:
 def render_html(report: Report) -> str:
     """Renders the page. All text that comes from files is escaped by jinja2."""
     environment = Environment(
-        loader=PackageLoader("xmoe_fairseq.report"),
+        loader=PackageLoader("xmoe_fairseq.render"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

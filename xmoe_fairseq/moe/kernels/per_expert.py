@@ -40,7 +40,7 @@ def per_expert(
     if sum(sizes) > len(assignments.token) or len(sizes) != len(weights.fc1_weight):
         raise ValueError(
             f"{len(sizes)} groups of {sum(sizes)} rows do not fit "
-            f"{len(weights.fc1_weight)} experts and {len(pairs.token)} pairs"
+            f"{len(weights.fc1_weight)} experts and {len(assignments.token)} assignments"
         )
     mask = None
     if dropout:

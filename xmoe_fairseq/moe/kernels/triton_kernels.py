@@ -3,9 +3,9 @@
 Experts have as many rows as the router gave them, so how many tiles there are is known on the device only. The grid
 has room for the most there can be, and programs beyond the last tile end at once: the host never waits.
 
-Here R is the number of assignments, sorted by expert. Their rows are computed in P places, where every expert begins with a
-new tile: the last tile of an expert has places that no assignment is in. Such places hold zeros in what is gathered and in
-every gradient, so they add nothing to sums over rows, and no product needs a mask.
+Here R is the number of assignments, sorted by expert. Their rows are computed in P places, where every expert begins
+with a new tile: the last tile of an expert has places that no assignment is in. Such places hold zeros in what is
+gathered and in every gradient, so they add nothing to sums over rows, and no product needs a mask.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _NONE = tl.constexpr(2**31 - 1)
 def schedule(sizes, tile_starts, tile_expert, tile_row, tile_end, experts, SPAN: tl.constexpr, ROWS: tl.constexpr):
     """Cuts the assignments of each expert into tiles of ROWS; grid (E + 1,).
 
-    Writes each expert's first tile, (E + 1), and each tile's expert, first assignment and the end of the expert's assignments.
+    Writes each expert's first tile, (E + 1), and each tile's expert, first assignment and the end of the expert's
+    assignments.
     """
     expert = tl.program_id(0)
     index = tl.arange(0, SPAN)
