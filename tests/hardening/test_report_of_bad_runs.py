@@ -15,9 +15,9 @@ from xmoe_fairseq.commands import report as command
 from xmoe_fairseq.errors import UserError, printable
 from xmoe_fairseq.evaluation import generate_output
 from xmoe_fairseq.evaluation.build_report import Model
-from xmoe_fairseq.evaluation.routing_usage import LayerUsage
 from xmoe_fairseq.results.report import Sample, Token, TracedSample
 from xmoe_fairseq.results.settings import Settings
+from xmoe_fairseq.results.usage import LayerUsage
 
 EVIL = "<img src=x onerror=alert(1)>`*|$ </script>"
 ENDINGS = ("html", "md", "json", "png")

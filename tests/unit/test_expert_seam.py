@@ -28,8 +28,9 @@ from xmoe_fairseq.analysis.tables import flops as flops_table
 from xmoe_fairseq.checkpoints import shards
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.direction_dataset import read
-from xmoe_fairseq.evaluation.routing_counts import collect, per_token, places
+from xmoe_fairseq.evaluation.routing_counts import collect, places
 from xmoe_fairseq.models.architectures import build_on_meta
+from xmoe_fairseq.models.routing_recorder import per_token
 from xmoe_fairseq.models.size import least_parameters
 from xmoe_fairseq.moe import (
     EXPERTS,
