@@ -82,7 +82,7 @@ def combine(
     values, gate_weight, offsets, places, tile_row, y, dim,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Adds up each token's places of ``values`` (P, d), times the assignments' share (R,); grid (T, d / COLS).
+    """Adds up each token's places of ``values`` (P, d), times the assignments' gate weights (R,); grid (T, d / COLS).
 
     In the order of the places, which is that of the experts, so a sum does not depend on other tokens.
     """
@@ -107,7 +107,7 @@ def spread(
     grad, token, values, gate_weight, outer, grad_share, sums, tile_starts, tile_expert, tile_row, tile_end, experts,
     total, max_assignments, dim, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of `combine`: that of each place, (P, d), and of each assignment's share, (R,); grid (tiles,).
+    """The gradient of `combine`: that of each place, (P, d), and of each assignment's gate weight, (R,); grid (tiles,).
 
     Also sums up the places of each tile: (tiles, d). What is left of R beyond ``total`` assignments has the gradient 0.
     """

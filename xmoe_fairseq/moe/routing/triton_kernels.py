@@ -87,8 +87,8 @@ def settle(
     """Counts an expert's assignments up to each block's end, (E, blocks), and adds up what `take` left; grid (E,).
 
     LIMITED leaves it no more than ``most`` tokens, which COUNTED says to be in memory; see `_drop`. Writes ``numbers``
-    (2 E + 4,): the assignments of each expert and how many took it first, the real tokens, the assignments before capacity and
-    after, the first choices dropped; and ``sums`` (E + 3,), those of ``parts``.
+    (2 E + 4,): the assignments of each expert and how many took it first, the real tokens, the assignments before
+    capacity and after, the first choices dropped; and ``sums`` (E + 3,), those of ``parts``.
     """
     expert = tl.program_id(0)
     index = tl.arange(0, BLOCK)
@@ -100,7 +100,7 @@ def settle(
         taken += tl.sum(here)
     tl.atomic_add(numbers + 2 * experts + 1, taken.to(tl.int64))
     if LIMITED:
-        capacity_for = tl.load(most).to(tl.int32) if COUNTED else most
+        room = tl.load(most).to(tl.int32) if COUNTED else most
         if taken > capacity_for:
             dropped = _drop(probs, ranks, ends, capacity_for, tokens, experts, blocks, expert, ROWS, BLOCK)
             tl.atomic_add(numbers + 2 * experts + 3, dropped.to(tl.int64))
@@ -186,7 +186,8 @@ def assignments(
 ):  # fmt: skip
     """Lists the assignments by expert, then by token, with their weights and places.
 
-    The places are `Places`. What is left of ``most`` assignments is set to 0. Grid (blocks + E + most / (SPAN * ROWS),).
+    The places are `Places`. What is left of ``most`` assignments is set to 0. Grid (blocks + E + most / (SPAN *
+    ROWS),).
     """
     number = tl.program_id(0) - blocks
     expert = tl.arange(0, SPAN)
@@ -285,7 +286,8 @@ def gradient(
 
 @triton.jit
 def _positions(ranks, ends, tokens, experts, blocks, SPAN: tl.constexpr, ROWS: tl.constexpr):
-    """What a block's tokens take, the number of each assignment among its expert's, and the assignments of earlier blocks."""
+    """What a block's tokens take, the number of each assignment among its expert's, and the assignments of earlier
+    blocks."""
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, SPAN)
