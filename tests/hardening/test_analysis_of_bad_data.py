@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from xmoe_fairseq.commands.analyze import main
+from xmoe_fairseq.common import outputs
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import generate_output
 from xmoe_fairseq.evaluation.routing_usage import measure
 from xmoe_fairseq.render import analysis_folder
 
@@ -104,7 +104,7 @@ def test_a_read_only_place_is_named_before_the_model_is_read(tmp_path: Path, mon
     def read_only(**_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(generate_output.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", read_only)
     refused("cannot write to --out .*out: Read-only file system; give another", *words(tmp_path, tmp_path / "out"))
     (tmp_path / "loop").symlink_to("loop")
     refused("loop is a symlink that leads nowhere; give another", *words(tmp_path, tmp_path / "loop"))

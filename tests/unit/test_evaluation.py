@@ -162,7 +162,7 @@ def test_tokenizer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     def refuse(tokenize: str) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(score, "BLEU", refuse)
+    monkeypatch.setattr(corpus, "BLEU", refuse)
     with pytest.raises(UserError, match=r"'char': pip install 'sacrebleu\[ja,ko\]'"):
         corpus.build_bleu("ja")
 
