@@ -388,7 +388,7 @@ def test_options_are_declared_by_the_kinds() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--moe-expert", "glu", "--moe-kernel", "per_expert"), "per_expert does not compute gated networks; .* auto, reference"),
+        (("--moe-expert", "glu", "--moe-kernel", "fused"), "does not compute gated networks; .* auto, reference"),
         (("--moe-expert-sizes", "hybird"), "--moe-expert-sizes hybird is neither .*--encoder-ffn-embed-dim 256"),
         (("--moe-expert-sizes", "8-16"), "--moe-expert-sizes 8-16 has 2 sizes for 8 experts"),
         (("--moe-expert-sizes", "arithmetic", "--moe-num-experts", "11"), "or --moe-size-steps 11"),
