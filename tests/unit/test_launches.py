@@ -25,7 +25,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp32_logits, "product", torch.mm)
 
 
-FORWARD = ["aten.mm", "take", "settle", "pairs", "multiply", "multiply", "combine"]
+FORWARD = ["aten.mm", "take", "settle", "assignments", "multiply", "multiply", "combine"]
 BACKWARD = [
     *("spread", "multiply", "weight_gradients", "multiply", "combine"),
     *("gradient", "aten.addmm", "aten.mm", "aten.add"),
