@@ -27,7 +27,7 @@ from torch import Tensor
 from .checkpoints import options, reading
 from .common.files import is_there
 from .errors import UserError
-from .evaluation.routing_counts import INPUTS, per_token, stack_of
+from .models.routing_recorder import INPUTS, per_token, stack_of
 from .tasks.decoding import languages_of, pairs
 
 SPM = "spm.model"

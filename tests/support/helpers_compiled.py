@@ -51,7 +51,7 @@ def main() -> None:
         patch.object(JITFunction, "run", compile_only),
         patch.object(tiled, "_check", lambda *_: None),
         patch.object(routers, "routes_on_device", lambda *_: True),
-        patch.object(routers, "is_precise", lambda *_: True),
+        patch.object(routers, "has_fp32_product", lambda *_: True),
         patch.object(fp32_logits, "product", product),
     ):
         for kind in ("threshold", "gshard"):

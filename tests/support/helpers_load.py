@@ -51,7 +51,7 @@ def write_run(folder: Path, count: int, languages: Sequence[str]) -> tuple[Path,
 
 def write_systems(folder: Path, count: int, languages: Sequence[str]) -> list[Path]:
     """Writes what ``xmoe score`` would write of two systems, without scoring them."""
-    from xmoe_fairseq.results.scores import score_lines
+    from xmoe_fairseq.evaluation.line_scores import score_lines
 
     systems = []
     for number in (1, 2):

@@ -151,7 +151,7 @@ def test_a_layer_whose_router_multiplies_in_its_programs_function_is_that_of_tor
         patch.setattr(routers, "routes_on_device", lambda *_: False)
         expected = run("reference")
         patch.setattr(routers, "routes_on_device", lambda *_: True)
-        patch.setattr(routers, "is_precise", lambda x, weight: True)
+        patch.setattr(routers, "has_fp32_product", lambda x, weight: True)
         patch.setattr(fp32_logits, "product", torch.mm)
         ours = run("triton")
     for one, other in zip(ours, expected, strict=True):

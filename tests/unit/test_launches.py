@@ -21,11 +21,11 @@ LAYERS = {
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the ways of bf16 on a GPU, in float32, which Triton's interpreter multiplies."""
     monkeypatch.setattr(routers, "routes_on_device", lambda *_: True)
-    monkeypatch.setattr(routers, "is_precise", lambda x, weight: True)
+    monkeypatch.setattr(routers, "has_fp32_product", lambda x, weight: True)
     monkeypatch.setattr(fp32_logits, "product", torch.mm)
 
 
-FORWARD = ["aten.mm", "take", "settle", "pairs", "multiply", "multiply", "combine"]
+FORWARD = ["aten.mm", "take", "settle", "assignments", "multiply", "multiply", "combine"]
 BACKWARD = [
     *("spread", "multiply", "weight_gradients", "multiply", "combine"),
     *("gradient", "aten.addmm", "aten.mm", "aten.add"),

@@ -11,15 +11,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..analysis.results import Analysis, analysis, write
 from ..analysis.tokens import text_tokens
 from ..common import locks
+from ..common.command_line import CommandParser, bounded, comma_list, file_path
+from ..common.outputs import check_writable
 from ..common.schema import json_text
 from ..errors import UserError, printable
 from ..evaluation.direction_dataset import directions, load, origin, read
-from ..evaluation.generate_output import check_writable
-from ..evaluation.routing_counts import INPUTS, Counts, collect, places, total_sentences
-from .options import CommandParser, bounded, comma_list, file_path
+from ..evaluation.routing_counts import Counts, collect, places, total_sentences
+from ..models.routing_recorder import INPUTS
+from ..render.analysis_folder import Analysis, analysis, write
 
 _EPILOG = """\
 A token's capacity is the number of experts that it takes or, in stratified layers, of strata that it passes (RC). The

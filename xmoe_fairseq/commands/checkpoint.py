@@ -19,8 +19,8 @@ from ..checkpoints import languages, reading, saving, shards
 from ..checkpoints.average import average, newest
 from ..checkpoints.summary import summarize
 from ..common import locks
+from ..common.command_line import CommandParser
 from ..errors import UserError
-from .options import CommandParser
 
 _EPILOG = """\
 examples:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checkpoints import options, reading, shards
 from ..common import locks
+from ..common.command_line import CommandParser
 from ..common.identity import of_folder
 from ..common.schema import json_text
 from ..conversion import names, safetensors
@@ -23,7 +24,6 @@ from ..conversion.source import SPECIAL
 from ..conversion.transformers_folder import ACTIVATIONS, DENSE, MOE
 from ..errors import UserError
 from ..tasks.data_folder import count_symbols
-from .options import CommandParser
 
 _EPILOG = """\
 Written into DIR: config.json, model.safetensors, vocab.json, sentencepiece.bpe.model, languages.json, export.json.

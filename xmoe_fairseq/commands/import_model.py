@@ -12,13 +12,13 @@ from typing import Any
 
 from ..checkpoints import saving, shards
 from ..common import locks
+from ..common.command_line import CommandParser
 from ..common.identity import checksum
 from ..common.schema import json_text
 from ..conversion import branch_files, building, transformers_folder
 from ..conversion.outputs import DTYPES, RECORD, check_free, whole_folder
 from ..conversion.source import SPECIAL, Source, Vocabulary
 from ..errors import UserError
-from .options import CommandParser
 
 CHECKPOINT = "checkpoint.pt"
 _EPILOG = """\

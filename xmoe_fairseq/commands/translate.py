@@ -13,16 +13,18 @@ from pathlib import Path
 
 from ..checkpoints.shards import fingerprint
 from ..common import locks
+from ..common.command_line import file_path
 from ..common.directions import Direction
+from ..common.outputs import writing
 from ..common.run_folder import find_checkpoint, generated_folder
 from ..errors import UserError
-from ..evaluation.generate_output import generate_file, writing
-from ..evaluation.model_directions import ZERO_SHOT, Chosen, choose_directions, subset_name
+from ..evaluation.model_directions import Chosen, choose_directions, subset_name
 from ..evaluation.score_job import read_benchmark
 from ..evaluation.test_sets import MADE, check_made, read_made
 from ..mt_benchmarks import Benchmark
+from ..results.direction_sets import ZERO_SHOT
 from ..results.folder import write_json
-from .options import file_path
+from ..stock_commands.generate import generate_file
 
 logger = logging.getLogger(__name__)
 

@@ -181,3 +181,27 @@ def read_names(folder: str | Path, file: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: prepare the data again") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+_PAIR = re.compile(r"\w[\w.@+]*(-\w[\w.@+]*)+")
+
+
+def split_pair(name: str, where: str) -> tuple[str, str]:
+    """Gives source and target of a direction, ``SRC-TGT``, whose name is also that of a folder.
+
+    Args:
+        name: from a file or a folder.
+        where: names it in messages.
+
+    Raises:
+        UserError: the name is no such, or would lead to another folder.
+    """
+    if not is_pair(name) or not (isinstance(name, Direction) or name.count("-") == 1):
+        raise UserError(f"{where} holds {name[:60]!r}, which is no direction SRC-TGT, such as en-ca: make it again")
+    source, target = name.split("-")
+    return source, target
+
+
+def is_pair(name: str) -> bool:
+    """Tells whether a name is that of a direction."""
+    return _PAIR.fullmatch(name) is not None

@@ -22,6 +22,7 @@ from ..errors import UserError
 # What a shell gives a program that Ctrl-C, or a reader that has gone, ended.
 INTERRUPTED, BROKEN_PIPE = 130, 141
 _SHOWN = 300
+_PACKAGE = __name__.partition(".")[0]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory")
 # Where torchrun lets a process that fails say why.
@@ -133,7 +134,7 @@ def is_command() -> bool:
     return (
         program.name.startswith(("fairseq-", "xmoe"))
         or program.parent.name == "fairseq_cli"
-        or Path(__file__).parent in program.absolute().parents
+        or Path(__file__).parents[1] in program.absolute().parents
     )
 
 
@@ -228,7 +229,7 @@ def _program(error: BaseException) -> tuple[str, str]:
     """Names whose code, fairseq's or this package's, ran last, whatever library it called, and its module."""
     modules = [_module(frame) for frame, _ in _frames(error)]
     programs = [(module.partition(".")[0], module) for module in modules]
-    ours = [one for one in programs if one[0] in ("fairseq", "fairseq_cli", __package__)]
+    ours = [one for one in programs if one[0] in ("fairseq", "fairseq_cli", _PACKAGE)]
     return ours[-1] if ours else ("", "")
 
 

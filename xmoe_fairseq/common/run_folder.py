@@ -40,3 +40,8 @@ def generated_folder(run: Path, subset: str) -> Path:
 def scores_folder(run: Path, subset: str) -> Path:
     """Names the folder of the scores of these translations."""
     return run / ("scores" if subset == "test" else f"scores-{subset}")
+
+
+def default_out(checkpoint: Path, kind: str) -> Path:
+    """Names a folder beside a checkpoint, which no other checkpoint's results share."""
+    return checkpoint.with_name(f"{checkpoint.stem}-{kind}")

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from ..common.directions import Direction
 from ..errors import UserError
+from ..metrics.corpus import METRICS, build_metric
+from ..metrics.sentences import corpus_score, draw_scores, read_seed, sentence_statistics
+from ..results.direction_sets import direction_sets
 from ..results.folder import read_scores, read_texts
-from ..results.scores import Scores
-from .bootstrap import corpus_score, draw_scores, read_seed, sentence_statistics
-from .model_directions import direction_sets
-from .score import METRICS, build_metric
+from ..results.scores import SystemScores
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class System:
     """One folder of results, and the directions that are compared."""
 
     name: str
-    scores: Scores
+    scores: SystemScores
     folder: Path
     pairs: Sequence[Direction]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from ..checkpoints.shards import fingerprint
 from ..common import schema
-from ..common.files import is_there
+from ..common.files import is_there, read_lines
+from ..common.outputs import check_replaced
 from ..errors import UserError
 from ..results.folder import SCORES, SETTINGS, read_scores
 from ..results.report import ScoredSet
-from ..results.scores import Scores
+from ..results.scores import SystemScores
 from .direction_dataset import origin
-from .generate_output import check_replaced, find_raw, read_lines
-from .test_sets import texts_checksum
+from .test_sets import find_raw, texts_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _of_analysis(file: Path, checkpoint: Path, data: Path) -> str | None:
     return next((name.replace("_", " ") for name in now if now[name] != kept.get(name)), "")
 
 
-def _of_scores(scores: Scores, checkpoint: Path, data: Path) -> str | None:
+def _of_scores(scores: SystemScores, checkpoint: Path, data: Path) -> str | None:
     kept = scores.settings
     if "test_set" not in kept:
         return None

@@ -20,7 +20,7 @@ from .trained_model import TrainedModel, binarised
 
 
 @dataclass(frozen=True)
-class Text:
+class DirectionDataset:
     """The sentences of one direction.
 
     Attributes:
@@ -94,7 +94,7 @@ def origin(checkpoint: Path, data: Path, split: str) -> dict[str, str]:
     return {"checkpoint": fingerprint(str(checkpoint)), "split": split, "text": text}
 
 
-def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int | None) -> list[Text]:
+def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int | None) -> list[DirectionDataset]:
     """Opens a split; fairseq maps the files into memory and reads a sentence when it is used.
 
     Args:
@@ -125,7 +125,7 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int 
             )
         lines = Fitting(dataset, split, [f"{source}-{target}"], "--max-tokens")
         batches = lines.batch_by_size(indices, max_tokens=max_tokens)
-        texts.append(Text(source, target, dataset, [list(map(int, batch)) for batch in batches]))
+        texts.append(DirectionDataset(source, target, dataset, [list(map(int, batch)) for batch in batches]))
     return texts
 
 

@@ -18,11 +18,9 @@ from typing import Any, List, Optional  # noqa: UP035
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
 
-from ..moe import EXPERTS, ROUTERS, ExpertOptions, Router, RouterOptions, StackedExperts
-from ..moe.expert_parallel.all_to_all import CHOICES as EXCHANGES
+from ..moe import EXPERTS, ROUTERS, ExpertOptions, Router, RouterOptions, StackedExperts, kernels
+from ..moe.expert_parallel.all_to_all import EXCHANGE_MODES, OLD_MODES
 from ..moe.experts.options import hidden_sizes
-from ..moe.kernels import CHOICES
-from ..moe.kernels import check as check_kernel
 from ..moe.options import declared
 
 _PREFIX = "moe_"
@@ -155,16 +153,17 @@ class MoETransformerConfig(ExpertConfig):
     moe_cmr_gate_dropout: float = _option(
         0.1, "cmr: probability that a token's gate is closed in training", low=0, high=1
     )
-    moe_kernel: ChoiceEnum(CHOICES) = _option(  # type: ignore[valid-type]
+    moe_kernel: ChoiceEnum((*kernels.KERNEL_NAMES, *kernels.OLD_NAMES)) = _option(  # type: ignore[valid-type]
         "auto", "how experts are computed; auto takes the fastest for the device and precision"
     )
     moe_expert_parallel: int = _option(
         1, "in training with several processes: how many share the experts of each layer", low=1
     )
-    moe_exchange: ChoiceEnum(EXCHANGES) = _option(  # type: ignore[valid-type]
+    moe_exchange: ChoiceEnum((*EXCHANGE_MODES, *OLD_MODES)) = _option(  # type: ignore[valid-type]
         "auto",
-        "how tokens reach experts of other processes; counted: sizes are exchanged first; static: buffers sized "
-        "by the capacity; auto: static on a GPU if there is a capacity, otherwise counted",
+        "how tokens reach experts of other processes; dynamic: split sizes are exchanged first; "
+        "fixed_capacity: buffers sized by the capacity; auto: fixed_capacity on a GPU if there is a capacity, "
+        "otherwise dynamic",
     )
 
 
@@ -340,7 +339,7 @@ def _named_as_flags(options: type, where: str) -> Iterator[None]:
 
 def _check_experts(cfg: Namespace) -> None:
     kind, options = expert_class(cfg), expert_options(cfg)
-    check_kernel(str(cfg.moe_kernel), kind.network)
+    kernels.check(str(cfg.moe_kernel), kind.network)
     for stack in placed(cfg):
         size = f"{stack}_ffn_embed_dim"
         with _named_as_flags(kind.Options, f"{_flag(size)} {getattr(cfg, size)}"):

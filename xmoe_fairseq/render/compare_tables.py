@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from ..errors import printable
 from ..evaluation.compare import Comparison, MetricComparison, Result, untrained
-from ..evaluation.model_directions import ZERO_SHOT
-from ..evaluation.score import METRICS
+from ..metrics.corpus import METRICS
+from ..results.direction_sets import ZERO_SHOT
 from .tables import NONE, code, latex, markdown, number, plain, short
 
 Table = tuple[list[str], list[list[str]]]

@@ -11,9 +11,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..evaluation.routing_usage import LayerUsage
-from ..evaluation.score import METRICS, sacrebleu_command
+from ..evaluation.score import sacrebleu_command
+from ..metrics.corpus import METRICS
 from ..results.report import Report, Sample, Token, duration
+from ..results.usage import LayerUsage
 from ..subword import FAIRSEQ_SYMBOL, META_SPACE
 from . import report_curves
 from .score_tables import averages, directions
@@ -61,7 +62,7 @@ class ShownSample:
 def render_html(report: Report) -> str:
     """Renders the page. All text that comes from files is escaped by jinja2."""
     environment = Environment(
-        loader=PackageLoader("xmoe_fairseq.report"),
+        loader=PackageLoader("xmoe_fairseq.render"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..evaluation.score import METRICS, sacrebleu_command
+from ..evaluation.score import sacrebleu_command
+from ..metrics.corpus import METRICS
 from ..results.report import Report, Sample, arrow, duration
 from .tables import block, code, plain
 

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from ..evaluation.score import METRICS
-from ..evaluation.sweep import COSTS, Point, Sweep, pareto
+from ..metrics.corpus import METRICS
+from ..results.sweep import COSTS, Point, Sweep, pareto
 from .report_figure import STYLE
 
 WIDTH_INCHES, ROW_INCHES, DOTS_PER_INCH = 8.0, 2.9, 90

@@ -9,20 +9,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..evaluation.model_directions import ZERO_SHOT
-from ..evaluation.routing_usage import LayerUsage, computation_saved
-from ..evaluation.score import Score, score
+from ..metrics.corpus import CorpusScore, score
+from .direction_sets import ZERO_SHOT
 from .drawings import Drawing
-from .scores import Row, Scores
+from .scores import DirectionScore, SystemScores
 from .settings import Settings
 from .training_log import Training
+from .usage import LayerUsage, computation_saved
 
 
 @dataclass(frozen=True)
 class ScoredSet:
     """One translated test set: its figures, its files and its lines, all in the order of the test set."""
 
-    row: Row
+    row: DirectionScore
     reference_file: Path
     hypothesis_file: Path
     sources: Sequence[str]
@@ -43,14 +43,14 @@ class ScoredSet:
         return arrow(self.source, self.target) + f" ({ZERO_SHOT})" * self.row.zero_shot
 
     @cached_property
-    def score(self) -> Score:
+    def score(self) -> CorpusScore:
         """BLEU and chrF++, computed where ``xmoe score`` was asked for other metrics."""
         scores, signatures = self.row.scores, self.row.signatures
         if not {"bleu", "chrf"} <= scores.keys():
             return score(self.hypotheses, self.references, self.target)
         tokenizer = signatures["bleu"].partition("tok:")[2].partition("|")[0]
         figures = scores["bleu"], scores["chrf"], signatures["bleu"], signatures["chrf"]
-        return Score(*figures, tokenizer, self.row.sentences)
+        return CorpusScore(*figures, tokenizer, self.row.sentences)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Report:
     """
 
     name: str
-    scores: Scores | None
+    scores: SystemScores | None
     directions: Sequence[ScoredSet]
     layers: Sequence[LayerUsage]
     drawings: Sequence[Drawing]

@@ -9,15 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from ..common.directions import Direction
-from ..evaluation.bootstrap import corpus_score, sentence_statistics
-from ..evaluation.decode import ModelSize
-from ..evaluation.language_id import LanguageDetector
-from ..evaluation.model_directions import ZERO_SHOT, direction_sets
-from ..evaluation.score import build_bleu, build_metric
+from .decoding import ModelSize
+from .direction_sets import ZERO_SHOT, direction_sets
 
 
 @dataclass(frozen=True)
-class Row:
+class DirectionScore:
     """One direction.
 
     Attributes:
@@ -79,7 +76,7 @@ class Average:
 
 
 @dataclass(frozen=True)
-class Scores:
+class SystemScores:
     """Everything in ``scores.json``.
 
     Attributes:
@@ -100,7 +97,7 @@ class Scores:
     settings: Mapping[str, Any]
     english: str
     tokenize: str | None
-    rows: Sequence[Row]
+    rows: Sequence[DirectionScore]
     averages: Sequence[Average]
     model: ModelSize | None
     words_per_second: float | None
@@ -128,36 +125,7 @@ class Scores:
         return asdict(self)
 
 
-def score_lines(
-    sources: Sequence[str],
-    references: Sequence[str],
-    hypotheses: Sequence[str],
-    target: str,
-    metrics: Iterable[str],
-    tokenizer: str | None,
-    detector: LanguageDetector | None,
-) -> dict[str, Any]:
-    """Computes what a `Row` says of the texts themselves; all three have one line for each sentence."""
-    built = {name: build_metric(name, target, tokenizer) for name in metrics}
-    counted = {name: sentence_statistics(metric, references, hypotheses) for name, metric in built.items()}
-    words = counted.get("bleu")
-    if words is None:
-        words = sentence_statistics(build_bleu(target, tokenizer)[0], references, hypotheses)
-    of_hypotheses, of_references = words[:, :2].sum(0, dtype=int).tolist()
-    return {
-        "sentences": len(references),
-        "scores": {name: corpus_score(metric, [counted[name]]) for name, metric in built.items()},
-        "signatures": {name: str(metric.get_signature()) for name, metric in built.items()},
-        "length_ratio": of_hypotheses / of_references if of_references else 0.0,
-        "empty": sum(not text.strip() for text in hypotheses),
-        "copies": sum(text.strip() == source.strip() != "" for text, source in zip(hypotheses, sources, strict=True)),
-        "wrong_language": detector.wrong_share(hypotheses, target) if detector else None,
-        "wrong_references": detector.wrong_share(references, target) if detector else None,
-        "source_words": sum(len(source.split()) for source in sources),
-    }
-
-
-def average(rows: Sequence[Row], english: str) -> list[Average]:
+def average(rows: Sequence[DirectionScore], english: str) -> list[Average]:
     """Averages over the sets of `direction_sets`, and the trained ones of each group where there are several groups."""
     by_name = {row.name: row for row in rows}
     sets = direction_sets(list(by_name), {row.name for row in rows if row.zero_shot}, english)
@@ -171,12 +139,12 @@ def average(rows: Sequence[Row], english: str) -> list[Average]:
     return [_average(name, [by_name[pair] for pair in pairs]) for name, pairs in {**sets, **grouped}.items()]
 
 
-def _average(name: str, rows: Sequence[Row]) -> Average:
+def _average(name: str, rows: Sequence[DirectionScore]) -> Average:
     scores = {metric: fmean(row.scores[metric] for row in rows) for metric in rows[0].scores}
     return Average(name, len(rows), scores, fmean(row.length_ratio for row in rows))
 
 
-def words_per_second(rows: Iterable[Row]) -> float | None:
+def words_per_second(rows: Iterable[DirectionScore]) -> float | None:
     """Gives source words by seconds of search over all directions; None where a direction's time is unknown."""
     words, seconds = 0, 0.0
     for row in rows:

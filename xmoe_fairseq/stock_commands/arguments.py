@@ -84,7 +84,8 @@ def _check_results_path(parsed: argparse.Namespace) -> None:
     folder = getattr(parsed, "results_path", None)
     subset = getattr(parsed, "gen_subset", None)  # fairseq-validate writes nothing there
     if folder and subset:
-        from ..evaluation.generate_output import check_no_folders, check_writable, generate_file
+        from ..common.outputs import check_no_folders, check_writable
+        from .generate import generate_file
 
         check_writable(Path(folder), "--results-path")
         check_no_folders([Path(folder) / generate_file(subset)])

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..common.schema import build
 from ..errors import UserError
-from ..evaluation.decode import ModelSize
+from ..results.decoding import ModelSize
 from ..results.folder import read_json
 from .plan import StudyRow
 from .runs import Run, Study

@@ -14,8 +14,8 @@ from .activation import activate
 from .contract import Activation, ExpertWeights, feed_forward, kernel
 from .per_expert import per_expert
 
-# Up to so many rows an expert on average this is faster than `per_expert`; measured with 64 experts of two sizes, with AVX2
-# and AVX-512.
+# Up to so many rows an expert on average this is faster than `per_expert`; measured with 64 experts of two sizes, with
+# AVX2 and AVX-512.
 DECODE_ROWS = 12
 
 

@@ -210,7 +210,7 @@ class _Work:
         )  # fmt: skip
 
     def combine(self, values: Tensor, gate_weight: Tensor | None) -> Tensor:
-        """Adds up the places (P, d) of each token, times the assignments' share (R,): (T, d)."""
+        """Adds up the places (P, d) of each token, times the assignments' gate weights (R,): (T, d)."""
         from . import triton_kernels
 
         dim = values.shape[1]

@@ -24,9 +24,9 @@ class Router(nn.Module):
     """Decides which experts each token takes, and with which weights.
 
     A router is a subclass with an entry in `ROUTERS`. What it may be told beyond `RouterOptions` it declares in
-    ``Options``; what it does is in ``forward``. Three seams save it most of the work: `ProbabilityRouter.selection`, where
-    experts are taken in the order of their softmax probabilities; `LinearRouter.plan`, for any choice by linear scores
-    (see `plan_of`); `Router.forward` for all else.
+    ``Options``; what it does is in ``forward``. Three seams save it most of the work: `ProbabilityRouter.selection`,
+    where experts are taken in the order of their softmax probabilities; `LinearRouter.plan`, for any choice by linear
+    scores (see `plan_of`); `Router.forward` for all else.
 
     Args:
         dim: d.
@@ -231,7 +231,7 @@ class ProbabilityRouter(LinearRouter):
         return None if max_per_expert is None else self.num_experts * max_per_expert
 
     def max_per_expert(self, tokens: int) -> int | None:
-        """Bounds the assignments that an expert gets of T tokens, without looking at them; None where they may be all."""
+        """Bounds the assignments that an expert gets of T tokens, without looking at them; None if they may be all."""
         return min(self.capacity_for(tokens), tokens) if self.limited else None
 
     def capacity(self, real: Tensor) -> Tensor:

@@ -87,8 +87,8 @@ def settle(
     """Counts an expert's assignments up to each block's end, (E, blocks), and adds up what `take` left; grid (E,).
 
     LIMITED leaves it no more than ``most`` tokens, which COUNTED says to be in memory; see `_drop`. Writes ``numbers``
-    (2 E + 4,): the assignments of each expert and how many took it first, the real tokens, the assignments before capacity and
-    after, the first choices dropped; and ``sums`` (E + 3,), those of ``parts``.
+    (2 E + 4,): the assignments of each expert and how many took it first, the real tokens, the assignments before
+    capacity and after, the first choices dropped; and ``sums`` (E + 3,), those of ``parts``.
     """
     expert = tl.program_id(0)
     index = tl.arange(0, BLOCK)
@@ -100,11 +100,11 @@ def settle(
         taken += tl.sum(here)
     tl.atomic_add(numbers + 2 * experts + 1, taken.to(tl.int64))
     if LIMITED:
-        capacity_for = tl.load(most).to(tl.int32) if COUNTED else most
-        if taken > capacity_for:
-            dropped = _drop(probs, ranks, ends, capacity_for, tokens, experts, blocks, expert, ROWS, BLOCK)
+        room = tl.load(most).to(tl.int32) if COUNTED else most
+        if taken > room:
+            dropped = _drop(probs, ranks, ends, room, tokens, experts, blocks, expert, ROWS, BLOCK)
             tl.atomic_add(numbers + 2 * experts + 3, dropped.to(tl.int64))
-        taken = tl.minimum(taken, capacity_for)
+        taken = tl.minimum(taken, room)
     tl.store(numbers + expert, taken.to(tl.int64))
     tl.atomic_add(numbers + 2 * experts + 2, taken.to(tl.int64))
     tl.store(numbers + experts + expert, _sum(counts + (experts + expert) * blocks, blocks, BLOCK).to(tl.int64))
@@ -130,8 +130,8 @@ def _sum(values, number, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _drop(probs, ranks, ends, capacity_for, tokens, experts, blocks, expert, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Leaves an expert ``capacity_for`` of its tokens: lower ranks first, then higher probability.
+def _drop(probs, ranks, ends, room, tokens, experts, blocks, expert, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Leaves an expert ``room`` of its tokens: lower ranks first, then higher probability.
 
     Of equals those of the earliest tokens stay. Finds the last that stays digit by digit, from the counts of its
     digits. Returns how many of the dropped had it as their first choice.
@@ -147,8 +147,8 @@ def _drop(probs, ranks, ends, capacity_for, tokens, experts, blocks, expert, ROW
             digits += tl.histogram(tl.where(match, (key >> (40 - 8 * digit_number)) & 255, 256).to(tl.int32), 512)
         digits = tl.where(tl.arange(0, 512) < 256, digits, 0)
         below = tl.cumsum(digits, axis=0)
-        digit = tl.sum((below < capacity_for).to(tl.int32))
-        capacity_for -= tl.sum(tl.where(tl.arange(0, 512) < digit, digits, 0))
+        digit = tl.sum((below < room).to(tl.int32))
+        room -= tl.sum(tl.where(tl.arange(0, 512) < digit, digits, 0))
         last = last * 256 + digit
     before = 0
     dropped = 0
@@ -156,8 +156,8 @@ def _drop(probs, ranks, ends, capacity_for, tokens, experts, blocks, expert, ROW
         key, taken = _keys(probs, ranks, begin + index, tokens, experts, expert)
         equal = (taken & (key == last)).to(tl.int32)
         nth = tl.cumsum(equal, axis=0)
-        stays = taken & ((key < last) | ((equal > 0) & (nth <= capacity_for)))
-        capacity_for -= tl.sum(equal)
+        stays = taken & ((key < last) | ((equal > 0) & (nth <= room)))
+        room -= tl.sum(equal)
         place = (begin + index).to(tl.int64) * experts + expert
         tl.store(ranks + place, tl.full((BLOCK,), -1, tl.int16), mask=taken & ~stays)
         here = stays.to(tl.int32)
@@ -186,7 +186,8 @@ def assignments(
 ):  # fmt: skip
     """Lists the assignments by expert, then by token, with their weights and places.
 
-    The places are `Places`. What is left of ``most`` assignments is set to 0. Grid (blocks + E + most / (SPAN * ROWS),).
+    The places are `Places`. What is left of ``most`` assignments is set to 0. Grid (blocks + E + most / (SPAN *
+    ROWS),).
     """
     number = tl.program_id(0) - blocks
     expert = tl.arange(0, SPAN)
@@ -285,7 +286,8 @@ def gradient(
 
 @triton.jit
 def _positions(ranks, ends, tokens, experts, blocks, SPAN: tl.constexpr, ROWS: tl.constexpr):
-    """What a block's tokens take, the number of each assignment among its expert's, and the assignments of earlier blocks."""
+    """What a block's tokens take, the number of each assignment among its expert's, and the assignments of earlier
+    blocks."""
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, SPAN)
