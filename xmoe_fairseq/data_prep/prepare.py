@@ -221,9 +221,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     try:
         prepare(given)
-    except BrokenPipeError:  # who read the output has gone
-        raise
     except OSError as error:
+        end = guard.output_ending(error)
+        if end is not None:
+            raise end from error
         advice = "; free some space and run the same command again" if error.errno in DISK_FULL else ""
         raise UserError(f"{error.filename or given.out}: {error.strerror or error}{advice}") from error
     except KeyboardInterrupt:
