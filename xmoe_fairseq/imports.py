@@ -54,7 +54,7 @@ class _Imported:
         self.loader = cast(Any, module.__spec__).loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Gives the module."""
+        """Returns the module."""
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
