@@ -22,7 +22,7 @@ from rows import Row, finish, parser, ratio, write
 from tqdm import tqdm
 from turns import Turns, take_turns
 
-from xmoe_fairseq.evaluation.usage import measure
+from xmoe_fairseq.evaluation.routing_usage import measure
 
 TRAIN = (
     *(

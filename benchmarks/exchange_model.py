@@ -9,7 +9,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
-# Collective calls of a layer, forward and backward (see xmoe_fairseq/moe/exchange.py), and bytes of a pair in them.
+# Collective calls of a layer, forward and backward (see xmoe_fairseq/moe/expert_parallel/all_to_all.py), and bytes of
+# a pair in them.
 CALLS, PAIR = 7, 16
 
 

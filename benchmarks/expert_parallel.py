@@ -23,7 +23,7 @@ from rows import Row, finish, parser, ratio, seconds
 from torch import Tensor
 
 from xmoe_fairseq.moe import ExpertGroup, Experts, MoELayer
-from xmoe_fairseq.moe.parallel import block
+from xmoe_fairseq.moe.expert_parallel.group import block
 
 PARTS = ("bytes", "times")
 ROW = DIM * 4  # bytes of a token, in float32
@@ -99,16 +99,16 @@ class Member:
         """What is sent, over what must be."""
         for mean in (2.0, 8.0):
             case = make_case(self.tokens * self.size, mean=mean, hidden=64)
-            layer, x = self.split(case, "counted")
+            layer, x = self.split(case, "dynamic")
             (forward, backward), (least, by_pair) = self.traffic(layer, x), self.least(layer, x)
-            static, _ = self.traffic(*self.split(case, "static", 2 * mean))
+            fixed_capacity, _ = self.traffic(*self.split(case, "fixed_capacity", 2 * mean))
             kib = forward / len(case.x) / 1024
             label = f"{self.size} processes, {mean:g} experts a token, {kib:.2f} KiB a token: bytes"
             for name, value, goal in (
                 ("forward, over the least possible", forward / least, "<= 1.02"),
                 ("backward, over the least possible", backward / least, "<= 1.02"),
                 ("forward, over a row for each pair elsewhere", forward / by_pair, "<= 1.02"),
-                ("forward, static for twice the mean load, over counted", static / forward, ""),
+                ("forward, static for twice the mean load, over counted", fixed_capacity / forward, ""),
             ):
                 yield Row(f"{label} {name}", value, value, value, goal)
 
@@ -122,14 +122,14 @@ class Member:
             "one": self.together(training(lambda x: whole(x)[0], whole, case.x), alone=True),
             "none": self.together(training(lambda x: whole(x)[0], whole, part)),
         }
-        for exchange, capacity in (("counted", 0.0), ("static", 4.0)):
+        for exchange, capacity in (("dynamic", 0.0), ("fixed_capacity", 4.0)):
             layer, x = self.split(case, exchange, capacity)
             runs[exchange] = self.together(training(lambda x, layer=layer: layer(x)[0], layer, x))
         times = seconds(runs, self.rounds)
         label = f"{self.size} processes of 1 thread, {self.tokens} tokens each, forward + backward:"
-        yield ratio(f"{label} over one process of {self.size} threads, all tokens", times["counted"], times["one"])
-        yield ratio(f"{label} over all experts in each process", times["counted"], times["none"])
-        yield ratio(f"{label} static for twice the mean load, over counted", times["static"], times["counted"])
+        yield ratio(f"{label} over one process of {self.size} threads, all tokens", times["dynamic"], times["one"])
+        yield ratio(f"{label} over all experts in each process", times["dynamic"], times["none"])
+        yield ratio(f"{label} static for twice the mean load, over counted", times["fixed_capacity"], times["dynamic"])
 
     def together(self, step: Callable[[], None], alone: bool = False) -> Callable[[], None]:
         """Makes a step that starts and ends for all processes at once; alone, the first one takes all threads."""

@@ -8,8 +8,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from xmoe_fairseq.architectures import build_on_meta
-from xmoe_fairseq.info import model_flops
+from xmoe_fairseq.evaluation.model_costs import model_flops
+from xmoe_fairseq.models.architectures import build_on_meta
 from xmoe_fairseq.moe.flops import expert_sites
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from xmoe_fairseq.evaluation.outputs import replacing
+from xmoe_fairseq.common.outputs import replacing
 
 
 @dataclass(frozen=True)

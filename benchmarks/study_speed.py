@@ -19,7 +19,7 @@ from programs import command
 from turns import take_turns
 
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.result_folder import write_json
+from xmoe_fairseq.results.folder import write_json
 from xmoe_fairseq.study.plan import read_plan
 
 WARM = 2  # turns that are left out

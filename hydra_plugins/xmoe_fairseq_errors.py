@@ -58,9 +58,10 @@ def _has_name(recipe: Path) -> bool:
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    from xmoe_fairseq import command_line, guard
+    from xmoe_fairseq.common import guard
+    from xmoe_fairseq.stock_commands import arguments
 
-    raise command_line.recipe_ending(error, _recipe()) or guard.ending(error)
+    raise arguments.recipe_ending(error, _recipe()) or guard.ending(error)
 
 
 install()

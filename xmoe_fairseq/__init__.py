@@ -6,7 +6,8 @@ Importing this package alone loads neither fairseq nor torch; `imports` says whe
 import importlib
 from typing import Any
 
-from . import guard, imports
+from . import imports
+from .common import guard
 
 __version__ = "0.1.0"
 

@@ -24,10 +24,10 @@ from fairseq.dataclass.configs import GenerationConfig
 from fairseq.registry import REGISTRIES
 from torch import Tensor
 
-from .analysis.collect import INPUTS, per_token, stack_of
 from .checkpoints import options, reading
+from .common.files import is_there
 from .errors import UserError
-from .files import is_there
+from .models.routing_recorder import INPUTS, per_token, stack_of
 from .tasks.decoding import languages_of, pairs
 
 SPM = "spm.model"

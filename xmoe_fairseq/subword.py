@@ -40,6 +40,8 @@ class Subword:
         model: the file ``spm.model`` that ``data_prep/prepare.sh`` wrote.
         dictionary: the ``dict.txt`` that goes with it, for the ids; by default one that has the pieces in the model's
             order.
+        byte_fallback: whether a model without byte pieces is refused, which loses characters; those of other toolkits
+            have none.
 
     Attributes:
         ids: what each piece of the model has in the dictionary.
@@ -48,7 +50,7 @@ class Subword:
         UserError: where the file is missing, no SentencePiece model, or one without byte pieces.
     """
 
-    def __init__(self, model: str | Path, dictionary: str | Path | None = None) -> None:
+    def __init__(self, model: str | Path, dictionary: str | Path | None = None, byte_fallback: bool = True) -> None:
         if not Path(model).is_file():
             raise UserError(f"SentencePiece model {model}: no such file; give the spm.model of the prepared data")
         try:
@@ -59,7 +61,7 @@ class Subword:
             raise UserError(f"cannot read {model}: {error.strerror}") from error
         except (RuntimeError, ValueError) as error:  # of its own messages, some are not UTF-8
             raise UserError(f"{model} is not a SentencePiece model, or is damaged: prepare the data again") from error
-        if not self.processor.is_byte(self.processor.piece_to_id("<0x00>")):
+        if byte_fallback and not self.processor.is_byte(self.processor.piece_to_id("<0x00>")):
             raise UserError(
                 f"{model} was trained without byte_fallback and would lose characters: "
                 "use the spm.model of the prepared data, or --bpe sentencepiece"

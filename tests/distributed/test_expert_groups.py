@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from xmoe_fairseq.moe import ExpertGroup
-from xmoe_fairseq.moe.parallel import block
+from xmoe_fairseq.moe.expert_parallel.group import block
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8])
@@ -46,8 +46,8 @@ def test_two_groups_in_four_processes_do_not_mix() -> None:
     world = World(4)
     try:
         world.run(check_two_groups)
-        world.run(check_equality, "threshold", [3, 0, 8, 5], 6, "counted")
-        world.run(check_equality, "strata", [3, 0, 8, 5], 6, "static", 1.0)
+        world.run(check_equality, "threshold", [3, 0, 8, 5], 6, "dynamic")
+        world.run(check_equality, "strata", [3, 0, 8, 5], 6, "fixed_capacity", 1.0)
     finally:
         world.stop()
 
@@ -87,7 +87,7 @@ def test_the_static_exchange_reads_nothing_back_from_the_device(
 ) -> None:
     # Fake tensors have no values: whatever asks for one fails. The bound is agreed on in main memory.
     monkeypatch.setattr(ExpertGroup, "largest", lambda group, *numbers: list(numbers))
-    fails = pytest.raises(DataDependentOutputException) if exchange == "counted" else nullcontext()
+    fails = pytest.raises(DataDependentOutputException) if exchange == "dynamic" else nullcontext()
     with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16), fails:
         layer = make_layer(kind, 6, ExpertGroup(0, 2), exchange, 1.5, "grouped_mm", torch.float32, static=True)
         x = torch.empty(40, DIM, requires_grad=True)

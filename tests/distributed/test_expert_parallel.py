@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from xmoe_fairseq.moe import ExpertGroup
-from xmoe_fairseq.moe.parallel import block
+from xmoe_fairseq.moe.expert_parallel.group import block
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -84,7 +84,7 @@ def test_adversarial_loads_neither_hang_nor_change_results(world: World, kind: s
         calls = world.run(_calls, {"kind": kind, "exchange": exchange, "capacity": 1.0, **options})
         assert calls[0] == calls[-1]
         # Hash routing has no capacity, and so no bound; strata run the experts three times.
-        bounded = exchange == "static" and kind != "hash"
+        bounded = exchange == "fixed_capacity" and kind != "hash"
         passes = 3 if kind == "strata" else 1
         assert calls[0] == {"all_to_all_single": (6 if bounded else 7) * passes, "all_reduce": bounded * passes}
 
@@ -244,16 +244,16 @@ def check_bytes(rank: int, exchange: str) -> None:
     rows = sum(len(plan.token[mine].unique()) for mine in elsewhere) * DIM * 4
     pairs = sum(int(mine.sum()) for mine in elsewhere)
     sent = calls["all_to_all_single"]
-    if exchange == "counted":
+    if exchange == "dynamic":
         assert sent[:3] == [(size - 1) * 16, rows, pairs * 12]
         assert sent[4] == rows, "gradients of outputs go where the tokens went"
         received = torch.tensor([float(sum(sent[3:4] + sent[5:])), rows * 2 + pairs * 4])
         dist.all_reduce(received)
         assert received[0] == received[1], "what comes back is what went out, without row and expert of the pairs"
     else:
-        most_each = -(-9 * 2 // 8)
+        max_per_expert = -(-9 * 2 // 8)
         widest = len(blocks[0])
-        slots, rows = (size - 1) * most_each * widest, (size - 1) * min(9, most_each * widest) * DIM * 4
+        slots, rows = (size - 1) * max_per_expert * widest, (size - 1) * min(9, max_per_expert * widest) * DIM * 4
         assert sent == [rows, slots * 12, rows, rows, rows, slots * 4]
 
 

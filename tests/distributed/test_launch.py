@@ -18,8 +18,8 @@ from helpers import ROOT, TRAIN_ARGS
 from helpers_processes import Job, free_port, train_together
 from helpers_training import MODEL, OPTIONS, Run, assert_same
 
+from xmoe_fairseq.distributed import launch
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.processes import launch
 
 BIN = Path(sys.executable).parent
 

@@ -17,10 +17,10 @@ from helpers_distributed import World
 from helpers_processes import Learner, close, configuration, environment, learn, uneven_plan
 from omegaconf import OmegaConf, open_dict
 
-from xmoe_fairseq.config import MoETransformerConfig, resolve
-from xmoe_fairseq.processes.gradients import ExpertsApart
-from xmoe_fairseq.processes.groups import groups_of, parallel_groups
-from xmoe_fairseq.processes.in_step import in_step
+from xmoe_fairseq.distributed.gradients import ExpertParallelDDP
+from xmoe_fairseq.distributed.groups import groups_of, parallel_groups
+from xmoe_fairseq.distributed.lockstep_search import in_step
+from xmoe_fairseq.models.config import MoETransformerConfig, resolve
 
 SIZE = 2
 # A rate of 1 without momentum: the parameters show the gradient, and clipping shows its norm.
@@ -102,7 +102,7 @@ def evaluate_several(rank: int, data: Path, path: Path) -> None:
         groups = model.parallel_groups
         assert groups.size == 2 and reference.parallel_groups is None
         averaged = trainer.ema.get_model()
-        for other in (trainer.model, averaged, ExpertsApart(model), ExpertsApart(copy.deepcopy(model))):
+        for other in (trainer.model, averaged, ExpertParallelDDP(model), ExpertParallelDDP(copy.deepcopy(model))):
             assert groups_of(other) is groups
         sample = split.collate([0, 1, 2 + rank])
         with torch.no_grad():

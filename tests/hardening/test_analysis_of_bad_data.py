@@ -13,11 +13,11 @@ from helpers_routing import MODELS, sharpen
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from xmoe_fairseq.analysis import results
-from xmoe_fairseq.analysis.command import main
+from xmoe_fairseq.commands.analyze import main
+from xmoe_fairseq.common import outputs
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import outputs
-from xmoe_fairseq.evaluation.usage import measure
+from xmoe_fairseq.evaluation.routing_usage import measure
+from xmoe_fairseq.render import analysis_folder
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_too_few_tokens_for_a_sentence(folder: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws one figure, for all of them take long."""
-    monkeypatch.setattr(results, "draw", lambda _: iter([("flops", Figure())]))
+    monkeypatch.setattr(analysis_folder, "draw", lambda _: iter([("flops", Figure())]))
 
 
 @pytest.mark.usefixtures("one_figure")

@@ -18,9 +18,9 @@ from helpers import TINY_ARGS, build, write_toy_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xmoe_fairseq.benchmarks import BENCHMARKS
 from xmoe_fairseq.data_prep import learn_spm
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.mt_benchmarks import BENCHMARKS
 from xmoe_fairseq.subword import Subword
 from xmoe_fairseq.tasks.binary_text import check_text
 from xmoe_fairseq.tasks.data_folder import count_symbols, read_groups

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from sacrebleu.significance import _bootstrap_resample
 
-from xmoe_fairseq.directions import Direction
+from xmoe_fairseq.common.directions import Direction
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.bootstrap import corpus_score, draw_scores, read_seed, sentence_statistics
 from xmoe_fairseq.evaluation.compare import mean_of_draws
-from xmoe_fairseq.evaluation.score import build_metric
+from xmoe_fairseq.metrics.corpus import build_metric
+from xmoe_fairseq.metrics.sentences import corpus_score, draw_scores, read_seed, sentence_statistics
 
 METRICS = ("bleu", "chrf")
 WORDS = "aa bb ccc dd eee f g hh 中文 <b> |".split()

@@ -18,8 +18,9 @@ from helpers_commands import heed_interrupts, run_warm
 from helpers_training import OPTIONS
 from omegaconf import OmegaConf
 
-from xmoe_fairseq import cli, command_line
+from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.stock_commands import arguments
 
 
 def line_of(result: Any) -> str:
@@ -171,11 +172,11 @@ def test_yaml(words: tuple[str, ...], message: str, toy_data: Path, tmp_path: Pa
 def test_kinds_of_parts_that_another_plugin_registers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """As fairseq's examples of simultaneous translation do."""
     with pytest.raises(UserError, match="simul_type is unknown"):
-        command_line.check_yaml(OmegaConf.create({"simul_type": None}))
+        arguments.check_yaml(OmegaConf.create({"simul_type": None}))
     monkeypatch.setitem(REGISTRIES, "simul_type", {"registry": {"waitk": object}})
-    command_line.check_yaml(OmegaConf.create({"simul_type": "waitk"}))
+    arguments.check_yaml(OmegaConf.create({"simul_type": "waitk"}))
     with pytest.raises(UserError, match=r"simul_type\._name: waitq is unknown: did you mean waitk"):
-        command_line.check_yaml(OmegaConf.create({"simul_type": "waitq"}))
+        arguments.check_yaml(OmegaConf.create({"simul_type": "waitq"}))
 
 
 INFO = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError, printable
-from xmoe_fairseq.evaluation.tables import Marked, block, code, latex, markdown, plain, tsv
+from xmoe_fairseq.render.tables import Marked, block, code, latex, markdown, plain, tsv
 
 EVIL = [
     "new\nline",

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from xmoe_fairseq import guard
+from xmoe_fairseq.common import guard
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.moe import kernels
 

@@ -13,9 +13,10 @@ from fairseq_cli import generate
 from helpers_identity import COMMANDS, PAIRS, generate_words, prepared, program
 from helpers_training import MODEL, train
 
-from xmoe_fairseq import cli, identity
+from xmoe_fairseq import cli
+from xmoe_fairseq.common import identity
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.usage import measure
+from xmoe_fairseq.evaluation.routing_usage import measure
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xmoe_fairseq  # noqa: F401  (installs the reader)
+from xmoe_fairseq.common.literals import literal
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.literals import literal
 
 GOOD = {
     "(0.9, 0.98)": (0.9, 0.98),

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xmoe_fairseq.common.schema import json_text
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.report.curves import draw
-from xmoe_fairseq.report.logs import INNER, Training, find_logs, read_training
-from xmoe_fairseq.schema import json_text
+from xmoe_fairseq.render.report_curves import draw
+from xmoe_fairseq.results.training_log import INNER, Training, find_logs, read_training
 
 GOOD = "epoch 001:  5 / 99 loss=2.5, ppl=4, num_updates=5\n"
 SECONDS = 8  # a quadratic pattern takes minutes

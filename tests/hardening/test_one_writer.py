@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from helpers_training import MODEL, train
 
-from xmoe_fairseq import cli, locks
+from xmoe_fairseq import cli
+from xmoe_fairseq.common import locks
 from xmoe_fairseq.errors import UserError
 
 FORK = multiprocessing.get_context("fork")

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from xmoe_fairseq.benchmarks import BENCHMARKS
 from xmoe_fairseq.checkpoints import reading
+from xmoe_fairseq.common.files import is_there
+from xmoe_fairseq.common.run_folder import seek_checkpoint
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.outputs import find_raw
+from xmoe_fairseq.evaluation.build_report import read_seconds
 from xmoe_fairseq.evaluation.score_job import read_groups_of
-from xmoe_fairseq.evaluation.test_sets import MADE, read_made
-from xmoe_fairseq.files import is_there
-from xmoe_fairseq.report.gather import read_seconds
-from xmoe_fairseq.run_folder import seek_checkpoint
+from xmoe_fairseq.evaluation.test_sets import MADE, find_raw, read_made
+from xmoe_fairseq.mt_benchmarks import BENCHMARKS
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a folder": (Path.mkdir, "Is a directory"),

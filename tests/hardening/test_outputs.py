@@ -14,9 +14,8 @@ import pytest
 from helpers_scoring import FakeTranslator, fake_translator, spoil, write_checkpoint, write_data
 
 from xmoe_fairseq import cli
-from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import outputs
-from xmoe_fairseq.evaluation.outputs import (
+from xmoe_fairseq.common import outputs
+from xmoe_fairseq.common.outputs import (
     check_replaced,
     check_writable,
     finish_replacing,
@@ -24,6 +23,7 @@ from xmoe_fairseq.evaluation.outputs import (
     replacing_all,
     replacing_set,
 )
+from xmoe_fairseq.errors import UserError
 
 SCORE, SWEEP = ("score", "data", "--checkpoint", "c.pt"), ("sweep", "--data", "data", "--checkpoint", "c.pt")
 COMMANDS = {"score": SCORE, "sweep": (*SWEEP, "--thresholds", "0.2,0.6")}

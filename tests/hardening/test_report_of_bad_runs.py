@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from xmoe_fairseq.checkpoints.summary import Summary
+from xmoe_fairseq.commands import report as command
+from xmoe_fairseq.common import outputs
 from xmoe_fairseq.errors import UserError, printable
-from xmoe_fairseq.evaluation import outputs
-from xmoe_fairseq.evaluation.usage import LayerUsage
-from xmoe_fairseq.report import command
-from xmoe_fairseq.report.gather import Model
-from xmoe_fairseq.report.results import Sample, Token, TracedSample
-from xmoe_fairseq.report.settings import Settings
+from xmoe_fairseq.evaluation.build_report import Model
+from xmoe_fairseq.results.report import Sample, Token, TracedSample
+from xmoe_fairseq.results.settings import Settings
+from xmoe_fairseq.results.usage import LayerUsage
 
 EVIL = "<img src=x onerror=alert(1)>`*|$ </script>"
 ENDINGS = ("html", "md", "json", "png")

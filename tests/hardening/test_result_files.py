@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xmoe_fairseq import cli
+from xmoe_fairseq.common.schema import json_text, parse_json, read_json
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.report.gather import read_seconds
-from xmoe_fairseq.schema import json_text, parse_json, read_json
+from xmoe_fairseq.evaluation.build_report import read_seconds
 
 QUICK = settings(
     max_examples=30,

@@ -14,9 +14,9 @@ from helpers_commands import run_warm
 from helpers_training import OPTIONS
 from test_command_lines import line_of
 
-from xmoe_fairseq import guard
+from xmoe_fairseq.common import guard
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.ranges import check_numbers
+from xmoe_fairseq.stock_commands.numbers import check_numbers
 
 
 def test_a_translation_model_is_no_language_model(toy_run: Path, toy_data: Path) -> None:

@@ -14,8 +14,8 @@ from helpers import ROOT
 from helpers_study import ROWS, make_study, write_result
 
 from xmoe_fairseq import cli
+from xmoe_fairseq.commands.study import write_page
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.study.command import write_page
 from xmoe_fairseq.study.plan import read_plan
 from xmoe_fairseq.study.results import read_results
 from xmoe_fairseq.study.runs import Run

@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xmoe_fairseq import cli
-from xmoe_fairseq.analysis.text import origin
+from xmoe_fairseq.common.directions import Direction
+from xmoe_fairseq.common.files import read_lines, write_lines
 from xmoe_fairseq.data_prep import prepare
-from xmoe_fairseq.directions import Direction
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.outputs import read_lines, write_lines
+from xmoe_fairseq.evaluation.consistency import belongs
+from xmoe_fairseq.evaluation.direction_dataset import origin
 from xmoe_fairseq.evaluation.test_sets import check_binarised, texts_checksum
-from xmoe_fairseq.report.together import belongs
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from helpers_training import MODEL, Run, train
 
 from xmoe_fairseq.data_prep import prepare
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.interactive import buffered_read
+from xmoe_fairseq.stock_commands.interactive import buffered_read
 
 LINES = 8
 LONG = 3  # the line of valid and test, counted from 0, that no model can read

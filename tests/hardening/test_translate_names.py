@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from xmoe_fairseq import locks
 from xmoe_fairseq.checkpoints.shards import fingerprint
+from xmoe_fairseq.commands import translate
+from xmoe_fairseq.common import locks
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import translate
 from xmoe_fairseq.evaluation.test_sets import MADE, check_made
 
 BAD_NAMES = [

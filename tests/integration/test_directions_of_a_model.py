@@ -11,9 +11,9 @@ import pytest
 from helpers_training import MODEL, train
 
 from xmoe_fairseq import cli
+from xmoe_fairseq.commands import translate
 from xmoe_fairseq.data_prep import prepare
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import translate
 
 WORDS = "north south east west house river bridge school garden table window market".split()
 LINES = 6

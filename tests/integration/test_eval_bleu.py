@@ -14,10 +14,11 @@ from helpers_commands import run_warm
 from helpers_evaluation import TINY, evaluate, write_spelled_data
 from helpers_training import Run, assert_same, train
 
+from xmoe_fairseq.distributed import launch
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.decoding import Decoding, Translator
-from xmoe_fairseq.evaluation.scores import score_lines
-from xmoe_fairseq.processes import launch
+from xmoe_fairseq.evaluation.decode import Translator
+from xmoe_fairseq.evaluation.line_scores import score_lines
+from xmoe_fairseq.results.decoding import Decoding
 
 PAIRS = ("en-xx", "xx-en", "en-yy", "yy-en")
 # Learns to say something in so few updates.

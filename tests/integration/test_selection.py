@@ -16,7 +16,7 @@ from fairseq.dataclass.configs import CheckpointConfig
 from helpers_processes import Job
 from helpers_training import MODEL, train
 
-from xmoe_fairseq import selection
+from xmoe_fairseq.checkpoints import selection
 
 
 def error_of(said: str) -> str:

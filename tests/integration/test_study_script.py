@@ -15,7 +15,7 @@ from helpers import ROOT
 from helpers_prepare import arguments, write_input
 
 from xmoe_fairseq.data_prep import prepare
-from xmoe_fairseq.report.logs import read_training
+from xmoe_fairseq.results.training_log import read_training
 
 ROWS = """
 train: >-

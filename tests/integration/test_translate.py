@@ -13,8 +13,8 @@ from helpers import ROOT, TINY_ARGS, TRAIN_ARGS
 from helpers_commands import run_warm
 from published import text, zipped
 
-from xmoe_fairseq.benchmarks import M4
 from xmoe_fairseq.data_prep import prepare
+from xmoe_fairseq.mt_benchmarks import M4
 
 
 def prepared(folder: Path) -> Path:

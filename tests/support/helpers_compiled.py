@@ -15,7 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, precise, routers
+from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions
+from xmoe_fairseq.moe.routing import fp32_logits, routers
 
 
 class _H100:
@@ -45,13 +46,13 @@ def main() -> None:
 
     driver.set_active(_H100())
     # The package has a kernel of the module's name.
-    tiled = importlib.import_module("xmoe_fairseq.moe.kernels.tiled")
+    tiled = importlib.import_module("xmoe_fairseq.moe.kernels.triton_mm")
     with (
         patch.object(JITFunction, "run", compile_only),
         patch.object(tiled, "_check", lambda *_: None),
         patch.object(routers, "routes_on_device", lambda *_: True),
-        patch.object(routers, "is_precise", lambda *_: True),
-        patch.object(precise, "product", product),
+        patch.object(routers, "has_fp32_product", lambda *_: True),
+        patch.object(fp32_logits, "product", product),
     ):
         for kind in ("threshold", "gshard"):
             options = RouterOptions(capacity_factor=2.0, static=True)

@@ -23,7 +23,7 @@ from xmoe_fairseq.moe import (
     StackedMoE,
     StratifiedMoE,
 )
-from xmoe_fairseq.moe.parallel import block
+from xmoe_fairseq.moe.expert_parallel.group import block
 
 DIM, HIDDEN = 8, 16
 LAYERS = (
@@ -41,7 +41,7 @@ LAYERS = (
     "cmr",
     "eom",
 )
-EXCHANGES = ("counted", "static")
+EXCHANGES = ("dynamic", "fixed_capacity")
 
 
 @cache
@@ -129,7 +129,7 @@ def check_equality(
     kind: str,
     tokens: list[int],
     experts: int = 7,
-    exchange: str = "counted",
+    exchange: str = "dynamic",
     capacity: float = 0.0,
     skew: float = 0.0,
     needs: list[bool] | None = None,

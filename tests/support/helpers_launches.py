@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from xmoe_fairseq.moe.kernels import tiles
+from xmoe_fairseq.moe.kernels import triton_kernels
 
 # Operations of torch that neither compute nor copy, beyond views.
 _FREE = {"detach", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "alias"}
@@ -44,7 +44,7 @@ class Launches(TorchDispatchMode):
 @contextmanager
 def launches() -> Iterator[Launches]:
     """Counts what is started inside, in forward and backward passes."""
-    count, kind = Launches(), type(tiles.combine)
+    count, kind = Launches(), type(triton_kernels.combine)
     run = kind.run
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:

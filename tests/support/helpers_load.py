@@ -51,7 +51,7 @@ def write_run(folder: Path, count: int, languages: Sequence[str]) -> tuple[Path,
 
 def write_systems(folder: Path, count: int, languages: Sequence[str]) -> list[Path]:
     """Writes what ``xmoe score`` would write of two systems, without scoring them."""
-    from xmoe_fairseq.evaluation.scores import score_lines
+    from xmoe_fairseq.evaluation.line_scores import score_lines
 
     systems = []
     for number in (1, 2):
@@ -90,9 +90,9 @@ def write_log(path: Path, mib: int) -> None:
 def report(run: Path, data: Path) -> None:
     """Runs ``xmoe report`` with the checkpoint of a dense model that nobody reads."""
     from xmoe_fairseq.checkpoints.summary import Summary
-    from xmoe_fairseq.report import command
-    from xmoe_fairseq.report.gather import Model
-    from xmoe_fairseq.report.settings import Settings
+    from xmoe_fairseq.commands import report as command
+    from xmoe_fairseq.evaluation.build_report import Model
+    from xmoe_fairseq.results.settings import Settings
 
     class Dense(Model):
         def settings(self) -> Settings:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from published import flores200, tar_gz, text
 
-from xmoe_fairseq.benchmarks import M15
 from xmoe_fairseq.data_prep import prepare, raw_nllb
 from xmoe_fairseq.data_prep.io_utils import fingerprint
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.mt_benchmarks import M15
 
 SIZES = {"train": 200, "valid": 6, "test": 5}
 STAGES = {"raw", "spm", "bin"}

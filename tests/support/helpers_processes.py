@@ -18,7 +18,7 @@ from fairseq.trainer import Trainer
 from helpers import TRAIN_ARGS
 from helpers_training import Run
 
-from xmoe_fairseq.processes import state
+from xmoe_fairseq.distributed import checkpoint_experts
 
 # Sentences of each process, by number; of each batch of an update; of each update.
 Plan = list[list[list[list[int]]]]
@@ -156,7 +156,7 @@ class Learner:
     def saved(self) -> dict[str, Any]:
         """Returns what a checkpoint holds, with all experts in the first process."""
         self.trainer.consolidate_optimizer()
-        with state.whole_experts(self.trainer):
+        with checkpoint_experts.whole_experts(self.trainer):
             saved: dict[str, Any] = self.trainer.state_dict()
         return saved
 

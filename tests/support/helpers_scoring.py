@@ -13,8 +13,8 @@ import pytest
 
 from xmoe_fairseq.checkpoints.summary import Summary
 from xmoe_fairseq.evaluation import score_job
-from xmoe_fairseq.evaluation.decoding import Decoding, ModelSize, Translated
-from xmoe_fairseq.evaluation.usage import LayerUsage
+from xmoe_fairseq.results.decoding import Decoding, ModelSize, Translated
+from xmoe_fairseq.results.usage import LayerUsage
 
 WORDS = "the a cat dog sees hears one two red green house tree and of in small big old new runs".split()
 PAIRS = ("en-ca", "ca-en", "en-sw", "sw-en")

@@ -1,4 +1,4 @@
-"""A kind of experts as a newcomer would add it: this file, and a line in ``moe/expert_kinds.py``."""
+"""A kind of experts as a newcomer would add it: this file, and a line in ``moe/experts/kinds.py``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from xmoe_fairseq.moe.expert_options import ExpertOptions
-from xmoe_fairseq.moe.experts import Stack, StackedExperts
+from xmoe_fairseq.moe.experts.options import ExpertOptions
+from xmoe_fairseq.moe.experts.stacked import Stack, StackedExperts
 from xmoe_fairseq.moe.options import option
 
 

@@ -13,9 +13,9 @@ from fairseq import checkpoint_utils
 from helpers import batches, build, write_toy_data
 from helpers_training import MODEL, assert_same, train
 
-from xmoe_fairseq import identity
 from xmoe_fairseq.checkpoints import languages
 from xmoe_fairseq.cli import main
+from xmoe_fairseq.common import identity
 from xmoe_fairseq.errors import UserError
 
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")

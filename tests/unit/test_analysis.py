@@ -16,24 +16,25 @@ from helpers_routing import MODELS, sharpen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmoe_fairseq.analysis import results, tables
-from xmoe_fairseq.analysis.collect import (
-    INPUTS,
+from xmoe_fairseq.analysis import tables
+from xmoe_fairseq.analysis.languages import language_load
+from xmoe_fairseq.analysis.tokens import text_tokens
+from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.evaluation.direction_dataset import read
+from xmoe_fairseq.evaluation.routing_counts import (
     POSITION_BINS,
     SUMS,
     Counts,
     LayerCounts,
-    MoEPlace,
+    MoELayerSpec,
     collect,
     places,
     power_of_two,
 )
-from xmoe_fairseq.analysis.languages import language_load
-from xmoe_fairseq.analysis.results import analysis
-from xmoe_fairseq.analysis.text import read
-from xmoe_fairseq.analysis.tokens import text_tokens
-from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.models.routing_recorder import INPUTS
 from xmoe_fairseq.moe import TokenRouting
+from xmoe_fairseq.render import analysis_folder
+from xmoe_fairseq.render.analysis_folder import analysis
 
 
 @pytest.fixture(scope="module", params=["threshold", "smoe", "hash", "stack"])
@@ -144,7 +145,7 @@ def test_languages_by_experts(case: Case) -> None:
 
 
 def test_neighbours_are_the_languages_that_share_most() -> None:
-    place = MoEPlace("encoder.2", 4, 4, 1, False, True, 1.0, 0.0, 1.0)
+    place = MoELayerSpec("encoder.2", 4, 4, 1, False, True, 1.0, 0.0, 1.0)
     layer = LayerCounts(place, 4, 5)
     layer.load += torch.tensor([[9.0, 1, 0, 0], [0, 0, 5, 5], [8, 2, 0, 0], [0, 1, 4, 5]]).double()
     counts = Counts([("a", "z"), ("b", "z"), ("c", "z"), ("d", "z")], [1] * 4, {"encoder.2": layer})
@@ -180,7 +181,7 @@ def test_any_model_can_be_analysed_and_drawn(name: str, toy_data: Path) -> None:
     words = text_tokens(model.encoder.dictionary, ["en", "xx", "yy"])
     found = analysis(counts, {stack: words for stack in INPUTS}, 1, 3)
     assert found.varies == (name == "cmr")
-    names = [drawn for drawn, _ in results.draw(found)]
+    names = [drawn for drawn, _ in analysis_folder.draw(found)]
     assert ("directions" in names) == found.varies
     assert {"flops", "coselection", "language_similarity_decoder"} <= set(names)
     assert set(names) <= set(found.tables)
@@ -215,7 +216,7 @@ def test_memory_does_not_grow_with_the_text(threshold: Case) -> None:
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(1, 9000)), min_size=1, max_size=30))
 @settings(max_examples=50, deadline=None)
 def test_sums_do_not_depend_on_the_cut(tokens: list[tuple[int, int, int]]) -> None:
-    place = MoEPlace("encoder.2", 3, 3, 1, False, True, 1.0, 0.0, 1.0)
+    place = MoELayerSpec("encoder.2", 3, 3, 1, False, True, 1.0, 0.0, 1.0)
     generator = torch.Generator().manual_seed(len(tokens))
     taken = (torch.rand(len(tokens), 3, generator=generator) < 0.5).long()
     ones = torch.ones(len(tokens))

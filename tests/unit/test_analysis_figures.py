@@ -16,10 +16,12 @@ from helpers_analysis import Case, close
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from xmoe_fairseq.analysis import figures, heatmaps, results, style, tables
-from xmoe_fairseq.analysis.collect import INPUTS, Counts, LayerCounts, MoEPlace
-from xmoe_fairseq.analysis.results import Analysis, analysis
+from xmoe_fairseq.analysis import tables
+from xmoe_fairseq.evaluation.routing_counts import Counts, LayerCounts, MoELayerSpec
+from xmoe_fairseq.models.routing_recorder import INPUTS
 from xmoe_fairseq.moe import TokenRouting
+from xmoe_fairseq.render import analysis_figures, analysis_folder, analysis_heatmaps, style
+from xmoe_fairseq.render.analysis_folder import Analysis, analysis
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def panel(figure: Figure, title: str) -> Any:
 
 
 def test_directions_are_drawn(threshold: Case) -> None:
-    figure = figures.directions(threshold.found.tables["directions"], "experts")
+    figure = analysis_figures.directions(threshold.found.tables["directions"], "experts")
     for title, names in (("en → …", "en-{}"), ("… → en", "{}-en")):
         axes = panel(figure, title)
         labels = [label.get_text() for label in axes.get_yticklabels()]
@@ -49,7 +51,7 @@ def test_directions_are_drawn(threshold: Case) -> None:
 
 
 def test_layers_are_drawn(threshold: Case) -> None:
-    figure = figures.layers(threshold.found.tables["directions"], "experts")
+    figure = analysis_figures.layers(threshold.found.tables["directions"], "experts")
     for line, stack in zip(lines(figure, "mean"), INPUTS, strict=True):
         assert list(line.get_xdata()) == [2]
         assert list(line.get_ydata()) == close([fmean(r["experts"] for r in threshold.where(stack=stack))])
@@ -57,7 +59,7 @@ def test_layers_are_drawn(threshold: Case) -> None:
 
 
 def test_distribution_is_drawn(threshold: Case) -> None:
-    figure = figures.distribution(threshold.found.tables["distribution"])
+    figure = analysis_figures.distribution(threshold.found.tables["distribution"])
     for axes, stack in zip(figure.axes, INPUTS, strict=True):
         taken = Counter(r["experts"] for r in threshold.where(stack=stack))
         most = max(taken.values())
@@ -71,17 +73,17 @@ def test_distribution_is_drawn(threshold: Case) -> None:
 
 def test_positions_frequency_and_extremes_are_drawn(threshold: Case) -> None:
     made = threshold.found.tables
-    figure = figures.positions(made["positions"], "experts")
+    figure = analysis_figures.positions(made["positions"], "experts")
     for axes, stack in zip(figure.axes, INPUTS, strict=True):
         (line,) = axes.lines
         rows = made["positions"].where(layer=f"{stack}.2")
         assert (list(line.get_xdata()), list(line.get_ydata())) == (rows.column("first"), rows.column("experts"))
-    figure = figures.frequency(made["frequency"], made["frequency_extremes"], "experts")
+    figure = analysis_figures.frequency(made["frequency"], made["frequency_extremes"], "experts")
     for line, stack in zip(lines(figure, "mean"), INPUTS, strict=True):
         assert list(line.get_ydata()) == made["frequency"].where(stack=stack).column("experts")
     medians = sorted(line.get_xdata()[0] for line in lines(figure, "median"))
     assert medians == sorted(made["frequency_extremes"].column("q50"))
-    figure = figures.extremes(made["extremes"], "experts")
+    figure = analysis_figures.extremes(made["extremes"], "experts")
     for axes, stack in zip(figure.axes, INPUTS, strict=True):
         rows = made["extremes"].where(stack=stack)
         (line,) = axes.lines
@@ -92,7 +94,7 @@ def test_positions_frequency_and_extremes_are_drawn(threshold: Case) -> None:
 
 def test_flops_are_drawn(threshold: Case) -> None:
     rows = threshold.found.tables["flops"].records()
-    (axes,) = figures.flops(threshold.found.tables["flops"]).axes
+    (axes,) = analysis_figures.flops(threshold.found.tables["flops"]).axes
     drawn = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert drawn["dense network"] == [1, 1]
     assert drawn["all experts"] == close([row["flops_of_all_experts"] / row["flops_dense"] for row in rows])
@@ -104,16 +106,16 @@ def test_flops_are_drawn(threshold: Case) -> None:
 
 def test_heat_maps_are_drawn(threshold: Case) -> None:
     load = threshold.found.loads[0]
-    figure = heatmaps.experts_by_language(load)
+    figure = analysis_heatmaps.experts_by_language(load)
     image = figure.axes[1].images[0]  # the bar of colours comes after it
     assert np.exp2(np.asarray(image.get_array())) == pytest.approx(load.load, abs=1e-6)
     assert [label.get_text() for label in image.axes.get_yticklabels()] == load.languages
-    figure = heatmaps.language_similarity(load)
+    figure = analysis_heatmaps.language_similarity(load)
     image = figure.axes[1].images[0]
     apart = ~np.eye(3, dtype=bool)
     assert np.asarray(image.get_array())[apart] == pytest.approx(load.similarity[apart])
     assert [label.get_text() for label in image.axes.get_xticklabels()] == load.languages
-    figure = heatmaps.coselection(threshold.found.tables["coselection"])
+    figure = analysis_heatmaps.coselection(threshold.found.tables["coselection"])
     for axes in figure.axes[:2]:
         drawn = np.exp2(np.asarray(axes.images[0].get_array()))
         for row in threshold.found.tables["coselection"].where(layer=axes.get_title()).records():
@@ -128,7 +130,7 @@ def many_languages(count: int = 94) -> Analysis:
     directions = [pair for name in names for pair in (("en", name), (name, "en"))]
     layers = {}
     for name in [f"{stack}.{number}" for stack in INPUTS for number in (2, 4, 6)]:
-        layer = LayerCounts(MoEPlace(name, 16, 16, 1, False, True, 100.0, 10.0, 200.0), len(directions), 50)
+        layer = LayerCounts(MoELayerSpec(name, 16, 16, 1, False, True, 100.0, 10.0, 200.0), len(directions), 50)
         for direction in range(len(directions)):
             taken = torch.from_numpy((rng.random((20, 16)) < rng.random(16) * 0.4).astype(np.int64))
             taken[:, 0] = 1
@@ -151,7 +153,7 @@ def overlaps(labels: list[Any], renderer: Any, horizontal: bool = False) -> int:
 def test_94_languages_are_legible() -> None:
     found = many_languages()
     with style.drawing():
-        for name, figure in results.draw(found):
+        for name, figure in analysis_folder.draw(found):
             renderer = FigureCanvasAgg(figure).get_renderer()
             figure.draw(renderer)
             for axes in figure.axes:
@@ -177,7 +179,7 @@ def test_no_character_becomes_a_box() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of missing glyphs
         with style.drawing(row[2] for row in rows):
-            figure = figures.extremes(table, "experts")
+            figure = analysis_figures.extremes(table, "experts")
             figure.draw_without_rendering()
             figure.canvas.draw()
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["$a_b$", "xU+F1234", "▁że"]

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from helpers_prepare import arguments, error_of, nllb_command, read, write_flores, write_input, write_local
 
-from xmoe_fairseq.benchmarks import M4
+from xmoe_fairseq.common.directions import Direction, Directions
 from xmoe_fairseq.data_prep import local_layout, prepare
 from xmoe_fairseq.data_prep.io_utils import Column, SourceText
-from xmoe_fairseq.directions import Direction, Directions
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.mt_benchmarks import M4
 
 WORDS = "north south east west house river bridge school garden table window market doctor train city lake".split()
 

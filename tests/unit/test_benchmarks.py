@@ -13,8 +13,8 @@ from fairseq.data import data_utils
 from helpers_prepare import error_of, nllb_command, read, write_flores, write_local
 from published import Site, mined, opus100, serve, tar_gz, text, zipped
 
-from xmoe_fairseq.benchmarks import BENCHMARKS, FLORES200, M4, M15, OPUS100, OPUS100_GROUPS, directions
 from xmoe_fairseq.data_prep import download, prepare, raw_nllb
+from xmoe_fairseq.mt_benchmarks import BENCHMARKS, FLORES200, M4, M15, OPUS100, OPUS100_GROUPS, directions
 
 WITHOUT_TEST = {"an", "dz", "hy", "mn", "yo"}
 OPUS_SIZES = {"train": 30, "dev": 4, "test": 5}

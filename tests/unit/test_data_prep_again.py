@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers_prepare import arguments, assert_nothing_half_written, error_of, remove, rewrite, snapshot, write_input
 
-from xmoe_fairseq import locks
+from xmoe_fairseq.common import locks
 from xmoe_fairseq.data_prep import prepare
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, StratifiedMoE, precise, routers
-from xmoe_fairseq.moe.routing import RoutingPlan
+from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, StratifiedMoE
+from xmoe_fairseq.moe.routing import fp32_logits, routers
+from xmoe_fairseq.moe.routing.plan import RoutingPlan
 
 OPTIONS = {
     "threshold": RouterOptions(threshold=0.7),
@@ -148,10 +149,10 @@ def test_a_layer_whose_router_multiplies_in_its_programs_function_is_that_of_tor
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routers, "routes_on_device", lambda *_: False)
-        expected = run("loop")
+        expected = run("reference")
         patch.setattr(routers, "routes_on_device", lambda *_: True)
-        patch.setattr(routers, "is_precise", lambda x, weight: True)
-        patch.setattr(precise, "product", torch.mm)
+        patch.setattr(routers, "has_fp32_product", lambda x, weight: True)
+        patch.setattr(fp32_logits, "product", torch.mm)
         ours = run("triton")
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -24,7 +24,7 @@ from xmoe_fairseq.moe import (
     StackedMoE,
     StratifiedMoE,
 )
-from xmoe_fairseq.moe.losses import entropy_loss
+from xmoe_fairseq.moe.routing.losses import entropy_loss
 
 KINDS = ("threshold", "topk", "gshard", "switch")
 OPTIONS = RouterOptions(threshold=0.6, capacity_factor=1.0, min_capacity=1)

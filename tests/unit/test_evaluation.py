@@ -21,11 +21,15 @@ from helpers_translation import generated, sacrebleu_program, write_output
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xmoe_fairseq.common.files import read_lines, write_lines
+from xmoe_fairseq.common.outputs import replacing
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import score, usage
-from xmoe_fairseq.evaluation.outputs import read_hypotheses, read_lines, replacing, write_lines
-from xmoe_fairseq.evaluation.usage import accumulate, computation_saved
-from xmoe_fairseq.moe.statistics import RouterSums, RoutingStats
+from xmoe_fairseq.evaluation import routing_usage, score
+from xmoe_fairseq.evaluation.generate_output import read_hypotheses
+from xmoe_fairseq.evaluation.routing_usage import accumulate
+from xmoe_fairseq.metrics import corpus
+from xmoe_fairseq.moe.routing.statistics import RouterSums, RoutingStats
+from xmoe_fairseq.results.usage import computation_saved
 
 REFERENCES = [
     "The cat sat on the mat.",
@@ -149,25 +153,25 @@ def test_figures_are_those_of_the_sacrebleu_program(
     ],
 )
 def test_tokenizer_follows_the_target_language(target: str, tokenizers: set[str]) -> None:
-    bleu, name = score.build_bleu(target)
+    bleu, name = corpus.build_bleu(target)
     assert name in tokenizers and bleu.tokenizer_signature.startswith(name)
-    assert score.build_bleu(target, "intl")[1] == "intl"
+    assert corpus.build_bleu(target, "intl")[1] == "intl"
 
 
 def test_tokenizer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(tokenize: str) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(score, "BLEU", refuse)
+    monkeypatch.setattr(corpus, "BLEU", refuse)
     with pytest.raises(UserError, match=r"'char': pip install 'sacrebleu\[ja,ko\]'"):
-        score.build_bleu("ja")
+        corpus.build_bleu("ja")
 
 
 def test_scores_need_as_many_references() -> None:
     with pytest.raises(UserError, match="1 hypotheses but 2 references into ca"):
-        score.score(["a"], ["a", "b"], "ca")
+        corpus.score(["a"], ["a", "b"], "ca")
     with pytest.raises(UserError, match="empty"):
-        score.score([], [], "ca")
+        corpus.score([], [], "ca")
 
 
 def test_score_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +227,7 @@ def stats(layer: str, experts: int, seed: int, tokens: int | None = None) -> Rou
     )
 
 
-def batches(count: int) -> list[usage.Routing]:
+def batches(count: int) -> list[routing_usage.Routing]:
     return [
         {
             "encoder": [stats("encoder.1", 4, 3 * seed), stats("encoder.3", 8, 3 * seed + 1)],
@@ -276,7 +280,7 @@ class FakeModel(torch.nn.Module):
     def max_positions(self) -> tuple[int, int]:
         return (64, 64)
 
-    def forward(self, src_tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, usage.Routing]]:
+    def forward(self, src_tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, routing_usage.Routing]]:
         self.modes.append((self.training, torch.is_inference_mode_enabled()))
         seed = int(src_tokens.sum())
         return src_tokens, {"routing": {"encoder": [stats("encoder.1", 4, seed)], "decoder": []}}
@@ -320,7 +324,7 @@ def test_measure_runs_the_whole_test_set_in_inference_mode(monkeypatch: pytest.M
 
     monkeypatch.setattr(checkpoint_utils, "load_model_ensemble_and_task", load)
     bin_dir = checkpoint.with_name("bin")
-    (use,) = usage.measure(checkpoint, bin_dir, max_tokens=77)
+    (use,) = routing_usage.measure(checkpoint, bin_dir, max_tokens=77)
     assert loaded == [([str(checkpoint)], {"data": str(bin_dir)})]
     assert use == accumulate([{"encoder": [stats("encoder.1", 4, seed)]} for seed in range(3)])[0]
     assert model.modes == [(False, True)] * 3
@@ -329,14 +333,14 @@ def test_measure_runs_the_whole_test_set_in_inference_mode(monkeypatch: pytest.M
     }  # fmt: skip
     task.samples.clear()
     with pytest.raises(UserError, match="no usable sentence"):
-        usage.measure(checkpoint, bin_dir)
+        routing_usage.measure(checkpoint, bin_dir)
 
 
 def test_measure_names_what_is_missing(checkpoint: Path) -> None:
     with pytest.raises(UserError, match=r"there is no checkpoint .*none.pt"):
-        usage.measure(checkpoint.with_name("none.pt"), checkpoint.with_name("bin"))
+        routing_usage.measure(checkpoint.with_name("none.pt"), checkpoint.with_name("bin"))
     with pytest.raises(UserError, match="there is no data folder"):
-        usage.measure(checkpoint, checkpoint.with_name("none"))
+        routing_usage.measure(checkpoint, checkpoint.with_name("none"))
 
 
 def test_measure_of_a_dense_fairseq_model(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +364,7 @@ def test_measure_of_a_dense_fairseq_model(toy_data: Path, tmp_path: Path, monkey
     }
     state["extra_state"] = {"epoch": 1}
     torch.save(state, tmp_path / "dense.pt")
-    assert usage.measure(tmp_path / "dense.pt", bin_dir) == []
+    assert routing_usage.measure(tmp_path / "dense.pt", bin_dir) == []
     (bin_dir / "test.en-xx.en.idx").unlink()
     with pytest.raises(UserError, match="no binarised test set"):
-        usage.measure(tmp_path / "dense.pt", bin_dir)
+        routing_usage.measure(tmp_path / "dense.pt", bin_dir)

@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from xmoe_fairseq.analysis.collect import collect, per_token, places
 from xmoe_fairseq.analysis.tables import flops as flops_table
-from xmoe_fairseq.analysis.text import read
-from xmoe_fairseq.architectures import build_on_meta
 from xmoe_fairseq.checkpoints import shards
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.evaluation.direction_dataset import read
+from xmoe_fairseq.evaluation.routing_counts import collect, places
+from xmoe_fairseq.models.architectures import build_on_meta
+from xmoe_fairseq.models.routing_recorder import per_token
 from xmoe_fairseq.models.size import least_parameters
 from xmoe_fairseq.moe import (
     EXPERTS,
@@ -48,12 +49,12 @@ from xmoe_fairseq.moe import (
     TopKRouter,
     make_experts,
 )
-from xmoe_fairseq.moe.expert_options import STRATEGIES, hidden_sizes
+from xmoe_fairseq.moe.experts.gated import GATES, GatedOptions
+from xmoe_fairseq.moe.experts.options import STRATEGIES, hidden_sizes
 from xmoe_fairseq.moe.flops import cost_of, count_parameters, expert_sites
-from xmoe_fairseq.moe.gated_experts import GATES, GatedOptions
 from xmoe_fairseq.moe.kernels import KERNELS, StackedWeights, choose
 from xmoe_fairseq.moe.options import declared
-from xmoe_fairseq.moe.pairs import Pairs
+from xmoe_fairseq.moe.routing.assignments import Assignments
 
 DIM, HIDDEN, NUMBER = 6, 8, 5
 SIZES = (4, 4, 8, 12, 12)
@@ -244,7 +245,7 @@ def test_the_gate_is_an_option(gate: str) -> None:
     options = GatedOptions(glu_activation=gate)
     experts = GatedExperts(1, DIM, HIDDEN, F.gelu, options=options)
     x = torch.randn(3, DIM)
-    pairs = Pairs(torch.arange(3), torch.ones(3), torch.tensor([3]))
+    pairs = Assignments(torch.arange(3), torch.ones(3), torch.tensor([3]))
     hidden = GATES[gate](x @ experts.gate_weight[0].T) * (x @ experts.fc1_weight[0].T)
     torch.testing.assert_close(experts(x, pairs), hidden @ experts.fc2_weight[0])
     assert GatedExperts.label(options) == f"{gate}-gated experts"
@@ -256,24 +257,27 @@ def test_the_gate_is_an_option(gate: str) -> None:
 
 
 def test_kernels_say_what_they_compute() -> None:
-    one = Pairs(torch.zeros(1, dtype=torch.long), torch.ones(1), torch.tensor([1]))
+    one = Assignments(torch.zeros(1, dtype=torch.long), torch.ones(1), torch.tensor([1]))
     for network in (GatedExperts.network, MaxoutExperts.network):
-        assert choose("auto", torch.empty(1, 8), one, 8, True, network) is KERNELS["loop"]
-        assert [name for name, kernel in KERNELS.items() if kernel.computes(network)] == ["loop"]
+        assert choose("auto", torch.empty(1, 8), one, 8, True, network) is KERNELS["reference"]
+        assert [name for name, kernel in KERNELS.items() if kernel.computes(network)] == ["reference"]
     assert all(kernel.computes(Experts.network) for kernel in KERNELS.values())
-    for make_one in (lambda: GatedExperts(2, 8, 8, kernel="fused"), lambda: choose("few", torch.empty(1, 8), one, 8,
+    for make_one in (lambda: GatedExperts(2, 8, 8, kernel="per_expert"),
+                     lambda: choose("decode", torch.empty(1, 8), one, 8,
                      True, GatedExperts.network)):  # fmt: skip
-        with pytest.raises(ValueError, match=r"does not compute gated networks; choose --moe-kernel auto, loop$"):
+        with pytest.raises(ValueError, match=r"does not compute gated networks; choose --moe-kernel auto, reference$"):
             make_one()
 
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "triton"])
 def test_sized_experts_use_every_kernel(kernel: str) -> None:
     torch.manual_seed(0)
-    ours, want = (SizedExperts(Experts, (8, 8, 24), 16, kernel=name) for name in (kernel, "loop"))
+    ours, want = (SizedExperts(Experts, (8, 8, 24), 16, kernel=name) for name in (kernel, "reference"))
     want.load_state_dict(ours.state_dict())
     x, sizes = torch.randn(20, 16), (9, 0, 20)
-    pairs = Pairs(torch.cat([torch.randperm(20)[:n].sort().values for n in sizes]), torch.rand(29), torch.tensor(sizes))
+    pairs = Assignments(
+        torch.cat([torch.randperm(20)[:n].sort().values for n in sizes]), torch.rand(29), torch.tensor(sizes)
+    )
     torch.testing.assert_close(ours(x, pairs), want(x, pairs))
 
 
@@ -304,8 +308,8 @@ def test_an_expert_equals_two_halves_that_are_taken_together() -> None:
         half.fc2_bias.copy_(torch.stack([small.fc2_bias[0], large.fc2_bias[0], torch.zeros(DIM)]))
     x, weight = torch.randn(4, DIM, dtype=torch.double), torch.rand(2, 4, dtype=torch.double)
     token = torch.arange(4)
-    y = whole(x, Pairs(token.repeat(2), weight.flatten(), torch.tensor([4, 4])))
-    again = halves(x, Pairs(token.repeat(3), torch.cat([weight, weight[1:]]).flatten(), torch.tensor([4, 4, 4])))
+    y = whole(x, Assignments(token.repeat(2), weight.flatten(), torch.tensor([4, 4])))
+    again = halves(x, Assignments(token.repeat(3), torch.cat([weight, weight[1:]]).flatten(), torch.tensor([4, 4, 4])))
     torch.testing.assert_close(y, again)
 
 
@@ -384,7 +388,7 @@ def test_options_are_declared_by_the_kinds() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--moe-expert", "glu", "--moe-kernel", "fused"), "fused does not compute gated networks; .* auto, loop"),
+        (("--moe-expert", "glu", "--moe-kernel", "fused"), "does not compute gated networks; .* auto, reference"),
         (("--moe-expert-sizes", "hybird"), "--moe-expert-sizes hybird is neither .*--encoder-ffn-embed-dim 256"),
         (("--moe-expert-sizes", "8-16"), "--moe-expert-sizes 8-16 has 2 sizes for 8 experts"),
         (("--moe-expert-sizes", "arithmetic", "--moe-num-experts", "11"), "or --moe-size-steps 11"),
@@ -504,10 +508,12 @@ def test_one_file_and_one_line_make_a_new_kind(toy_data: Path, tmp_path: Path) -
     """A copy of the package with the file of the toy, and its line, trains and translates with it."""
     moe = tmp_path / "xmoe_fairseq" / "moe"
     shutil.copytree(ROOT / "xmoe_fairseq", moe.parent, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "tests" / "support" / "helpers_toy_expert.py", moe / "maxout_experts.py")
-    kinds = (moe / "expert_kinds.py").read_text()
-    kinds = kinds.replace("from .sized", "from .maxout_experts import MaxoutExperts\nfrom .sized")
-    (moe / "expert_kinds.py").write_text(kinds.replace('"ffn": Experts,', '"ffn": Experts, "maxout": MaxoutExperts,'))
+    shutil.copy(ROOT / "tests" / "support" / "helpers_toy_expert.py", moe / "experts" / "maxout.py")
+    kinds = (moe / "experts" / "kinds.py").read_text()
+    kinds = kinds.replace("from .sized", "from .maxout import MaxoutExperts\nfrom .sized")
+    (moe / "experts" / "kinds.py").write_text(
+        kinds.replace('"ffn": Experts,', '"ffn": Experts, "maxout": MaxoutExperts,')
+    )
     script = SCRIPT.replace("*TRAIN_ARGS", f"*{TRAIN_ARGS!r}")
     words = [sys.executable, "-c", script, str(toy_data), str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -12,8 +12,8 @@ from fairseq.data import data_utils
 from helpers_prepare import FLORES_SIZES, error_of, nllb_command, read, write_flores, write_local
 from published import text
 
-from xmoe_fairseq.benchmarks import M4
 from xmoe_fairseq.data_prep import prepare, raw_nllb
+from xmoe_fairseq.mt_benchmarks import M4
 
 
 @pytest.fixture

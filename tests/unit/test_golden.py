@@ -26,9 +26,9 @@ from xmoe_fairseq.moe import (
     TopKRouter,
     make_experts,
 )
-from xmoe_fairseq.moe.expert_options import STRATEGIES, apportion
+from xmoe_fairseq.moe.experts.options import STRATEGIES, apportion
 from xmoe_fairseq.moe.flops import cost_of
-from xmoe_fairseq.moe.losses import balance_loss
+from xmoe_fairseq.moe.routing.losses import balance_loss
 
 Golden = dict[str, np.ndarray]
 

@@ -9,18 +9,18 @@ from torch.nn import functional as F
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, StratifiedMoE
 from xmoe_fairseq.moe.kernels import KERNELS, Activation, Buffers, ExpertWeights, choose
-from xmoe_fairseq.moe.pairs import Pairs
-from xmoe_fairseq.moe.precise import is_precise, precise_linear
+from xmoe_fairseq.moe.routing.assignments import Assignments
+from xmoe_fairseq.moe.routing.fp32_logits import fp32_linear, has_fp32_product
 
 pytestmark = pytest.mark.gpu
 # What a number of each type is rounded by, relative to the largest, some times over.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4 * 2**-11, torch.bfloat16: 4 * 2**-8}
 
 
-def results(kernel: str, x: Tensor, pairs: Pairs, weights: list[Tensor], activation: Activation) -> list[Tensor]:
+def results(kernel: str, x: Tensor, pairs: Assignments, weights: list[Tensor], activation: Activation) -> list[Tensor]:
     """The output and every gradient."""
     inputs = [part.detach().requires_grad_() for part in (x, pairs.weight, *weights)]
-    given = Pairs(pairs.token, inputs[1], pairs.group_sizes)
+    given = Assignments(pairs.token, inputs[1], pairs.group_sizes)
     y = KERNELS[kernel](inputs[0], given, ExpertWeights.of(*inputs[2:], Buffers()), activation)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(y))]
@@ -31,9 +31,9 @@ def results(kernel: str, x: Tensor, pairs: Pairs, weights: list[Tensor], activat
     ("kernel", "dtype", "activation"),
     [
         *[("triton", dtype, F.relu) for dtype in ROUNDING],
-        ("fused", torch.float32, F.relu),
+        ("per_expert", torch.float32, F.relu),
         # A bias that is added after rounding may turn the sign of what is near 0, and with it ReLU's gradient.
-        ("fused", torch.bfloat16, F.gelu),
+        ("per_expert", torch.bfloat16, F.gelu),
         ("grouped_mm", torch.bfloat16, F.gelu),
     ],
 )
@@ -44,19 +44,19 @@ def test_kernels_equal_the_loop_in_float64(
     token = torch.cat([torch.randperm(400)[:size].sort().values for size in sizes] + [torch.zeros(9, dtype=torch.long)])
     share = torch.rand(len(token))
     share[len(token) - 9 :] = 0
-    pairs = Pairs(token.cuda(), share.cuda(), torch.tensor(sizes).cuda())
+    pairs = Assignments(token.cuda(), share.cuda(), torch.tensor(sizes).cuda())
     shapes = (5, 96, 64), (5, 96), (5, 96, 64), (5, 64)
     weights = [torch.randn(shape).mul_(0.2).to("cuda", dtype) for shape in shapes]
     x = torch.randn(400, 64).to("cuda", dtype)
-    exact = Pairs(pairs.token, pairs.weight.double(), pairs.group_sizes)
-    expected = results("loop", x.double(), exact, [weight.double() for weight in weights], activation)
+    exact = Assignments(pairs.token, pairs.weight.double(), pairs.group_sizes)
+    expected = results("reference", x.double(), exact, [weight.double() for weight in weights], activation)
     for got, want in zip(results(kernel, x, pairs, weights, activation), expected, strict=True):
         atol = ROUNDING[dtype] * max(float(want.abs().max()), 1.0)
         torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
 
 
 def test_the_fast_kernel_is_chosen() -> None:
-    pairs = Pairs(torch.zeros(1, dtype=torch.long), torch.ones(1), torch.ones(1, dtype=torch.long))
+    pairs = Assignments(torch.zeros(1, dtype=torch.long), torch.ones(1), torch.ones(1, dtype=torch.long))
     for dtype in (torch.bfloat16, torch.float16):
         assert choose("auto", torch.empty(1, 8, dtype=dtype, device="cuda"), pairs, 8) is KERNELS["triton"]
     assert choose("auto", torch.empty(1, 8, device="cuda"), pairs, 8) is not KERNELS["triton"]
@@ -65,8 +65,8 @@ def test_the_fast_kernel_is_chosen() -> None:
 def test_router_logits_of_bf16_are_those_of_float64() -> None:
     torch.manual_seed(0)
     x, weight = (torch.randn(n, 64).bfloat16().cuda().requires_grad_() for n in (300, 24))
-    assert is_precise(x, weight)
-    logits = precise_linear(x, weight)
+    assert has_fp32_product(x, weight)
+    logits = fp32_linear(x, weight)
     expected = x.double() @ weight.double().t()
     # The bound for sums of 64 products in float32.
     bound = 64 * 2**-24 * (x.double().abs() @ weight.double().abs().t())

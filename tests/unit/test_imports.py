@@ -47,7 +47,7 @@ ORDERS = {
         import xmoe_fairseq.plugin
         assert "fairseq_cli.validate" not in sys.modules
         import fairseq_cli.validate, fairseq.benchmark
-        from xmoe_fairseq.literals import literal
+        from xmoe_fairseq.common.literals import literal
         assert fairseq_cli.validate.eval is fairseq.benchmark.eval is literal
         assert fairseq_cli.validate.__spec__.origin == fairseq_cli.validate.__file__
     """,
@@ -61,11 +61,11 @@ ORDERS = {
         check_registered()
     """,
     "a part that needs fairseq, alone": """
-        from xmoe_fairseq.config import RouterConfig
-        import xmoe_fairseq.config
-        assert sys.modules["xmoe_fairseq.config"] is xmoe_fairseq.config
-        assert xmoe_fairseq.config.__spec__.loader is xmoe_fairseq.config.__loader__
-        assert RouterConfig is xmoe_fairseq.config.RouterConfig
+        from xmoe_fairseq.models.config import RouterConfig
+        import xmoe_fairseq.models.config
+        assert sys.modules["xmoe_fairseq.models.config"] is xmoe_fairseq.models.config
+        assert xmoe_fairseq.models.config.__spec__.loader is xmoe_fairseq.models.config.__loader__
+        assert RouterConfig is xmoe_fairseq.models.config.RouterConfig
         check_registered()
     """,
     "a part of a part, as an attribute": """

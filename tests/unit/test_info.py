@@ -15,13 +15,15 @@ from helpers import ROOT, build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from xmoe_fairseq import cli, info
-from xmoe_fairseq.architectures import architectures, build_on_meta
+from xmoe_fairseq import cli
+from xmoe_fairseq.commands import info
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.usage import LayerUsage
+from xmoe_fairseq.evaluation import model_costs
+from xmoe_fairseq.models.architectures import architectures, build_on_meta
 from xmoe_fairseq.models.presets import PRESETS
 from xmoe_fairseq.moe import StratifiedMoE
 from xmoe_fairseq.moe.flops import count_flops, count_parameters, expert_sites
+from xmoe_fairseq.results.usage import LayerUsage
 
 SHARED = "--share-all-embeddings"
 # Xu et al. 2023, tables 1 and 2: parameters in millions, and the hand count of the same model.
@@ -165,7 +167,7 @@ def test_flops_are_those_that_pytorch_counts(words: tuple[str, ...], toy_data: P
         for one in stats
     ]
     widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
-    taken = info.measured(model, usage)
+    taken = model_costs.measured(model, usage)
     flops = count_flops(model, taken, model.decoder.output_projection, widths, length)
     # fairseq multiplies what the causal mask hides as well: twice the attention term.
     # A whole number, in floating-point steps: experts a token are a fraction.
@@ -266,7 +268,7 @@ def test_measured_experts(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 def test_stacked_layers_share_what_was_measured() -> None:
     model = build_on_meta("moe_transformer_tiny", 100, ("--moe-stack", "2"))
-    taken = info.measured(model, [used("encoder.2", 400, 16), used("decoder.2", 380, 16)])
+    taken = model_costs.measured(model, [used("encoder.2", 400, 16), used("decoder.2", 380, 16)])
     assert list(taken.values()) == [2.0, 2.0, 1.9, 1.9]
 
 

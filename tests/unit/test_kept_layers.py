@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import Built, batches, build, write_toy_data
 
-from xmoe_fairseq.config import kept_layers
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.models.config import kept_layers
 
 TINY = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--encoder-embed-dim", "32")
 DEEP = (*TINY, "--encoder-layers", "4", "--decoder-layers", "4", "--moe-stack", "2")

@@ -19,22 +19,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from xmoe_fairseq.moe import Experts, MoELayer, RouterOptions, ThresholdRouter
 from xmoe_fairseq.moe.kernels import KERNELS, Buffers, ExpertWeights, choose
-from xmoe_fairseq.moe.pairs import Pairs
+from xmoe_fairseq.moe.routing.assignments import Assignments
 
-FAST = [name for name in KERNELS if name != "loop"]
+FAST = [name for name in KERNELS if name != "reference"]
 TRITON = pytest.mark.skipif("triton" in MISSING_KERNELS, reason="an older Triton")
 ANY_ACTIVATION = [name for name in FAST if name != "triton"]  # it has ReLU without dropout
 Weights = tuple[Tensor, ...]
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
 
 
-def draw(sizes: list[int], tokens: int, unused: int = 0, dtype: torch.dtype = torch.float32) -> Pairs:
+def draw(sizes: list[int], tokens: int, unused: int = 0, dtype: torch.dtype = torch.float32) -> Assignments:
     """Pairs with these group sizes, over random tokens; unused rows at the end point to token 0."""
     token = [torch.randperm(tokens)[:size].sort().values for size in sizes]
     token = torch.cat([*token, torch.zeros(unused, dtype=torch.long)])
     weight = torch.rand(len(token), dtype=dtype)
     weight[len(token) - unused :] = 0
-    return Pairs(token, weight.requires_grad_(), torch.tensor(sizes))
+    return Assignments(token, weight.requires_grad_(), torch.tensor(sizes))
 
 
 def make_weights(experts: int, dim: int, hidden: int, dtype: torch.dtype = torch.float32) -> Weights:
@@ -42,7 +42,7 @@ def make_weights(experts: int, dim: int, hidden: int, dtype: torch.dtype = torch
     return tuple(torch.randn(shape, dtype=dtype).mul_(0.3).requires_grad_() for shape in shapes)
 
 
-def results(kernel: str, x: Tensor, pairs: Pairs, weights: Weights, activation: str) -> list[Tensor]:
+def results(kernel: str, x: Tensor, pairs: Assignments, weights: Weights, activation: str) -> list[Tensor]:
     """The output and every gradient."""
     y = KERNELS[kernel](x, pairs, ExpertWeights.of(*weights, Buffers()), ACTIVATIONS[activation])
     torch.manual_seed(1)
@@ -81,7 +81,7 @@ def test_equals_the_loop_with_all_gradients(
     pairs = draw(sizes, max(sizes) + more, unused if max(sizes) + more else 0)
     x = torch.randn(max(sizes) + more, 8, requires_grad=True)
     weights = make_weights(len(sizes), 8, 12)
-    expected = results("loop", x, pairs, weights, activation)
+    expected = results("reference", x, pairs, weights, activation)
     for got, want in zip(results(kernel, x, pairs, weights, activation), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -92,9 +92,9 @@ def test_the_number_of_threads_changes_nothing(sizes: list[int], number: int, ac
     torch.manual_seed(sum(sizes))
     pairs, weights = draw(sizes, max(sizes)), make_weights(len(sizes), 8, 12)
     x = torch.randn(max(sizes), 8, requires_grad=True)
-    expected = results("loop", x, pairs, weights, activation)
+    expected = results("reference", x, pairs, weights, activation)
     with threads(number):
-        for got, want in zip(results("fused", x, pairs, weights, activation), expected, strict=True):
+        for got, want in zip(results("per_expert", x, pairs, weights, activation), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -102,9 +102,9 @@ def test_threads_give_the_same_bits_again() -> None:
     torch.manual_seed(0)
     pairs, weights = draw([90, 3, 40, 0, 41, 60, 38, 12], 100), make_weights(8, 64, 128)
     x = torch.randn(100, 64, requires_grad=True)
-    first = results("fused", x, pairs, weights, "relu")
+    first = results("per_expert", x, pairs, weights, "relu")
     for _ in range(10):
-        assert all(map(torch.equal, results("fused", x, pairs, weights, "relu"), first))
+        assert all(map(torch.equal, results("per_expert", x, pairs, weights, "relu"), first))
 
 
 # Triton's interpreter has no products of bf16; `test_gpu.py` has.
@@ -115,9 +115,9 @@ def test_bf16_is_as_near_as_the_loop_in_bf16(kernel: str, sizes: list[int]) -> N
     x = torch.randn(40, 16).bfloat16().requires_grad_()
     pairs, weights = draw(sizes, 40), make_weights(3, 16, 24, torch.bfloat16)
     exact = results(
-        "loop",
+        "reference",
         x.detach().double().requires_grad_(),
-        Pairs(pairs.token, pairs.weight.detach().double().requires_grad_(), pairs.group_sizes),
+        Assignments(pairs.token, pairs.weight.detach().double().requires_grad_(), pairs.group_sizes),
         tuple(weight.detach().double().requires_grad_() for weight in weights),
         "relu",
     )
@@ -139,16 +139,16 @@ def test_equals_the_loop_where_no_gradients_are_recorded(
     pairs, weights = draw(sizes, tokens, unused if tokens else 0), make_weights(len(sizes), 8, 12)
     with torch.no_grad():
         arguments = (torch.randn(tokens, 8), pairs, ExpertWeights.of(*weights, Buffers()), ACTIVATIONS[activation])
-        torch.testing.assert_close(KERNELS[kernel](*arguments), KERNELS["loop"](*arguments), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(KERNELS[kernel](*arguments), KERNELS["reference"](*arguments), rtol=1e-5, atol=1e-5)
 
 
 def test_no_gradient_of_the_input_is_made_where_none_is_wanted() -> None:
     pairs, weights = draw([3, 4], 5), make_weights(2, 8, 8)
     with torch.no_grad():
-        assert not KERNELS["fused"](
+        assert not KERNELS["per_expert"](
             torch.randn(5, 8), pairs, ExpertWeights.of(*weights, Buffers()), F.relu
         ).requires_grad
-    y = KERNELS["fused"](torch.randn(5, 8), pairs, ExpertWeights.of(*weights, Buffers()), F.relu)
+    y = KERNELS["per_expert"](torch.randn(5, 8), pairs, ExpertWeights.of(*weights, Buffers()), F.relu)
     y.sum().backward()
     assert weights[0].grad is not None
 
@@ -162,7 +162,7 @@ def test_dropout_scales_what_it_leaves_and_its_gradient_is_that_of_the_same_draw
     parts = (eye.clone().requires_grad_(), torch.zeros(1, 64), eye.clone(), torch.zeros(1, 64))
     weights = ExpertWeights.of(*parts, Buffers())
     x = (torch.rand(200, 64) + 0.5).requires_grad_()
-    pairs = Pairs(torch.arange(200), torch.ones(200), torch.tensor([200]))
+    pairs = Assignments(torch.arange(200), torch.ones(200), torch.tensor([200]))
     y = KERNELS[kernel](x, pairs, weights, ACTIVATIONS[activation], 0.25)
     kept = y != 0
     assert abs(float(kept.float().mean()) - 0.75) < 0.02
@@ -179,7 +179,9 @@ def test_float64_gradients_by_finite_differences() -> None:
     weights = make_weights(3, 4, 6, torch.double)
 
     def run(x: Tensor, weight: Tensor, *parts: Tensor) -> Tensor:
-        return KERNELS["fused"](x, Pairs(token, weight, sizes), ExpertWeights.of(*parts, Buffers()), torch.tanh)
+        return KERNELS["per_expert"](
+            x, Assignments(token, weight, sizes), ExpertWeights.of(*parts, Buffers()), torch.tanh
+        )
 
     x = torch.randn(4, 4, dtype=torch.double, requires_grad=True)
     weight = torch.rand(5, dtype=torch.double, requires_grad=True)
@@ -234,15 +236,22 @@ def test_accumulated_gradients_are_the_sum() -> None:
     torch.testing.assert_close(experts.fc2_weight.grad, 2 * once)
 
 
-def test_unknown_kernels_are_refused_and_the_cpu_gets_the_fused_one() -> None:
+def test_kernels_are_known_by_their_names_of_earlier_versions() -> None:
+    one = draw([1, 0], 1)
+    for old, new in {"fused": "per_expert", "few": "decode", "loop": "reference"}.items():
+        assert choose(old, torch.empty(1, 8), one, 8) is KERNELS[new]
+        assert Experts(2, 8, 8, kernel=old).kernel == new
+
+
+def test_unknown_kernels_are_refused_and_a_cpu_computes_expert_by_expert() -> None:
     many, one = draw([40, 40], 40), draw([1, 0], 1)
-    with pytest.raises(ValueError, match=r"no kernel 'cutlass'.*fused"):
+    with pytest.raises(ValueError, match=r"no kernel 'cutlass'.*per_expert"):
         choose("cutlass", torch.empty(1, 8), one, 8)
-    assert choose("auto", torch.empty(1, 8), one, 8) is KERNELS["fused"]
+    assert choose("auto", torch.empty(1, 8), one, 8) is KERNELS["per_expert"]
     with torch.no_grad():
-        assert choose("auto", torch.empty(1, 8), one, 8) is KERNELS["few"]
-        assert choose("auto", torch.empty(40, 8), many, 8) is KERNELS["fused"]
-    assert choose("loop", torch.empty(1, 8), one, 8) is KERNELS["loop"]
+        assert choose("auto", torch.empty(1, 8), one, 8) is KERNELS["decode"]
+        assert choose("auto", torch.empty(40, 8), many, 8) is KERNELS["per_expert"]
+    assert choose("reference", torch.empty(1, 8), one, 8) is KERNELS["reference"]
 
 
 @TRITON
@@ -253,7 +262,7 @@ def test_triton_takes_weights_that_are_parts_of_a_flat_parameter() -> None:
     for shape in shapes:  # one number after the beginning, so no multiple of 16 bytes
         flat = torch.randn(1 + torch.Size(shape).numel())
         weights.append(flat[1:].view(shape).requires_grad_())
-    expected = results("loop", x, pairs, tuple(weights), "relu")
+    expected = results("reference", x, pairs, tuple(weights), "relu")
     for got, want in zip(results("triton", x, pairs, tuple(weights), "relu"), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -284,13 +293,13 @@ def test_weights_used_twice_get_one_summed_gradient() -> None:
         y = sum(KERNELS[kernel](x, pairs, held, F.relu) for kernel, pairs in zip(kernels, calls, strict=True))
         return torch.autograd.grad(y.square().sum(), weights)
 
-    expected = gradients(["loop", "loop"])
+    expected = gradients(["reference", "reference"])
     for kernels in (
-        ["fused", "fused"],
-        ["fused", "loop"],
-        ["fused", "grouped_mm"],
+        ["per_expert", "per_expert"],
+        ["per_expert", "reference"],
+        ["per_expert", "grouped_mm"],
         ["triton", "triton"],
-        ["loop", "triton"],
+        ["reference", "triton"],
     ):
         if MISSING_KERNELS & {*kernels}:
             continue
@@ -306,7 +315,10 @@ def test_grouped_mm_says_where_torch_is_too_old(monkeypatch: pytest.MonkeyPatch)
         )
 
 
-@pytest.mark.parametrize("kernels", [["fused", "fused"], ["triton", "fused"], ["fused", "triton"], ["loop", "fused"]])
+@pytest.mark.parametrize(
+    "kernels",
+    [["per_expert", "per_expert"], ["triton", "per_expert"], ["per_expert", "triton"], ["reference", "per_expert"]],
+)
 def test_a_graph_that_is_kept_gives_the_same_gradients_again(kernels: list[str]) -> None:
     torch.manual_seed(0)
     weights, x = make_weights(3, 8, 12), torch.randn(10, 8)

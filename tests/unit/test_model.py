@@ -16,8 +16,8 @@ from fairseq.dataclass.utils import overwrite_args_by_name
 from helpers import ROOT, TINY_ARGS, batches, build
 from omegaconf import OmegaConf
 
-from xmoe_fairseq.config import MoETransformerConfig, moe_layers
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.models.config import MoETransformerConfig, moe_layers
 from xmoe_fairseq.models.presets import PRESETS
 from xmoe_fairseq.moe import MoELayer
 

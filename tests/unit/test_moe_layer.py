@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, Router, RouterOptions, ThresholdRouter, TopKRouter
-from xmoe_fairseq.moe.pairs import Pairs
+from xmoe_fairseq.moe.routing.assignments import Assignments
 
 OPTIONS = [
     ("threshold", RouterOptions(threshold=0.0)),
@@ -287,7 +287,7 @@ def test_half_precision_routes_in_float32(dtype: torch.dtype) -> None:
     assert abs(int(half_plan.stats.received) - int(plan.stats.received)) <= 2
 
 
-@pytest.mark.parametrize("kernel", ["fused", "grouped_mm", "loop"])
+@pytest.mark.parametrize("kernel", ["per_expert", "grouped_mm", "reference"])
 def test_autocast_equals_half_precision_experts(kernel: str) -> None:
     """Bit for bit, beside a router in float32; parameters and their gradients stay in float32."""
     layer = make_layer(dim=8, hidden=8)
@@ -336,6 +336,6 @@ def test_bad_options(kind: str, options: RouterOptions, experts: int, message: s
 
 @pytest.mark.parametrize("sizes", [[1, 1], [2, 1, 1]])
 def test_group_sizes_must_fit_pairs_and_experts(sizes: list[int]) -> None:
-    pairs = Pairs(torch.arange(len(sizes) - 1), torch.ones(len(sizes) - 1), torch.tensor(sizes))
+    pairs = Assignments(torch.arange(len(sizes) - 1), torch.ones(len(sizes) - 1), torch.tensor(sizes))
     with pytest.raises(ValueError, match="do not fit"):
         Experts(2, 4, 4)(torch.randn(3, 4), pairs)

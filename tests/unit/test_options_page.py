@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from xmoe_fairseq.config import FlatTransformerConfig, MoETransformerConfig
+from xmoe_fairseq.models.config import FlatTransformerConfig, MoETransformerConfig
 from xmoe_fairseq.models.options_page import own_fields, router_flags, whole_page
 from xmoe_fairseq.moe import ROUTERS, RouterOptions
 

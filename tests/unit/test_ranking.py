@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmoe_fairseq.moe import RouterOptions, ThresholdRouter, ranking
+from xmoe_fairseq.moe import RouterOptions, ThresholdRouter
+from xmoe_fairseq.moe.routing import topk
 
 
 @pytest.fixture(autouse=True, scope="module")
 def on_any_machine() -> Iterator[None]:
     """Many rows are sorted as whole numbers, however many threads there are."""
-    with patch.object(ranking, "_THREADS", 1_000_000):
+    with patch.object(topk, "_THREADS", 1_000_000):
         yield
 
 
@@ -36,8 +37,8 @@ def probabilities(draw: st.DrawFn) -> torch.Tensor:
 def test_keys_sort_as_torch_does(probs: torch.Tensor, ranks: int, together: int) -> None:
     ranks = min(ranks, probs.shape[1])
     wanted = probs.sort(dim=-1, descending=True, stable=True)
-    with patch.object(ranking, "_KEYS", together):
-        found = ranking._sort_keys(probs, ranks)
+    with patch.object(topk, "_KEYS", together):
+        found = topk._sort_keys(probs, ranks)
     for got, want in zip(found, wanted, strict=True):
         assert torch.equal(got, want[:, :ranks])
         assert got.dtype == want.dtype
@@ -47,7 +48,7 @@ def test_keys_sort_as_torch_does(probs: torch.Tensor, ranks: int, together: int)
 def test_the_input_stays_as_it_is(rows: int) -> None:
     probs = torch.rand(rows, 8)
     before = probs.clone()
-    values, order = ranking.sort_rows(probs, 5)
+    values, order = topk.sort_rows(probs, 5)
     assert torch.equal(probs, before)
     assert torch.equal(values, probs.gather(1, order))
 
@@ -57,9 +58,9 @@ def test_the_input_stays_as_it_is(rows: int) -> None:
 def test_looking_at_the_first_ranks_only_changes_nothing(seed: int, experts: int, mass: float, sharp: float) -> None:
     """Whether few experts reach the mass or many, tokens take what they take in a batch that is sorted whole."""
     logits = torch.randn(256, experts, generator=torch.Generator().manual_seed(seed)) * sharp
-    limits = ranking.Limits(experts, mass)
-    ranked, taken = ranking.choose(logits, limits)
-    whole, every = ranking.choose(logits[:255], limits)
+    selection = topk.Selection(experts, mass)
+    ranked, taken = topk.choose(logits, selection)
+    whole, every = topk.choose(logits[:255], selection)
     ranks = taken.shape[1]
     assert torch.equal(ranked.order[:255], whole.order[:, :ranks])
     assert torch.equal(taken[:255], every[:, :ranks])
@@ -74,7 +75,7 @@ def test_looking_at_the_first_ranks_only_changes_nothing(seed: int, experts: int
 
 @pytest.mark.parametrize("sharp", [0.1, 4.0])
 def test_ranks_are_looked_at_as_far_as_they_are_taken(sharp: float) -> None:
-    ranked, taken = ranking.choose(torch.randn(256, 64) * sharp, ranking.Limits(64, 0.8))
+    ranked, taken = topk.choose(torch.randn(256, 64) * sharp, topk.Selection(64, 0.8))
     assert taken.shape == ranked.order.shape == (256, 16 if sharp > 1 else 64)
 
 

@@ -12,21 +12,21 @@ import pytest
 from helpers_translation import generated, sacrebleu_program, write_output
 from matplotlib.image import imread
 
-from xmoe_fairseq import benchmarks
+from xmoe_fairseq import mt_benchmarks
 from xmoe_fairseq.checkpoints.summary import Summary
+from xmoe_fairseq.commands import report
+from xmoe_fairseq.common.files import write_lines
+from xmoe_fairseq.common.run_folder import find_checkpoint
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.outputs import write_lines
-from xmoe_fairseq.evaluation.usage import LayerUsage
-from xmoe_fairseq.report import command
-from xmoe_fairseq.report.gather import Model, find_directions
-from xmoe_fairseq.report.picture import DOTS_PER_INCH, WIDTH_INCHES
-from xmoe_fairseq.report.results import Sample, Token, TracedSample
-from xmoe_fairseq.report.settings import Settings
-from xmoe_fairseq.run_folder import find_checkpoint
+from xmoe_fairseq.evaluation.build_report import Model, find_directions
+from xmoe_fairseq.render.report_figure import DOTS_PER_INCH, WIDTH_INCHES
+from xmoe_fairseq.results.report import Sample, Token, TracedSample
+from xmoe_fairseq.results.settings import Settings
+from xmoe_fairseq.results.usage import LayerUsage
 
 TASK = "multilingual_demo4"
-XX, YY = benchmarks.DEMO4[:2]
-DIRECTIONS = benchmarks.directions(benchmarks.DEMO4)
+XX, YY = mt_benchmarks.DEMO4[:2]
+DIRECTIONS = mt_benchmarks.directions(mt_benchmarks.DEMO4)
 ENDINGS = ("html", "md", "json", "png")
 
 
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     """A decoded run of demo4 in ``run`` with its data in ``data``."""
     raw = tmp_path / "data" / "raw"
     raw.mkdir(parents=True)
-    for pair in (f"en-{xx}" for xx in benchmarks.DEMO4):
+    for pair in (f"en-{xx}" for xx in mt_benchmarks.DEMO4):
         for language in pair.split("-"):
             write_lines(raw / f"test.{pair}.{language}", [f"{language} line {i} of the *test* | $" for i in range(25)])
     for direction in DIRECTIONS:
@@ -86,7 +86,7 @@ class DenseModel(FakeModel):
 
 def make_report(run: Path, model: type[Model] = FakeModel, task: str | None = TASK) -> dict[str, Any]:
     options = [str(run), "--data", str(run.parent / "data"), "--quiet", *(["--task", task] if task else [])]
-    command.main(options, model)
+    report.main(options, model)
     return json.loads((run / "report.json").read_text(encoding="utf-8"))
 
 
@@ -215,13 +215,13 @@ def test_task_must_be_known_and_local_takes_any_direction(run: Path) -> None:
 
 def test_out_and_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [str(run), "--data", str(run.parent / "data")]
-    command.main([*options, "--out", str(run / "other.html"), "--json"], FakeModel)
+    report.main([*options, "--out", str(run / "other.html"), "--json"], FakeModel)
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((run / "other.json").read_text(encoding="utf-8"))
     assert (printed["arch"], printed["parameters"], printed["training"]) == ("some_arch", 1234567, None)
     assert "](other.png)" in (run / "other.md").read_text(encoding="utf-8")
     assert not (run / "report.html").exists() and (run / "other.png").exists()
-    command.main(options, FakeModel)
+    report.main(options, FakeModel)
     assert capsys.readouterr().out.split() == [str(run / f"report.{ending}") for ending in ENDINGS]
 
 
@@ -258,5 +258,5 @@ def test_arguments_are_checked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=expected):
-        command.main(options)
+        report.main(options)
     assert list(tmp_path.iterdir()) == []

@@ -15,11 +15,11 @@ from fairseq import checkpoint_utils
 from helpers_training import train
 from helpers_translation import generated, write_output
 
+from xmoe_fairseq.commands import report as command
+from xmoe_fairseq.commands import score
+from xmoe_fairseq.common.files import read_lines, write_lines
 from xmoe_fairseq.data_prep import prepare
-from xmoe_fairseq.evaluation import score_command
-from xmoe_fairseq.evaluation.outputs import read_lines, write_lines
 from xmoe_fairseq.moe import Router
-from xmoe_fairseq.report import command
 from xmoe_fairseq.subword import Subword
 
 VOID = {"meta", "br", "img", "input"}
@@ -261,7 +261,7 @@ def test_what_xmoe_score_found_is_shown(folder: Path) -> None:
     for pair in ("en-xx", "yy-en"):
         (scored / "generate" / pair).symlink_to(folder / "run/generate" / pair)
     checkpoint = str(folder / "run/checkpoints/checkpoint_last.pt")
-    score_command.main([str(scored), "--data", str(folder / "data"), "--metrics", "chrf", "--quiet"])
+    score.main([str(scored), "--data", str(folder / "data"), "--metrics", "chrf", "--quiet"])
     (scored / "generate").rename(scored / "elsewhere")  # the results of xmoe score are enough
     page = report(folder, "--checkpoint", checkpoint, run="scored")
     Page(page)

@@ -75,7 +75,7 @@ def test_unknown_modules_are_named(data: Path) -> None:
         prepare(build(data, *MODELS["xmoe"], *SIZE), ["Encoder"])
 
 
-@pytest.mark.parametrize("kernel", ["fused", "few", "grouped_mm", "loop"])
+@pytest.mark.parametrize("kernel", ["per_expert", "decode", "grouped_mm", "reference"])
 def test_kept_dropout_has_the_right_mean_in_every_kernel(kernel: str) -> None:
     torch.manual_seed(0)
     layer = MoELayer(ThresholdRouter(8, 4, RouterOptions(threshold=0.5)), Experts(4, 8, 8, dropout=0.5, kernel=kernel))

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xmoe_fairseq.moe import Experts, MoELayer, RouterOptions, StackedMoE, StratifiedMoE, routers
-from xmoe_fairseq.moe.ranking import Limits
-from xmoe_fairseq.moe.router_options import declared, router_option
-from xmoe_fairseq.moe.routers import LinearRouter, ProbabilityRouter
-from xmoe_fairseq.moe.routing import RoutingPlan, plan_of
-from xmoe_fairseq.moe.statistics import RouterSums, pack, unpack
+from xmoe_fairseq.moe import Experts, MoELayer, RouterOptions, StackedMoE, StratifiedMoE
+from xmoe_fairseq.moe.routing import routers
+from xmoe_fairseq.moe.routing.options import declared, router_option
+from xmoe_fairseq.moe.routing.plan import RoutingPlan, plan_of
+from xmoe_fairseq.moe.routing.routers import LinearRouter, ProbabilityRouter
+from xmoe_fairseq.moe.routing.statistics import RouterSums, pack, unpack
+from xmoe_fairseq.moe.routing.topk import Selection
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ class MarginRouter(LinearRouter):
 
 
 class TwoThirdsRouter(ProbabilityRouter):
-    """Says with `limits` alone that a token takes two thirds of its mass, two experts at most."""
+    """Says with `selection` alone that a token takes two thirds of its mass, two experts at most."""
 
     normalize = True
 
-    def limits(self) -> Limits:
-        return Limits(2, 2 / 3)
+    def selection(self) -> Selection:
+        return Selection(2, 2 / 3)
 
 
 def make_layer(margin: float = 0.3, experts: int = 5) -> MoELayer:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xmoe_fairseq.common.schema import build
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.schema import build
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ from helpers_scoring import PAIRS, FakeTranslator, fake_translator, sentence, sp
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import language
-from xmoe_fairseq.evaluation.score import build_metric
-from xmoe_fairseq.evaluation.usage import LayerUsage, add_up
+from xmoe_fairseq.evaluation import language_id
+from xmoe_fairseq.metrics.corpus import build_metric
+from xmoe_fairseq.results.usage import LayerUsage, add_up
 
 
 @pytest.fixture
@@ -238,12 +238,12 @@ def test_long_sources_are_empty_translations_and_counted(
 
 
 def test_languages_are_told_apart() -> None:
-    detector = language.LanguageDetector(["eng", "deu_Latn", "fr", "nob", "xx"])
+    detector = language_id.LanguageDetector(["eng", "deu_Latn", "fr", "nob", "xx"])
     german = ["Das ist ein kleines Haus am Ende der Straße.", "Der Hund läuft über die grüne Wiese."]
     assert detector.wrong_share([*german, ""], "deu_Latn") == 0
     assert detector.wrong_share([german[0], "This is a small house at the end of the street."], "deu_Latn") == 0.5
     assert detector.wrong_share(["Dette er et lite hus ved enden av gaten."], "nob") == 0
-    other = language.LanguageDetector(["fr", "en"])
+    other = language_id.LanguageDetector(["fr", "en"])
     assert other.wrong_share(german, "deu_Latn") is None and detector.wrong_share(german, "deu_Latn") == 0
     assert detector.wrong_share(german, "xx") is None and detector.wrong_share([" "], "fr") is None
 
@@ -255,7 +255,7 @@ def test_without_a_detector_the_columns_are_absent_and_it_is_said_once(
     score(data, checkpoint, "--out", tmp_path / "with")
     assert "wrong language" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    language._load_model.cache_clear()
+    language_id._load_model.cache_clear()
     words = ["--data", str(data), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "sweep")]
     cli.main(["sweep", *words, "--thresholds", "0.3,0.6", "--pairs", "en-ca"])
     cli.main(["score", str(data), *words[2:4], "--out", str(tmp_path / "without")])

@@ -25,7 +25,7 @@ BOUNDED = {
 }
 
 
-def make_layer(kind: str, static: bool | None, kernel: str = "fused", strata: tuple[int, ...] = ()) -> nn.Module:
+def make_layer(kind: str, static: bool | None, kernel: str = "per_expert", strata: tuple[int, ...] = ()) -> nn.Module:
     torch.manual_seed(0)
     options = RouterOptions(**(vars(BOUNDED[kind]) | {"static": static, "min_capacity": 1}))
     count = sum(strata) or 6
@@ -50,7 +50,7 @@ def results(layer: nn.Module, x: Tensor, padding: Tensor, tokens: Tensor) -> lis
 CASES = [(kind, ()) for kind in BOUNDED] + [(kind, (2, 3, 2)) for kind in ("threshold", "topk", "gshard", "switch")]
 
 
-@pytest.mark.parametrize("kernel", ["fused", "grouped_mm"])
+@pytest.mark.parametrize("kernel", ["per_expert", "grouped_mm"])
 @pytest.mark.parametrize(("kind", "strata"), CASES)
 @given(tokens=st.integers(0, 24), padding=st.integers(1, 5), training=st.booleans(), seed=st.integers(0, 99))
 @settings(max_examples=15, deadline=None)
@@ -89,7 +89,7 @@ def test_nothing_is_read_back_even_without_a_device(kind: str, strata: tuple[int
     assert len(outputs) > 10
 
 
-@pytest.mark.parametrize(("static", "kernel"), [(False, "grouped_mm"), (True, "fused")])
+@pytest.mark.parametrize(("static", "kernel"), [(False, "grouped_mm"), (True, "per_expert")])
 def test_what_must_be_read_back_fails_without_a_device(static: bool, kernel: str) -> None:
     with FakeTensorMode():
         layer = make_layer("topk", static, kernel)

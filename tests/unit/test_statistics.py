@@ -15,7 +15,7 @@ from xmoe_fairseq.moe import (
     ThresholdRouter,
     TopKRouter,
 )
-from xmoe_fairseq.moe.statistics import RoutingStats, pack, unpack
+from xmoe_fairseq.moe.routing.statistics import RoutingStats, pack, unpack
 
 
 def layers() -> list[nn.Module]:

@@ -26,7 +26,7 @@ from xmoe_fairseq.moe import (
     StackedMoE,
     StratifiedMoE,
 )
-from xmoe_fairseq.moe.routers import balanced_assignment
+from xmoe_fairseq.moe.routing.routers import balanced_assignment
 
 DIM = 6
 

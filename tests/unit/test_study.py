@@ -23,9 +23,9 @@ from hypothesis.extra.numpy import arrays
 from matplotlib.image import imread
 
 from xmoe_fairseq import cli
+from xmoe_fairseq.commands.study import write_page
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.study.claims import NOT_SEEN, SEEN, UNDECIDED, resample, test_claims
-from xmoe_fairseq.study.command import write_page
 from xmoe_fairseq.study.jobs import run_all
 from xmoe_fairseq.study.measure import plateau, train_seconds
 from xmoe_fairseq.study.plan import read_plan

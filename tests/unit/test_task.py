@@ -14,8 +14,8 @@ from helpers import TINY_ARGS, TRAIN_ARGS, batches, build, write_toy_data
 from helpers_commands import run_warm
 from helpers_decoding import write_checkpoint
 
-from xmoe_fairseq.benchmarks import BENCHMARKS, M4, directions
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.mt_benchmarks import BENCHMARKS, M4, directions
 from xmoe_fairseq.patches import training
 from xmoe_fairseq.tasks.data_folder import read_languages
 

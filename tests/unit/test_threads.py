@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from xmoe_fairseq.moe.kernels.threads import side_by_side
+from xmoe_fairseq.moe.kernels.thread_pool import parallel_for_experts
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,9 @@ def four_threads() -> Iterator[None]:
 def calls(sizes: list[int], device: torch.device = CPU) -> dict[int, tuple[int, int]]:
     """Gives for each number called the thread and the threads that its products would take."""
     seen: list[tuple[int, tuple[int, int]]] = []
-    side_by_side(lambda number: seen.append((number, (threading.get_ident(), torch.get_num_threads()))), sizes, device)
+    parallel_for_experts(
+        lambda number: seen.append((number, (threading.get_ident(), torch.get_num_threads()))), sizes, device
+    )
     assert len(dict(seen)) == len(seen)
     return dict(seen)
 
@@ -50,7 +52,7 @@ def test_each_takes_a_thread_but_what_is_larger_than_a_share_takes_all() -> None
         if number != 2:
             barrier.wait(timeout=30)
 
-    side_by_side(work, [5, 4, 40, 5, 0, 6], CPU)
+    parallel_for_experts(work, [5, 4, 40, 5, 0, 6], CPU)
     assert threads == {0: 1, 1: 1, 2: 4, 3: 1, 5: 1}
     assert calls([3, 50, 0]) == dict.fromkeys((0, 1), (threading.get_ident(), 4))
 
@@ -61,7 +63,7 @@ def test_elsewhere_than_on_a_cpu_one_comes_after_the_other() -> None:
 
 def test_a_mode_that_watches_torch_sees_all() -> None:
     with FlopCounterMode(display=False) as counter:
-        side_by_side(lambda number: torch.ones(2, 3) @ torch.ones(3, 5), [1, 2, 0, 1], CPU)
+        parallel_for_experts(lambda number: torch.ones(2, 3) @ torch.ones(3, 5), [1, 2, 0, 1], CPU)
     assert counter.get_total_flops() == 3 * 2 * 2 * 3 * 5
 
 
@@ -75,7 +77,7 @@ def test_errors_come_back_and_the_number_of_threads_is_restored(failing: int) ->
             raise RuntimeError(f"expert {number}")
 
     with pytest.raises(RuntimeError, match=f"expert {failing}"):
-        side_by_side(work, [1, 1, 1, 1], CPU)
+        parallel_for_experts(work, [1, 1, 1, 1], CPU)
     assert torch.get_num_threads() == 4
 
 
@@ -83,7 +85,7 @@ def test_errors_come_back_and_the_number_of_threads_is_restored(failing: int) ->
 def test_memory_of_the_caller_can_be_written(mode: type) -> None:
     with mode():
         out = torch.zeros(8, 3)
-        side_by_side(lambda number: out[number].copy_(torch.full((3,), 1.0 + number)), [1] * 8, CPU)
+        parallel_for_experts(lambda number: out[number].copy_(torch.full((3,), 1.0 + number)), [1] * 8, CPU)
     assert torch.equal(out, torch.arange(1.0, 9.0).unsqueeze(-1).expand(8, 3))
     assert not out.requires_grad
 

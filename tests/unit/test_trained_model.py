@@ -11,8 +11,8 @@ from helpers_routing import MODELS, sharpen
 
 from xmoe_fairseq.checkpoints import shards
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.evaluation.routing_usage import routings
 from xmoe_fairseq.evaluation.trained_model import TrainedModel
-from xmoe_fairseq.evaluation.usage import routings
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 
 from xmoe_fairseq.criterions.threshold_routing import LOSSES
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Figure, draw, number
-from xmoe_fairseq.report.logs import EPOCH, INNER, Training, find_logs, read_training
+from xmoe_fairseq.render.report_curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Figure, draw, number
+from xmoe_fairseq.results.training_log import EPOCH, INNER, Training, find_logs, read_training
 
 # 20 updates, then started again for 10 more, with --log-interval 5 --validate-interval-updates 10.
 LOGS = Path(__file__).parent.parent / "logs"

@@ -23,7 +23,7 @@ from helpers_prepare import (
     write_input,
 )
 
-from xmoe_fairseq import identity
+from xmoe_fairseq.common import identity
 from xmoe_fairseq.data_prep import prepare
 from xmoe_fairseq.evaluation.test_sets import check_binarised
 from xmoe_fairseq.subword import Subword

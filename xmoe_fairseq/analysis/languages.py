@@ -8,7 +8,7 @@ import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import pdist, squareform
 
-from .collect import Counts
+from ..evaluation.routing_counts import Counts
 from .tables import Table, languages_of
 
 

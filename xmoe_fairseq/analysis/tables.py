@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .collect import SUMS, Counts, LayerCounts
+from ..evaluation.routing_counts import SUMS, Counts, LayerCounts
 
 # What is said of tokens on average, in any grouping.
 MEANS = ("tokens", "experts", "passes", "top1_prob", "entropy")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .collect import Counts
+from ..evaluation.routing_counts import Counts
 from .tables import MEANS, Table, add, means
 
 # A token counts as of high or low capacity where it belongs to this share of the token types.

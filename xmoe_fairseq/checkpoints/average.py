@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import identity
+from ..common import identity
+from ..common.run_folder import checkpoint_folders
 from ..errors import UserError
-from ..run_folder import checkpoint_folders
 from . import reading, shards
 
 # fairseq's names: at the end of an epoch, and after an update within one.

@@ -11,9 +11,9 @@ from fairseq.data import Dictionary
 from fairseq.data.multilingual.multilingual_utils import augment_dictionary, get_lang_tok
 from torch import Tensor
 
-from .. import identity
+from ..common import identity
+from ..common.identity import DataIdentity
 from ..errors import UserError
-from ..identity import DataIdentity
 from ..tasks import TASKS
 from ..tasks.data_folder import count_symbols
 from ..tasks.stock_options import stock_namespace

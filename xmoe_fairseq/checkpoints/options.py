@@ -17,8 +17,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ..config import check_sizes
 from ..errors import UserError
+from ..models.config import check_sizes
 
 # Stock tasks that read text; the others read speech, with options that name programs to run.
 _STOCK_TASKS = frozenset(

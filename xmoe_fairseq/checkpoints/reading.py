@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.files import check_regular
 from ..errors import UserError
-from ..files import check_regular
 from . import numpy_values
 
 # What a file of a sharded checkpoint holds beside stock fairseq's entries; see shards.py.
@@ -91,9 +91,8 @@ def _wrong_form(state: dict[str, Any]) -> str:
     model = state["model"]
     if not isinstance(model, dict) or not model:
         return f"its 'model' is {_kind(model)}, it must be parameters by name"
-    for name, tensor in model.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            return f"its parameter {str(name)[:60]!r} is {_kind(tensor)}, it must be a tensor"
+    if wrong := _wrong_parameters(model):
+        return wrong
     history = state.get("optimizer_history")
     if history is not None and not (isinstance(history, list) and all(isinstance(one, dict) for one in history)):
         return f"its 'optimizer_history' is {_kind(history)}, it must be a list of names with values"
@@ -167,6 +166,29 @@ def read(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}: check the name")
     return check(path)
+
+
+def read_parameters(path: str) -> dict[str, Tensor]:
+    """Reads a file of parameters alone, as other toolkits write them.
+
+    Raises:
+        DamagedCheckpoint: the file is truncated or damaged.
+        UserError: it is missing, holds something else, or would run code when read.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}: check the name")
+    state = _read(path)
+    if not isinstance(state, dict) or (wrong := _wrong_parameters(state)):
+        raise UserError(f"{path} holds no parameters by name{': ' + wrong if isinstance(state, dict) else ''}")
+    check_sums(path)
+    return state
+
+
+def _wrong_parameters(model: dict[Any, Any]) -> str:
+    for name, tensor in model.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return f"its parameter {str(name)[:60]!r} is {_kind(tensor)}, it must be a tensor"
+    return ""
 
 
 def read_shard(path: str) -> dict[str, Any] | None:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.schema import build
 from ..errors import UserError
-from ..moe.expert_kinds import EXPERTS
-from ..moe.parallel import block
-from ..schema import build
+from ..moe.expert_parallel.group import block
+from ..moe.experts.kinds import EXPERTS
 from .reading import SHARD, SHARD_SET, DamagedCheckpoint, check_sums, read_shard
 
 Place = list[Any]  # keys from the state down to a tensor

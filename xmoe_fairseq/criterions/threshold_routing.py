@@ -19,12 +19,12 @@ from fairseq.logging import metrics
 from fairseq.logging.meters import safe_round
 from torch import Tensor
 
+from ..distributed.stats_reduce import DUMMY_BATCH, all_reduce_stats
 from ..errors import UserError
-from ..models.layers import MoEFeedForwardMixin
+from ..models.transformer_layer import MoEFeedForwardMixin
 from ..moe import ExpertSet, Router, RoutingStats
 from ..moe.flops import expert_sites
-from ..moe.statistics import OPTIONAL, RATIOS, SUMS, Ratio
-from ..processes.batches import DUMMY, of_all_processes
+from ..moe.routing.statistics import OPTIONAL, RATIOS, SUMS, Ratio
 
 STACKS = {"encoder": "enc", "decoder": "dec"}
 # The auxiliary losses of a stack's routers; the last two are there only if something is in them.
@@ -80,7 +80,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     2403.07652), the entropy loss; the metrics of the XMoE code.
     """
 
-    knows_dummies = True  # see processes/batches.py
+    counts_dummy_batches = True  # see distributed/stats_reduce.py
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         if self.report_accuracy:
             correct, total = self.compute_accuracy(model, net_output, sample)
             logging_output |= {"n_correct": correct.data, "total": total.data}
-        stands_in = DUMMY in sample
+        stands_in = DUMMY_BATCH in sample
         routing = net_output[1].get("routing", {})
         auxiliary, routing_output = self._auxiliary(routing, sample_size, loss, not stands_in, parts)
         loss, logging_output = loss + auxiliary, logging_output | routing_output
@@ -183,7 +183,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             parts: of each layer, to be told in training what they did.
         """
         layers = [record for records in routing.values() for record in records]
-        everyone, total_size = of_all_processes(layers, sample_size, counts)
+        everyone, total_size = all_reduce_stats(layers, sample_size, counts)
         if self.training:
             for record in everyone:
                 if record.layer in parts:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..benchmarks import directions
-from ..directions import TRAINED, ZERO_SHOT, Directions
+from ..common.directions import TRAINED, ZERO_SHOT, Directions
+from ..mt_benchmarks import directions
 from .io_utils import SPLITS, pair_name
 
 # The split, and the languages of the pair as they are stored.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ..directions import Direction, Directions, find_pivot, read_option
+from ..common.directions import Direction, Directions, find_pivot, read_option
 from ..errors import UserError
 from . import raw_local
 from .layout import Layout, Text

@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..common.schema import build
 from ..errors import UserError
-from ..schema import build
 from .io_utils import check_file, fingerprint, new_folder, write_lines
 
 # Written into a stage's folder before the folder gets its name: where it is, the stage is finished.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ..benchmarks import BENCHMARKS, FLORES200, Benchmark, Source
 from ..errors import UserError
+from ..mt_benchmarks import BENCHMARKS, FLORES200, Benchmark, Source
 from . import learn_spm, raw_local, raw_nllb, vocabulary
 from .filters import Limits
 from .io_utils import SPLITS

@@ -14,10 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .. import guard, locks
-from ..benchmarks import BENCHMARKS, Benchmark
+from ..common import guard, locks
+from ..common.files import is_there
 from ..errors import UserError
-from ..files import is_there
+from ..mt_benchmarks import BENCHMARKS, Benchmark
 from . import binarize, learn_spm, local_layout, parts, raw_local, raw_nllb, raw_opus100, raw_text, vocabulary
 from .io_utils import DISK_FULL, SPLITS, SourceText, fingerprint, write_lines
 from .layout import Layout, centred, lists

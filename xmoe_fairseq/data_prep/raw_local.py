@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..directions import CODE, Direction, readings
+from ..common.directions import CODE, Direction, readings
 from ..errors import UserError
 from .io_utils import SPLITS, Column, Side, check_file
 from .sources import Corpus

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..benchmarks import FLORES200, Source
 from ..errors import UserError
+from ..mt_benchmarks import FLORES200, Source
 from .archives import extract_all
 from .download import NotThereError
 from .io_utils import SPLITS, pair_name, short_lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..benchmarks import Source
+from ..mt_benchmarks import Source
 from .archives import extract_all
 from .sources import Corpus, Store
 

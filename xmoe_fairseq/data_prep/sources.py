@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..benchmarks import Source
 from ..errors import UserError
+from ..mt_benchmarks import Source
 from .download import check, download
 from .io_utils import Side
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import sentencepiece
 
-from ..directions import Directions
+from ..common.directions import Directions
+from ..common.files import is_there
 from ..errors import UserError
-from ..files import is_there
 from ..subword import UNKNOWN_ID, Subword
 from ..tasks.data_folder import count_symbols
 from .io_utils import fingerprint, read_lines, write_lines

@@ -13,13 +13,13 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import _compute_p_value, estimate_ci
 from tqdm import tqdm
 
-from ..directions import Direction
+from ..common.directions import Direction
 from ..errors import UserError
-from .bootstrap import corpus_score, draw_scores, read_seed, sentence_statistics
-from .model_directions import direction_sets
-from .result_folder import read_scores, read_texts
-from .score import METRICS, build_metric
-from .scores import Scores
+from ..metrics.corpus import METRICS, build_metric
+from ..metrics.sentences import corpus_score, draw_scores, read_seed, sentence_statistics
+from ..results.direction_sets import direction_sets
+from ..results.folder import read_scores, read_texts
+from ..results.scores import SystemScores
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class System:
     """One folder of results, and the directions that are compared."""
 
     name: str
-    scores: Scores
+    scores: SystemScores
     folder: Path
     pairs: Sequence[Direction]
 

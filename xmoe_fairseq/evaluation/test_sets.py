@@ -13,15 +13,15 @@ from pathlib import Path
 
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 
-from .. import schema
 from ..checkpoints.shards import fingerprint
-from ..directions import Direction
+from ..common import schema
+from ..common.directions import Direction
+from ..common.files import is_there, read_lines
+from ..common.identity import checksum
 from ..errors import UserError
-from ..files import is_there
-from ..identity import checksum
 from ..subword import Subword
 from ..tasks.data_folder import check_split
-from .outputs import read_hypotheses, read_lines
+from .generate_output import read_hypotheses
 
 logger = logging.getLogger(__name__)
 
@@ -244,3 +244,26 @@ def _brief(text: str) -> str:
 @cache
 def _warn_once(line: str) -> None:
     logger.warning(line)
+
+
+def find_raw(data: Path, subset: str, source: str, target: str) -> tuple[Path, Path]:
+    """Finds the raw source and reference of a direction, whose pair is stored once and serves both directions.
+
+    Args:
+        data: the folder made by data_prep/prepare.sh.
+        subset: ``test``, ``valid``, or a numbered one such as ``test1``.
+
+    Raises:
+        UserError: there is no such reference.
+    """
+    stems = [data / "raw" / f"{subset}.{pair}" for pair in (f"{source}-{target}", f"{target}-{source}")]
+    for stem in stems:
+        source_file, reference_file = (stem.with_name(f"{stem.name}.{side}") for side in (source, target))
+        if is_there(reference_file):
+            return source_file, reference_file
+    tried = " or ".join(f"{stem}.{target}" for stem in stems)
+    if any(stem.with_name(f"{stem.name}.{source}").is_file() for stem in stems):
+        advice = f"{subset} has no references of {source}-{target}, only scripts/translate.sh can take it"
+    else:
+        advice = "give the folder made by data_prep/prepare.sh"
+    raise UserError(f"no raw reference {tried}: {advice}")

@@ -12,13 +12,13 @@ from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from fairseq.modules import FairseqDropout, MultiheadAttention
 from torch import Tensor
 
-from ..config import check, kept_layers, placed, resolve, transformer_config
+from ..distributed.gradients import is_expert
+from ..distributed.groups import parallel_groups
 from ..errors import UserError
 from ..moe import ExpertGroup
-from ..processes.gradients import is_expert
-from ..processes.groups import parallel_groups
+from .config import check, kept_layers, placed, resolve, transformer_config
+from .encoder_decoder import MoETransformerDecoder, MoETransformerEncoder
 from .size import check_memory
-from .stacks import MoETransformerDecoder, MoETransformerEncoder
 
 STACKS = ("encoder", "decoder")
 # The name of a layer's parameter, and its number.

@@ -12,7 +12,7 @@ from typing import Any
 
 from fairseq.models import register_model
 
-from ..config import MoETransformerConfig
+from .config import MoETransformerConfig
 from .model import MoETransformerModel
 
 _BIG = {

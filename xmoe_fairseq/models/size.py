@@ -8,8 +8,8 @@ from argparse import Namespace
 import torch
 from fairseq.distributed.fully_sharded_data_parallel import has_FSDP
 
-from ..config import expert_class, expert_options, expert_sizes, hidden_size, kept_layers, moe_layers, placed
 from ..moe import ExpertGroup
+from .config import expert_class, expert_options, expert_sizes, hidden_size, kept_layers, moe_layers, placed
 
 _BYTES = 4  # of a parameter, which is built in 32 bits
 

@@ -7,7 +7,7 @@ T     tokens (rows) that enter a layer, padding included
 d     model dimension
 E     experts of a layer
 h     hidden dimension of one expert
-R     chosen (token, expert) pairs: the rows that are multiplied
+R     chosen (token, expert) assignments: the rows that are multiplied
 ====  =============================================================
 
 Five lines are enough::
@@ -20,17 +20,17 @@ Five lines are enough::
 """
 
 from .dropout import Dropout
-from .expert_kinds import EXPERTS, make_experts
-from .expert_options import ExpertOptions
-from .experts import Experts, ExpertSet, StackedExperts
-from .gated_experts import GatedExperts
+from .expert_parallel.group import ExpertGroup
+from .experts.gated import GatedExperts
+from .experts.kinds import EXPERTS, make_experts
+from .experts.options import ExpertOptions
+from .experts.sized import SizedExperts
+from .experts.stacked import Experts, ExpertSet, StackedExperts
 from .layer import MoELayer
-from .parallel import ExpertGroup
 from .regularizers import ConditionalMoE, ExpertOutputMasking, StackedMoE
-from .routers import ROUTERS, Router, RouterOptions, ThresholdRouter, TopKRouter
-from .routing import RoutingPlan
-from .sized_experts import SizedExperts
-from .statistics import RoutingStats, TokenRouting
+from .routing.plan import RoutingPlan
+from .routing.routers import ROUTERS, Router, RouterOptions, ThresholdRouter, TopKRouter
+from .routing.statistics import RoutingStats, TokenRouting
 from .stratified import StratifiedMoE, StratifiedPlan
 
 __all__ = [

@@ -8,9 +8,9 @@ from typing import cast
 
 from torch import nn
 
-from .experts import ExpertSet
+from .experts.stacked import ExpertSet
 from .layer import MoELayer
-from .routers import Router
+from .routing.routers import Router
 from .stratified import StratifiedMoE
 
 # Experts per token on average: their number, if all experts are taken equally often or cost the same; else (E,), the

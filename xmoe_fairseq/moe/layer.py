@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from .experts import ExpertSet
-from .routers import Router
-from .routing import RoutingPlan
+from .experts.stacked import ExpertSet
+from .routing.plan import RoutingPlan
+from .routing.routers import Router
 
 
 class MoELayer(nn.Module):
-    """Replaces a feed-forward network; its work is proportional to the chosen (token, expert) pairs.
+    """Replaces a feed-forward network; its work is proportional to the chosen (token, expert) assignments.
 
     In evaluation nothing is dropped and no noise is added, so a token's output depends on that token alone.
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .dropout import Dropout
 from .layer import flat
-from .routing import real_tokens
-from .statistics import RoutingStats, TokenRouting, add_up, merge
+from .routing.plan import real_tokens
+from .routing.statistics import RoutingStats, TokenRouting, add_up, merge
 
 
 class ExpertOutputMasking(nn.Module):

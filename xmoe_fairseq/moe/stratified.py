@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .experts import ExpertSet
+from .experts.stacked import ExpertSet
 from .layer import flat
-from .pairs import Pairs
-from .routers import Router
-from .routing import RoutingPlan, real_tokens
-from .statistics import RoutingStats, TokenRouting, add_up, merge
+from .routing.assignments import Assignments
+from .routing.plan import RoutingPlan, real_tokens
+from .routing.routers import Router
+from .routing.statistics import RoutingStats, TokenRouting, add_up, merge
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class StratifiedMoE(nn.Module):
             rows = None if static or number == 0 else inside.nonzero().squeeze(-1)
             entering = state
             if rows is not None:
-                entering, state = _Enter.apply(state, rows)
+                entering, state = _GatherRows.apply(state, rows)
             normed = norm(entering)
             plan = router(normed, ~inside if rows is None else None, _select(ids, rows))
             taken = normed if plan.rows is None else plan.rows
@@ -131,7 +131,7 @@ class StratifiedMoE(nn.Module):
             leaving = self.stratum[plan.first + sum(self.sizes[:number])] + 1
             passed = (residual + y).to(state.dtype)
             if rows is not None:
-                state = _Leave.apply(state, rows, passed)
+                state = _ScatterRows.apply(state, rows, passed)
                 place = place.index_copy(0, rows, leaving)
             else:
                 # What the first stratum adds to padding is 0.
@@ -148,8 +148,8 @@ class StratifiedMoE(nn.Module):
         """Runs the visible experts, those of earlier strata having no rows."""
         sizes = torch.cat([plan.group_sizes.new_zeros(hidden_experts), plan.group_sizes])
         places = plan.places and plan.places.after(hidden_experts)
-        pairs = Pairs(plan.token, plan.weight, sizes, most_each=plan.most_each, places=places)
-        return self.regularizer(self.experts(normed, pairs, weights))
+        assignments = Assignments(plan.token, plan.weight, sizes, max_per_expert=plan.max_per_expert, places=places)
+        return self.regularizer(self.experts(normed, assignments, weights))
 
     def _statistics(self, plans: Sequence[RoutingPlan], keep: Tensor) -> RoutingStats:
         def visible_from_the_end(loads: list[Tensor]) -> Tensor:
@@ -171,8 +171,8 @@ class StratifiedMoE(nn.Module):
         return add_up(parts, torch.stack(visible).sum(0))
 
 
-class _Enter(torch.autograd.Function):
-    """Gives the rows of a state that enter a stratum, and the state itself for `_Leave` of the same rows.
+class _GatherRows(torch.autograd.Function):
+    """Gives the rows of a state that enter a stratum, and the state itself for `_ScatterRows` of the same rows.
 
     Between the two, autograd would make a gradient of the state's size for each, fill it with zeros, and add them.
     """
@@ -190,7 +190,7 @@ class _Enter(torch.autograd.Function):
         return rest.index_copy(0, rows, entering), None
 
 
-class _Leave(torch.autograd.Function):
+class _ScatterRows(torch.autograd.Function):
     """Puts what has passed a stratum in the place of the rows that entered it."""
 
     @staticmethod
@@ -203,7 +203,7 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
         (rows,) = ctx.saved_tensors
         (grad,) = grads
-        # At these rows it is not the state's: `_Enter` writes over it there.
+        # At these rows it is not the state's: `_GatherRows` writes over it there.
         return grad, None, grad.index_select(0, rows)
 
 

@@ -17,7 +17,7 @@ from fairseq.optim.adam import Adam, FairseqAdam, FairseqAdamConfig
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..processes.gradients import is_expert, norm_of
+from ..distributed.gradients import is_expert, norm_of
 
 # What the gradients of an optimizer are to be multiplied by, as an attribute of it.
 _FACTOR = "_factor_of_gradients"

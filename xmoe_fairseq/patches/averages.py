@@ -10,7 +10,7 @@ from fairseq import checkpoint_utils
 from fairseq.models.ema.ema import EMA
 
 from ..checkpoints import moving_averages, reading, shards
-from ..processes.state import own_experts
+from ..distributed.checkpoint_experts import keep_local_experts
 from .registry import Group
 
 GROUP = Group("Moving averages")
@@ -37,7 +37,7 @@ def load_ema_from_checkpoint(stock: Any, fpath: str) -> dict[str, Any]:
     state = reading.check(local)
     shards.join(state, local)
     moving_averages.put_in_place(state, fpath, "--ema-seed-model")
-    own_experts(state, _model.get())
+    keep_local_experts(state, _model.get())
     return state
 
 

@@ -8,7 +8,7 @@ import fairseq.utils
 from fairseq import options
 from fairseq.tasks import FairseqTask
 
-from .. import generate, interactive, preprocess
+from ..stock_commands import generate, interactive, preprocess
 from ..tasks import decoding
 from .registry import ABSENT, Group, Replacement, install
 

@@ -12,8 +12,8 @@ from fairseq.trainer import Trainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..distributed import gradients, launch, stats_reduce
 from ..errors import UserError
-from ..processes import batches, gradients, launch
 from .registry import Group
 
 GROUP = Group("Several processes")
@@ -45,7 +45,7 @@ def _prepare_sample(stock: Any, trainer: Any, sample: Any, is_dummy: bool = Fals
     forgets the size and metrics of the other batches of the update."""
     prepared, dummy = stock(trainer, sample, is_dummy)
     if dummy and getattr(trainer.get_criterion(), "knows_dummies", False):
-        return {**prepared, batches.DUMMY: True}, False
+        return {**prepared, stats_reduce.DUMMY_BATCH: True}, False
     return prepared, dummy
 
 
@@ -65,6 +65,6 @@ GROUP.replace(
     distributed_fairseq_model,
     "DistributedDataParallel",
     DistributedDataParallel,
-    gradients.ExpertsApart,
+    gradients.ExpertParallelDDP,
     "PyTorch's data parallelism averages experts that only this process holds, and fairseq gives it a GPU always.",
 )

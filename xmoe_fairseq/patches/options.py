@@ -21,11 +21,11 @@ from fairseq_cli import train
 from hydra.core.hydra_config import HydraConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from .. import command_line
-from ..benchmarks import BY_TASK
+from ..common.literals import literal
 from ..errors import UserError
 from ..imports import around, found_by_others
-from ..literals import literal
+from ..mt_benchmarks import BY_TASK
+from ..stock_commands import arguments
 from .registry import ABSENT, Group, Replacement
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,10 @@ def parse_args_and_arch(stock: Any, parser: Any, input_args: Any = None, *args: 
     """Stock answers a misspelt architecture with the names of all, reads `--model-overrides` after it has loaded the
     data, ignores options that the checkpoint does not have, and takes `--bf16` for a TPU, so that it needs torch_xla
     even on a GPU or CPU."""
-    parser.error = functools.partial(command_line.refuse, parser)
+    parser.error = functools.partial(arguments.refuse, parser)
     result = stock(parser, input_args, *args, **kwargs)
     parsed = result[0] if isinstance(result, tuple) else result
-    command_line.check(parser, parsed, input_args, bool(kwargs.get("suppress_defaults")))
+    arguments.check(parser, parsed, input_args, bool(kwargs.get("suppress_defaults")))
     if importlib.util.find_spec("torch_xla") is None:
         parsed.tpu = False
     return result
@@ -55,11 +55,11 @@ def add_defaults(stock: Any, cfg: Any) -> None:
     """Stock's and hydra's answers to a wrong name or value in YAML are tracebacks."""
     if HydraConfig.initialized():
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra itself prints tracebacks, and guard.py sees none
-    command_line.check_yaml(cfg)
+    arguments.check_yaml(cfg)
     try:
         stock(cfg)
     except OmegaConfBaseException as error:
-        raise UserError(command_line.yaml_line(error)) from error
+        raise UserError(arguments.yaml_line(error)) from error
 
 
 @GROUP.patch(FastaDataset, "_build_index", "self path")

@@ -13,11 +13,12 @@ from fairseq import checkpoint_utils, hub_utils, models
 from fairseq.models import BaseFairseqModel
 from omegaconf.errors import OmegaConfBaseException
 
-from .. import hub, identity
+from .. import hub
 from ..checkpoints import language_tokens, loading, moving_averages, options, reading, shards
+from ..common import identity
+from ..common.literals import NotLiteral
+from ..distributed.checkpoint_experts import keep_local_experts
 from ..errors import UserError
-from ..literals import NotLiteral
-from ..processes.state import own_experts
 from .registry import Group
 
 GROUP = Group("Reading checkpoints")
@@ -57,7 +58,7 @@ def load_checkpoint_to_cpu(stock: Any, path: str, arg_overrides: Any = None, loa
         task.load_state_dict(state["task_state"])
         language_tokens.warn_of_others(found, local, task.args)
     if trainer is not None:
-        own_experts(state, trainer.get_model())
+        keep_local_experts(state, trainer.get_model())
         if trainer.cfg.ema.store_ema:
             moving_averages.begin(state, path)
     return state

@@ -14,11 +14,11 @@ from fairseq.data.iterators import EpochBatchIterator
 from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
 from fairseq.trainer import Trainer
 
-from .. import guard, locks, selection
-from ..checkpoints import reading, saving
+from ..checkpoints import reading, saving, selection
+from ..common import guard, locks
 from ..criterions.softmax import check_softmax
+from ..distributed import checkpoint_experts, launch
 from ..errors import UserError
-from ..processes import launch, state
 from ..tasks.lengths import check_valid_sets
 from .reading import current_trainer
 from .registry import Group
@@ -118,7 +118,7 @@ def load_checkpoint(stock: Any, cfg: Any, trainer: Any, *args: Any, **kwargs: An
         for name in saving.remove_leftovers(cfg.save_dir):
             logger.info(f"removed {name}, which an earlier run had not finished writing")
     loaded = stock(cfg, trainer, *args, **kwargs)
-    state.agree(trainer)
+    checkpoint_experts.agree(trainer)
     updates, most = trainer.get_num_updates(), trainer.cfg.optimization.max_update
     if most and updates >= most:
         logger.info(f"nothing is left to train: the checkpoint has {updates} updates, --max-update is {most}")
@@ -147,7 +147,7 @@ def position_of_all(stock: Any, iterator: Any) -> dict[str, Any]:
 
 
 @GROUP.patch(EpochBatchIterator, "load_state_dict", "self state_dict")
-def position_of_one(stock: Any, iterator: Any, state_dict: dict[str, Any]) -> None:
+def restore_epoch_position(stock: Any, iterator: Any, state_dict: dict[str, Any]) -> None:
     """Training resumes at the same place of the epoch with any number of processes; if the batches cannot be divided
     evenly, the last few are repeated. If the epoch has fewer batches now, stock asks for a report."""
     if "batches_in_epoch" in state_dict:  # files of stock fairseq do not have it

@@ -11,9 +11,8 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
-from .. import selection
-from ..checkpoints import numpy_values, saving
-from ..processes import state
+from ..checkpoints import numpy_values, saving, selection
+from ..distributed import checkpoint_experts
 from .registry import Group
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def save_checkpoint(stock: Any, cfg: Any, trainer: Any, *args: Any, **kwargs: An
     """The experts of all processes are brought together in the first one, which writes the files."""
     if cfg.no_save:
         return stock(cfg, trainer, *args, **kwargs)
-    with state.whole_experts(trainer):
+    with checkpoint_experts.whole_experts(trainer):
         return stock(cfg, trainer, *args, **kwargs)
 
 
@@ -82,13 +81,13 @@ def state_dict(stock: Any, trainer: Any) -> dict[str, Any]:
     `--patience` has counted."""
     saved: dict[str, Any] = stock(trainer)
     selection.note(saved, trainer)
-    return state.with_whole_experts(saved, trainer)
+    return checkpoint_experts.with_whole_experts(saved, trainer)
 
 
 @GROUP.patch(Trainer, "save_checkpoint", "self filename extra_state")
 def save_trainer(stock: Any, trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
     """No `crash.pt` is written where one process has an error and holds some of the experts only."""
-    if state.holds_parts(trainer):
+    if checkpoint_experts.holds_parts(trainer):
         logger.error(f"{filename} is not written: this process holds some of the experts only")
         return None
     return stock(trainer, filename, extra_state)

@@ -11,7 +11,7 @@ from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleE
 from fairseq.trainer import Trainer
 from fairseq_cli import train
 
-from .. import selection
+from ..checkpoints import selection
 from ..errors import UserError
 from .registry import Group
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from .. import locks
+from ..common import locks
 from .runs import Run
 
 # Seconds between two looks at the programs, and between two lines where no terminal shows them.

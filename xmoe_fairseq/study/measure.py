@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..architectures import build_on_meta
-from ..arguments import CommandParser, quiet_libraries
+from ..common.command_line import CommandParser, quiet_libraries
 from ..evaluation.compare import mean_of_draws
-from ..evaluation.decoding import Decoding
-from ..evaluation.result_folder import ResultFolder, read_texts, write_json
+from ..evaluation.model_costs import model_flops
 from ..evaluation.score_job import ScoreJob
-from ..evaluation.sweep import choose, make_point, read_thresholds
-from ..evaluation.usage import LayerUsage, add_up
-from ..evaluation.versions import read_versions
-from ..info import model_flops
+from ..evaluation.sweep import make_point, read_thresholds
+from ..models.architectures import build_on_meta
 from ..moe.flops import expert_sites
-from ..report.logs import Values, read_training
-from .command import add_study_options, read_study
+from ..render.score_tables import PAGES
+from ..results.decoding import Decoding
+from ..results.folder import ResultFolder, read_texts, write_json
+from ..results.sweep import choose
+from ..results.training_log import Values, read_training
+from ..results.usage import LayerUsage, add_up
+from ..results.versions import read_versions
+from .options import add_study_options, read_study
 from .plan import SweepPlan
 from .runs import Run
 
@@ -97,7 +99,7 @@ def _system(run: Run, folder: str, decoding: Decoding) -> dict[str, Any]:
     job = _job(run, decoding)
     out = run.folder / folder
     with tqdm(total=len(job.pairs), unit="direction", desc=folder) as bar:
-        scores = job.run(out, bar)
+        scores = job.run(out, bar, PAGES)
     assert scores.model is not None
     results = ResultFolder(out, job.settings)
     usage = add_up(list(results.read(pair)[2].usage) for pair in job.pairs)
@@ -137,7 +139,7 @@ def _swept(run: Run) -> dict[str, Any]:
     for threshold in read_thresholds(sweep.thresholds):
         job = _job(run, _at(run, threshold, subset="valid", lines=sweep.lines), metrics=("bleu",))
         with tqdm(total=len(job.pairs), unit="direction", desc=f"threshold {threshold:g}") as bar:
-            points[threshold] = make_point(threshold, job.run(run.folder / f"valid-{threshold:g}", bar))
+            points[threshold] = make_point(threshold, job.run(run.folder / f"valid-{threshold:g}", bar, PAGES))
     most = _budget(run, sweep)
     best = choose(list(points.values()), lose=0.0, max_moe_flops=most)
     chosen = best.threshold if best is not None else None

@@ -12,10 +12,10 @@ from typing import Literal
 
 import yaml
 
+from ..common.files import read_file
+from ..common.schema import build
 from ..errors import UserError
 from ..evaluation.sweep import read_thresholds
-from ..files import read_file
-from ..schema import build
 
 # A row's name is part of file names.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from ..common.schema import build
 from ..errors import UserError
-from ..evaluation.decoding import ModelSize
-from ..evaluation.result_folder import read_json
-from ..schema import build
+from ..results.decoding import ModelSize
+from ..results.folder import read_json
 from .plan import StudyRow
 from .runs import Run, Study
 

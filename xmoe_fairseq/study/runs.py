@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..common.files import is_there, read_file
 from ..errors import UserError
-from ..evaluation.result_folder import read_json, write_json
-from ..files import is_there, read_file
+from ..results.folder import read_json, write_json
 from .plan import StudyPlan, StudyRow
 
 _UPDATES = re.compile(r"num_updates[=\": ]+(\d{1,18})(?!\d)")

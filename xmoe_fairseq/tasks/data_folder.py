@@ -10,10 +10,10 @@ from pathlib import Path
 
 from fairseq.data.indexed_dataset import data_file_path, index_file_path
 
-from ..benchmarks import Benchmark, directions
-from ..directions import CODE, TRAINED, Direction, read_listed
+from ..common.directions import CODE, TRAINED, Direction, read_listed
+from ..common.files import is_there
 from ..errors import UserError
-from ..files import is_there
+from ..mt_benchmarks import Benchmark, directions
 from .binary_text import AGAIN, SPECIAL_SYMBOLS, check_text
 
 # Of a line of dict.txt, where fairseq takes a symbol that was there before.

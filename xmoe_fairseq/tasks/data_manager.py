@@ -11,7 +11,7 @@ from fairseq import utils
 from fairseq.data import BaseWrapperDataset
 from fairseq.data.multilingual.multilingual_data_manager import MultilingualDatasetManager
 
-from ..directions import Direction
+from ..common.directions import Direction
 from .data_parts import count_lines, sources
 from .extra_data import read_extra
 from .sampling import check_weights

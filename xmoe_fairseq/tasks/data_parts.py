@@ -9,8 +9,8 @@ from itertools import count
 from fairseq import utils
 from fairseq.data.indexed_dataset import index_file_path
 
-from .. import identity
-from ..directions import Direction
+from ..common import identity
+from ..common.directions import Direction
 from ..errors import UserError
 from .binary_text import HEADER
 from .data_folder import find_text

@@ -10,7 +10,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from fairseq.tasks.translation import TranslationConfig
 
-from .. import schema
+from ..common import schema
 from ..errors import UserError
 from .evaluation import METRICS, Evaluation, Search
 

@@ -25,9 +25,9 @@ from fairseq import utils
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from fairseq.distributed import utils as distributed
 
-from ..directions import Direction
+from ..common.directions import Direction
+from ..distributed.lockstep_search import in_step
 from ..errors import UserError
-from ..processes.in_step import in_step
 from ..subword import SentencepieceBytes
 from .data_manager import split_name
 
@@ -94,7 +94,7 @@ class DevelopmentSet:
     """
 
     def __init__(self, name: Direction, dataset: Any) -> None:
-        from ..evaluation.score import build_metric  # not at the start: sacreBLEU takes a while to import
+        from ..metrics.corpus import build_metric
 
         self.name, self.dataset = name, dataset
         self.metrics = {metric: build_metric(metric, name.target) for metric in METRICS}
@@ -102,14 +102,14 @@ class DevelopmentSet:
 
     def add(self, hypothesis: str, reference: str) -> None:
         """Counts one translation."""
-        from ..evaluation.bootstrap import sentence_statistics
+        from ..metrics.sentences import sentence_statistics
 
         for name, metric in self.metrics.items():
             self.sums[name] = self.sums[name] + sentence_statistics(metric, [reference], [hypothesis])[0].astype(int)
 
     def clear(self) -> None:
         """Forgets what was counted."""
-        from ..evaluation.bootstrap import sentence_statistics
+        from ..metrics.sentences import sentence_statistics
 
         self.sums = {
             name: 0 * sentence_statistics(one, ["a"], ["a"])[0].astype(int) for name, one in self.metrics.items()
@@ -117,14 +117,14 @@ class DevelopmentSet:
 
     def score(self, name: str) -> float:
         """Scores all that was counted as one text, rounded as it is shown."""
-        from ..evaluation.bootstrap import corpus_score
+        from ..metrics.sentences import corpus_score
 
         return round(corpus_score(self.metrics[name], [self.sums[name][None]]), 2)
 
 
 def _counts(metric: Any, hypothesis: str, reference: str) -> np.ndarray:
     """Gives what a metric adds up over sentences, (statistics,), of one of them."""
-    from ..evaluation.bootstrap import sentence_statistics
+    from ..metrics.sentences import sentence_statistics
 
     return sentence_statistics(metric, [reference], [hypothesis])[0].astype(np.int64)
 

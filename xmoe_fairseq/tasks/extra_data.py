@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from fairseq import utils
 
-from ..directions import Direction, read_direction
+from ..common.directions import Direction, read_direction
 from ..errors import UserError
 from .data_folder import check_split, find_text
 

@@ -15,21 +15,13 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 from omegaconf import II, OmegaConf
 
-from .. import identity
-from ..benchmarks import BENCHMARKS, Benchmark
-from ..directions import Direction, read_option
+from ..common import identity
+from ..common.directions import Direction, read_option
+from ..common.identity import DataIdentity
 from ..errors import UserError
-from ..identity import DataIdentity
+from ..mt_benchmarks import BENCHMARKS, Benchmark
 from .batching import PooledOrder
-from .data_folder import (
-    check_split,
-    count_symbols,
-    find_text,
-    list_splits,
-    read_groups,
-    read_languages,
-    read_trained,
-)
+from .data_folder import check_split, count_symbols, find_text, list_splits, read_groups, read_languages, read_trained
 from .data_manager import VALID, DataManager, split_name
 from .data_parts import check_alike, home, read_folders
 from .eval_bleu import EvalBleuConfig, TranslatesDevelopmentSets, check_options

@@ -7,26 +7,33 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..pairs import Pairs
+from ..routing.assignments import Assignments
 from .activation import RELU
+from .buffer_pool import Buffers
 from .contract import Activation, ExpertWeights, Kernel, Network, StackedWeights, feed_forward, kernel
-from .few import few
-from .fused import fused
+from .decode import decode
 from .grouped_mm import grouped_mm
-from .loop import loop
-from .memory import Buffers
-from .tiled import has_triton, power_of_two, tiled
+from .per_expert import per_expert
+from .reference import reference
+from .triton_mm import has_triton, power_of_two, triton_mm
 
 KERNELS: dict[str, Kernel] = {
-    "fused": fused,
-    "few": few,
+    "per_expert": per_expert,
+    "decode": decode,
     "grouped_mm": grouped_mm,
-    "triton": tiled,
-    "loop": loop,
+    "triton": triton_mm,
+    "reference": reference,
 }
 # In this order ``auto`` asks which one suits a call.
-AUTO = (tiled, grouped_mm, few, fused, loop)
-CHOICES = ("auto", *KERNELS)
+AUTO = (triton_mm, grouped_mm, decode, per_expert, reference)
+KERNEL_NAMES = ("auto", *KERNELS)
+# Names of earlier versions, which command lines and checkpoints may still have.
+OLD_NAMES = {"fused": "per_expert", "few": "decode", "loop": "reference"}
+
+
+def current_name(name: str) -> str:
+    """Returns today's name of a kernel."""
+    return OLD_NAMES.get(name, name)
 
 
 def check(name: str, network: Network) -> None:
@@ -35,8 +42,9 @@ def check(name: str, network: Network) -> None:
     Raises:
         ValueError: it does not, or its name is unknown.
     """
-    if name not in CHOICES:
-        raise ValueError(f"there is no kernel {name!r}: choose one of {', '.join(CHOICES)}")
+    name = current_name(name)
+    if name not in KERNEL_NAMES:
+        raise ValueError(f"there is no kernel {name!r}: choose one of {', '.join(KERNEL_NAMES)}")
     if name != "auto" and not KERNELS[name].computes(network):
         able = ", ".join(["auto", *(other for other, one in KERNELS.items() if one.computes(network))])
         named = network.__name__.replace("_", " ")
@@ -44,14 +52,14 @@ def check(name: str, network: Network) -> None:
 
 
 def choose(
-    name: str, x: Tensor, pairs: Pairs, hidden: int, plain: bool = True, network: Network = feed_forward
+    name: str, x: Tensor, assignments: Assignments, hidden: int, plain: bool = True, network: Network = feed_forward
 ) -> Kernel:
     """Finds a kernel by its name, or for ``auto`` the fastest for a device and dtype.
 
     Args:
         name: of `KERNELS`, or ``auto``.
         x: (T, d), what it will be given.
-        pairs: what it will be given.
+        assignments: what it will be given.
         hidden: h.
         plain: whether the activation is ReLU, without dropout.
         network: what the experts compute.
@@ -59,15 +67,17 @@ def choose(
     Raises:
         ValueError: the name is unknown, or the kernel does not compute the network.
     """
+    name = current_name(name)
     if name != "auto":
         check(name, network)
         return KERNELS[name]
-    return next(one for one in AUTO if one.computes(network) and one.suits(x, pairs, hidden, plain))
+    return next(one for one in AUTO if one.computes(network) and one.suits(x, assignments, hidden, plain))
 
 
 __all__ = [
-    "CHOICES",
     "KERNELS",
+    "KERNEL_NAMES",
+    "OLD_NAMES",
     "RELU",
     "Activation",
     "Buffers",
@@ -77,6 +87,7 @@ __all__ = [
     "StackedWeights",
     "check",
     "choose",
+    "current_name",
     "feed_forward",
     "has_triton",
     "kernel",

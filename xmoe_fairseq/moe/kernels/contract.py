@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..pairs import Pairs
-from .gradients import WeightGradients, collect
-from .memory import Buffers
+from ..routing.assignments import Assignments
+from .buffer_pool import Buffers
+from .weight_gradients import WeightGradients, collect
 
 Activation = Callable[[Tensor], Tensor]
 # What one expert computes: (R, d) to (R, d), by its own tensors, an activation and the probability of dropout.
@@ -100,26 +100,28 @@ class ExpertWeights(StackedWeights):
 
 
 class ExpertKernel(Protocol):
-    """``y[t] = sum over the pairs (t, e) of weight * network_e(x[t])``, see `feed_forward` for the usual network.
+    """``y[t] = sum over the assignments (t, e) of weight * network_e(x[t])``, see `feed_forward` for the usual network.
 
     A token's outputs are added in the order of the experts, whatever else is in the batch; a token without
-    a pair gets zeros. Its gradients are those of `loop`.
+    an assignment gets zeros. Its gradients are those of `reference`.
     """
 
-    def __call__(self, x: Tensor, pairs: Pairs, weights: Any, activation: Activation, dropout: float = 0.0) -> Tensor:
+    def __call__(
+        self, x: Tensor, assignments: Assignments, weights: Any, activation: Activation, dropout: float = 0.0
+    ) -> Tensor:
         """Computes y: (T, d).
 
         Args:
             x: (T, d), of the weights' dtype.
-            pairs: which token goes where.
+            assignments: which token goes where.
             weights: `StackedWeights` of all experts, of a network that the kernel computes.
             activation: elementwise function.
             dropout: probability of zeroing a hidden unit; 0 outside of training, unless dropout is kept.
         """
 
 
-# Whether a kernel is the one to take for x: (T, d), its pairs, h hidden units, and ReLU without dropout or not.
-Suits = Callable[[Tensor, Pairs, int, bool], bool]
+# Whether a kernel is the one to take for x: (T, d), its assignments, h hidden units, and ReLU without dropout or not.
+Suits = Callable[[Tensor, Assignments, int, bool], bool]
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,11 @@ class Kernel:
     networks: tuple[Network, ...] | None
     suits: Suits
 
-    def __call__(self, x: Tensor, pairs: Pairs, weights: Any, activation: Activation, dropout: float = 0.0) -> Tensor:
+    def __call__(
+        self, x: Tensor, assignments: Assignments, weights: Any, activation: Activation, dropout: float = 0.0
+    ) -> Tensor:
         """Computes y: (T, d); see `ExpertKernel`."""
-        return self.compute(x, pairs, weights, activation, dropout)
+        return self.compute(x, assignments, weights, activation, dropout)
 
     def computes(self, network: Network) -> bool:
         """Returns whether it computes experts of a network."""

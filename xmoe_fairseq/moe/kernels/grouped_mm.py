@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..pairs import Pairs
+from ..routing.assignments import Assignments
 from .activation import activate, activated
 from .contract import Activation, ExpertWeights, aligned, feed_forward, kernel
 
@@ -32,9 +32,11 @@ def stays_on_the_device(x: Tensor) -> bool:
     )
 
 
-# Other dtypes and older GPUs read the groups back in every product; `fused` does it once a layer.
-@kernel(feed_forward, suits=lambda x, pairs, hidden, plain: stays_on_the_device(x) and aligned(x, hidden))
-def grouped_mm(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Activation, dropout: float = 0.0) -> Tensor:
+# Other dtypes and older GPUs read the groups back in every product; `per_expert` does it once a layer.
+@kernel(feed_forward, suits=lambda x, assignments, hidden, plain: stays_on_the_device(x) and aligned(x, hidden))
+def grouped_mm(
+    x: Tensor, assignments: Assignments, weights: ExpertWeights, activation: Activation, dropout: float = 0.0
+) -> Tensor:
     """Runs all experts at once; see `ExpertKernel`.
 
     Raises:
@@ -48,16 +50,16 @@ def grouped_mm(x: Tensor, pairs: Pairs, weights: ExpertWeights, activation: Acti
         )
     mask = None
     if dropout:
-        mask = F.dropout(x.new_ones(len(pairs.token), weights.fc1_weight.shape[1]), dropout)
+        mask = F.dropout(x.new_ones(len(assignments.token), weights.fc1_weight.shape[1]), dropout)
     return _GroupedMM.apply(
         x,
-        pairs.weight,
+        assignments.weight,
         weights.fc1_weight,
         weights.fc1_bias,
         weights.fc2_weight,
         weights.fc2_bias,
-        pairs.token,
-        pairs.group_sizes.cumsum(0).int(),
+        assignments.token,
+        assignments.group_sizes.cumsum(0).int(),
         mask,
         activation,
     )
@@ -68,7 +70,7 @@ class _GroupedMM(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        share: Tensor,
+        gate_weight: Tensor,
         fc1_weight: Tensor,
         fc1_bias: Tensor,
         fc2_weight: Tensor,
@@ -83,11 +85,11 @@ class _GroupedMM(torch.autograd.Function):
         pre = (pre + fc1_bias.index_select(0, expert)).masked_fill_(~valid, 0.0)
         hidden = activate(pre, activation)
         out = F.grouped_mm(hidden if mask is None else hidden * mask, fc2_weight, offs=ends)
-        out = (out + fc2_bias.index_select(0, expert)) * share.to(out.dtype).unsqueeze(-1)
+        out = (out + fc2_bias.index_select(0, expert)) * gate_weight.to(out.dtype).unsqueeze(-1)
         # A sum of many bf16 numbers is made in float32.
         y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         y.index_add_(0, token, out.masked_fill_(~valid, 0.0).to(y.dtype))
-        ctx.save_for_backward(x, share, fc1_weight, fc2_weight, fc2_bias, token, ends, mask, pre)
+        ctx.save_for_backward(x, gate_weight, fc1_weight, fc2_weight, fc2_bias, token, ends, mask, pre)
         ctx.activation = activation
         return y.to(x.dtype)
 
@@ -95,7 +97,7 @@ class _GroupedMM(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, share, fc1_weight, fc2_weight, fc2_bias, token, ends, mask, pre = ctx.saved_tensors
+        x, gate_weight, fc1_weight, fc2_weight, fc2_bias, token, ends, mask, pre = ctx.saved_tensors
         expert, valid = _rows(token, ends)
         hidden, through = activated(pre, ctx.activation, mask)
         outer = grad.index_select(0, token)
@@ -103,7 +105,7 @@ class _GroupedMM(torch.autograd.Function):
         grad_share = torch.linalg.vecdot(inner.float(), hidden.float()) + torch.linalg.vecdot(
             outer.float(), fc2_bias.index_select(0, expert).float()
         )
-        weight = share.to(outer.dtype).unsqueeze(-1)
+        weight = gate_weight.to(outer.dtype).unsqueeze(-1)
         outer = outer * weight
         inner = through(inner.mul_(weight))
         ones = x.new_ones(len(token), _ONES)
@@ -116,7 +118,7 @@ class _GroupedMM(torch.autograd.Function):
             back = F.grouped_mm(inner, fc1_weight, offs=ends).masked_fill_(~valid, 0.0)
             wide = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
             grad_x = wide.index_add_(0, token, back.to(wide.dtype)).to(x.dtype)
-        grad_share = grad_share.masked_fill_(~valid.squeeze(-1), 0.0).to(share.dtype)
+        grad_share = grad_share.masked_fill_(~valid.squeeze(-1), 0.0).to(gate_weight.dtype)
         return grad_x, grad_share, grad_fc1, grad_bias1, grad_fc2, grad_bias2, None, None, None, None
 
 

@@ -1,0 +1,250 @@
+"""``xmoe import`` and ``xmoe export`` beside `transformers`: the same logits and the same translations."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_conversion import LONGEST, SENTENCES, TARGETS, Theirs, make
+from transformers import AutoModelForSeq2SeqLM
+
+from xmoe_fairseq import hub
+from xmoe_fairseq.cli import main
+from xmoe_fairseq.errors import UserError
+
+KINDS = ("dense", "moe")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Theirs]:
+    root = tmp_path_factory.mktemp("theirs")
+    return {kind: make(root / kind, kind == "moe") for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def imported(theirs: dict[str, Theirs], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("imported")
+    for kind in KINDS:
+        main(["import", str(theirs[kind].folder), "--out", str(root / kind)])
+    return {kind: root / kind for kind in KINDS}
+
+
+def load(folder: Path) -> Any:
+    return hub.from_pretrained(str(folder), "checkpoint.pt", str(folder / "bin"), bpe="sentencepiece").eval()
+
+
+def directions() -> Iterator[tuple[str, str]]:
+    return ((source, target) for source in SENTENCES for target in TARGETS)
+
+
+def assert_same_logits(ours: Any, theirs: Theirs) -> None:
+    for source, target in directions():
+        tokens, prefixes = theirs.batch(source)["input_ids"], theirs.prefixes(source, target)
+        real = tokens.ne(1)
+        with torch.no_grad():
+            encoded = ours.models[0].encoder(tokens, real.sum(1))["encoder_out"][0].transpose(0, 1)
+            logits, _ = ours.models[0](tokens, real.sum(1), prefixes)
+        wanted_encoded, wanted = theirs.logits(source, target)
+        torch.testing.assert_close(encoded[real], wanted_encoded[real], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits[prefixes.ne(1)], wanted[prefixes.ne(1)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers(kind: str, theirs: dict[str, Theirs], imported: dict[str, Path]) -> None:
+    assert_same_logits(load(imported[kind]), theirs[kind])
+
+
+@pytest.mark.parametrize("beam", [1, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_translations_are_those_of_transformers(
+    kind: str, beam: int, theirs: dict[str, Theirs], imported: dict[str, Path]
+) -> None:
+    ours = load(imported[kind])
+    lengths = set()
+    for source, target in directions():
+        wanted = theirs[kind].translations(source, target, beam)
+        sources = [ours.encode(sentence) for sentence in SENTENCES[source]]
+        search = {"beam": beam, "lenpen": 0.0, "max_len_b": LONGEST}
+        found = ours.generate(sources, source_lang=source, target_lang=target, **search)
+        assert [one[0]["tokens"].tolist() for one in found] == wanted
+        lengths |= {len(one) for one in wanted}
+    assert len(lengths) > 3 and max(lengths) <= LONGEST  # else the search was not tested
+
+
+def test_the_data_folder_has_their_numbers(theirs: dict[str, Theirs], imported: dict[str, Path]) -> None:
+    tokenizer, ours = theirs["dense"].tokenizer, load(imported["dense"])
+    for code in (imported["dense"] / "bin" / "langs.txt").read_text().split():
+        assert ours.task.target_dictionary.index(f"__{code}__") == tokenizer.convert_tokens_to_ids(code)
+    for source, sentences in SENTENCES.items():
+        tokenizer.src_lang = source
+        for sentence in sentences:
+            assert [tokenizer.convert_tokens_to_ids(source), *ours.encode(sentence).tolist()] == tokenizer(sentence)[
+                "input_ids"
+            ]
+
+
+def test_shards_and_several_files_hold_the_same_model(
+    theirs: dict[str, Theirs], imported: dict[str, Path], tmp_path: Path
+) -> None:
+    parts, out = tmp_path / "parts", tmp_path / "out"
+    theirs["moe"].model.save_pretrained(parts, max_shard_size="60KB")
+    theirs["moe"].tokenizer.save_pretrained(parts)
+    assert (parts / "model.safetensors.index.json").is_file()
+    main(["import", str(parts), "--out", str(out), "--shards", "4"])
+    main(["checkpoint", "consolidate", str(out / "checkpoint.pt"), "--out", str(tmp_path / "whole.pt")])
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)["model"]
+    wanted = torch.load(imported["moe"] / "checkpoint.pt", weights_only=True)["model"]
+    assert list(whole) == list(wanted)
+    assert all(torch.equal(whole[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_is_the_way_back(
+    kind: str, theirs: dict[str, Theirs], imported: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    main(["export", str(imported[kind] / "checkpoint.pt"), "--data", str(imported[kind]), "--out", str(out)])
+    model = AutoModelForSeq2SeqLM.from_pretrained(out).eval()
+    wanted = theirs[kind].model.state_dict()
+    found = model.state_dict()
+    assert type(model) is type(theirs[kind].model)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for source, target in directions():
+        again = Theirs(out, model, theirs[kind].tokenizer)
+        for one, other in zip(again.logits(source, target), theirs[kind].logits(source, target), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_files_of_the_branch_hold_the_same_model(imported: dict[str, Path], tmp_path: Path) -> None:
+    state = torch.load(imported["moe"] / "checkpoint.pt", weights_only=True)
+    shared: dict[str, torch.Tensor] = {}
+    ranks: list[dict[str, torch.Tensor]] = [{}, {}, {}]  # two experts each
+    for name, tensor in state["model"].items():
+        layer, found, parameter = name.partition("moe.experts.")
+        if not found:
+            shared[name.replace("moe.router.weight", "moe_layer.gate.wg.weight")] = tensor
+            continue
+        matrix, kind = parameter.split("_")
+        for number, part in enumerate(tensor):
+            theirs = f"{layer}moe_layer.experts.{number % 2}.{matrix}.{kind}"
+            ranks[number // 2][theirs] = part.t() if parameter == "fc2_weight" else part
+    model = {
+        **state["cfg"]["model"],
+        **{"moe_freq": 2, "moe_expert_count": 6, "moe_eom": 0.2, "moe_second_expert_policy": "all"},
+        "moe_eval_capacity_token_fraction": 1.0,
+    }
+    torch.save({"cfg": {"model": model}, "model": shared}, tmp_path / "nllb-shared.pt")
+    for number, rank in enumerate(ranks):
+        torch.save({"model": rank}, tmp_path / f"nllb-rank-{number}.pt")
+    data = imported["moe"] / "bin"
+    words = ["import", str(tmp_path / "nllb-shared.pt"), "--dictionary", str(data / "dict.txt")]
+    words += ["--languages", str(data / "langs.txt"), "--sentencepiece", str(data / "spm.model")]
+    main([*words, "--out", str(tmp_path / "out")])
+    found = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in state["model"].items())
+    assert found["cfg"]["model"] == state["cfg"]["model"]
+    assert (tmp_path / "out" / "bin" / "dict.txt").read_bytes() == (data / "dict.txt").read_bytes()
+    (tmp_path / "nllb-rank-1.pt").unlink()
+    with pytest.raises(UserError, match=r"nllb-rank-1\.pt is missing"):
+        main([*words, "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype_is_that_of_all_tensors(dtype: str, theirs: dict[str, Theirs], tmp_path: Path) -> None:
+    main(["import", str(theirs["dense"].folder), "--out", str(tmp_path / "out"), "--dtype", dtype])
+    model = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["model"]
+    wanted = theirs["dense"].model.model.shared.weight.to(getattr(torch, dtype))
+    assert torch.equal(model["encoder.embed_tokens.weight"], wanted)
+
+
+class Runs:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return Path.mkdir, (self.folder,)
+
+
+def test_nothing_in_a_file_runs(theirs: dict[str, Theirs], tmp_path: Path) -> None:
+    evil = tmp_path / "evil"
+    shutil.copytree(theirs["dense"].folder, evil)
+    (evil / "model.safetensors").unlink()
+    (evil / "pytorch_model.bin").write_bytes(pickle.dumps({"model.shared.weight": Runs(tmp_path / "ran")}, protocol=2))
+    with pytest.raises(UserError):
+        main(["import", str(evil), "--out", str(tmp_path / "out")])
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["evil"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "t5"}, "model_type is 't5'"),
+        ({"d_model": 64}, "has the shape"),
+        ({"encoder_layers": 5}, "the model lacks"),
+        ({"encoder_layers": 3}, "has no place for"),
+        ({"activation_function": "silu"}, "activation_function is 'silu'"),
+        ({"vocab_size": 100}, "vocab_size is 100"),
+        ({"encoder_attention_heads": 5}, "does not divide"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"d_model": "32"}, "d_model is 32, it must be a whole number"),
+    ],
+)
+def test_bad_input_is_a_line(change: dict[str, Any], message: str, theirs: dict[str, Theirs], tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(theirs["dense"].folder, bad)
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        main(["import", str(bad), "--out", str(tmp_path / "out")])
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["bad"]
+
+
+def test_a_truncated_file_is_a_line_and_an_output_that_exists_stays(theirs: dict[str, Theirs], tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(theirs["dense"].folder, bad)
+    content = (bad / "model.safetensors").read_bytes()
+    (bad / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(UserError, match="are not all in the file"):
+        main(["import", str(bad), "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="is there already"):
+        main(["import", str(theirs["dense"].folder), "--out", str(bad)])
+    assert (bad / "model.safetensors").read_bytes() == content[:-100]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_exported_is_imported_again(kind: str, imported: dict[str, Path], tmp_path: Path) -> None:
+    main(
+        ["export", str(imported[kind] / "checkpoint.pt"), "--data", str(imported[kind]), "--out", str(tmp_path / "out")]
+    )
+    main(["import", str(tmp_path / "out"), "--out", str(tmp_path / "again")])
+    for name in ("dict.txt", "langs.txt", "spm.model"):
+        assert (tmp_path / "again" / "bin" / name).read_bytes() == (imported[kind] / "bin" / name).read_bytes()
+    found, wanted = (
+        torch.load(one / "checkpoint.pt", weights_only=True) for one in (tmp_path / "again", imported[kind])
+    )
+    assert found["cfg"]["model"] == wanted["cfg"]["model"]
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in wanted["model"].items())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("moe_router", "threshold"), ("moe_strata", "2-4"), ("share_all_embeddings", False)]
+)
+def test_export_refuses_what_transformers_lacks(
+    option: str, value: Any, imported: dict[str, Path], tmp_path: Path
+) -> None:
+    state = torch.load(imported["moe"] / "checkpoint.pt", weights_only=True)
+    state["cfg"]["model"][option] = value
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=f"its {option} is {value}"):
+        main(["export", str(tmp_path / "other.pt"), "--data", str(imported["moe"]), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,1 @@
+"""The commands of ``xmoe``: one module each, with ``main(argv)``."""

@@ -1,0 +1,167 @@
+"""``xmoe score``: the test sets of a data folder, translated with a checkpoint and scored."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sacrebleu.metrics import BLEU
+from tqdm import tqdm
+
+from ..common import locks
+from ..common.command_line import CommandParser, bounded, comma_list, file_path, quiet_libraries
+from ..common.files import is_there
+from ..common.outputs import check_writable
+from ..common.run_folder import default_out, generated_folder, scores_folder, seek_checkpoint
+from ..common.schema import json_text
+from ..errors import UserError, printable
+from ..evaluation.model_directions import subset_name
+from ..evaluation.score_job import ScoreJob, read_benchmark
+from ..metrics.corpus import METRICS
+from ..render.score_tables import PAGES, render_markdown
+from ..results.decoding import Decoding
+
+_EPILOG = """\
+DATA is a folder made by data_prep/prepare.sh: its test sets are translated with --checkpoint. RUN is the folder of a
+run, whose RUN/generate/SRC-TGT hold what fairseq-generate wrote: that is scored against --data, and --checkpoint, if
+given, only tells what the model costs.
+
+Written to --out, and to standard output: scores.json, scores.md, scores.tsv; and for each direction a folder with
+the translations (hyp.TGT), references and sources as plain text. Run again, finished directions are skipped. BLEU's
+tokenizer follows the language (13a, but zh, ja-mecab, ko-mecab or char where words are not spaced); spbleu is BLEU on
+the pieces of flores200.
+
+examples:
+  xmoe score data/demo4 --checkpoint runs/demo4/checkpoints/checkpoint_last.pt
+  xmoe score data/demo4 --checkpoint runs/demo4/checkpoints/checkpoint_last.pt --pairs en-ca,ca-en --metrics bleu
+  xmoe score runs/demo4 --data data/demo4 --json
+"""
+# The options of translating, by their names in `Decoding`.
+_TRANSLATING = ("beam", "lenpen", "max_len_b", "max_tokens", "moe_threshold", "fp16", "lines", "subset")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Translates the test sets with a checkpoint and scores them.
+
+    Args:
+        argv: the words after ``xmoe score``.
+
+    Raises:
+        UserError: an argument or a file is refused.
+    """
+    args = _parser().parse_args(argv)
+    quiet_libraries()
+    job, out = _job(args)
+    out = args.out or out
+    check_writable(out)
+    with locks.held(out), tqdm(total=len(job.pairs), unit="direction", disable=args.quiet) as bar:
+        scores = job.run(out, bar, PAGES)
+    if args.json:
+        print(json_text(scores.as_json(), "--json"), end="")
+    else:
+        print(render_markdown(scores))
+        print(printable(f"written: {out}"))
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="xmoe score",
+        usage="xmoe score DATA --checkpoint FILE [options]\n       xmoe score RUN --data DATA [options]",
+        description="Translates the test sets with a checkpoint and scores them with sacreBLEU.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("folder", type=file_path, metavar="DATA|RUN", help="what to translate, or a translated run")
+    parser.add_argument("--checkpoint", type=file_path, metavar="FILE", help="the model")
+    parser.add_argument("--data", type=file_path, metavar="DATA", help="with RUN: the data that was translated")
+    parser.add_argument(
+        "--out",
+        type=file_path,
+        metavar="DIR",
+        help="results (default: CHECKPOINT-scores beside the checkpoint, RUN/scores)",
+    )
+    parser.add_argument(
+        "--metrics", type=comma_list, default=["bleu", "chrf"], metavar="NAMES", help="of bleu,chrf,spbleu (bleu,chrf)"
+    )
+    parser.add_argument("--tokenize", choices=BLEU.TOKENIZERS, metavar="NAME", help="BLEU's, for every language")
+    add_set_options(parser)
+    add_translating_options(parser)
+    parser.add_argument(
+        "--moe-threshold",
+        type=bounded(float, 0, 1),
+        metavar="P",
+        help="another threshold than the model was trained with",
+    )
+    add_output_options(parser)
+    return parser
+
+
+def add_set_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what is translated."""
+    parser.add_argument(
+        "--pairs", type=comma_list, default=[], metavar="SRC-TGT,...", help="directions (default: all trained ones)"
+    )
+    parser.add_argument("--subset", type=subset_name, metavar="SET", help="test, valid, test1, ... (default: test)")
+    parser.add_argument("--lines", type=bounded(int, 1, 10**9), metavar="N", help="only the first N lines of each set")
+
+
+def add_translating_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how it is translated."""
+    for option, kind, meaning in (
+        ("--beam", bounded(int, 1, 1000), "hypotheses in the search (default: the benchmark's)"),
+        ("--lenpen", bounded(float, -10, 10), "length penalty (default: the benchmark's)"),
+        ("--max-len-b", bounded(int, 1, 10**6), "most pieces of a translation (default: 200)"),
+        ("--max-tokens", bounded(int, 1, 10**9), "pieces in a batch (default: 6000)"),
+    ):
+        parser.add_argument(option, type=kind, metavar="N" if kind is not float else "X", help=meaning)
+    parser.add_argument("--fp16", action="store_const", const=True, help="half precision, for GPUs")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what all commands of evaluation have."""
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no hints")
+
+
+def _job(args: argparse.Namespace) -> tuple[ScoreJob, Path]:
+    """Gives the job and where its results go unless told otherwise."""
+    unknown = [name for name in args.metrics if name not in METRICS]
+    if unknown or not args.metrics:
+        raise UserError(f"--metrics {','.join(args.metrics)} is refused: choose from {','.join(METRICS)}")
+    common: dict[str, Any] = {"pairs": args.pairs, "metrics": args.metrics, "tokenizer": args.tokenize}
+    if is_there(args.folder / "MANIFEST.json"):
+        if args.checkpoint is None or args.data is not None:
+            raise UserError(
+                f"{args.folder} is a data folder: give --checkpoint FILE to translate it with, and no --data"
+            )
+        job = ScoreJob(args.folder, args.checkpoint, decoding_options(args, args.folder), **common)
+        return job, default_out(args.checkpoint, "scores")
+    subset = args.subset or Decoding.subset
+    generated = generated_folder(args.folder, subset)
+    if not generated.is_dir():
+        raise UserError(
+            f"{args.folder} is neither a data folder (it has no MANIFEST.json) nor a run that was translated (it has "
+            f"no folder {generated.name}): give DATA with --checkpoint, or translate first"
+        )
+    if args.data is None:
+        raise UserError(f"{args.folder} is a run: give --data, the folder whose test sets it translated")
+    given = [name for name in _TRANSLATING if name != "subset" and getattr(args, name) is not None]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} goes with a data folder: {args.folder} was translated before")
+    trained_by = args.checkpoint or seek_checkpoint(args.folder)
+    decoding = Decoding(subset=subset)
+    job = ScoreJob(args.data, args.checkpoint, decoding, generated=generated, trained_by=trained_by, **common)
+    return job, scores_folder(args.folder, subset)
+
+
+def decoding_options(args: argparse.Namespace, data: Path) -> Decoding:
+    """Gathers how to translate; beam and length penalty are the benchmark's unless they are given.
+
+    Raises:
+        UserError: the folder was not made by data_prep/prepare.sh.
+    """
+    benchmark = read_benchmark(data)
+    options: dict[str, Any] = {name: getattr(args, name, None) for name in _TRANSLATING}
+    given = {name: value for name, value in options.items() if value is not None}
+    return Decoding(**({"beam": benchmark.beam, "lenpen": benchmark.lenpen} | given))

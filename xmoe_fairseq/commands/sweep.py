@@ -1,0 +1,157 @@
+"""``xmoe sweep``: quality against computation of one trained model at many thresholds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..common import locks
+from ..common.command_line import CommandParser, bounded, file_path, quiet_libraries
+from ..common.outputs import check_no_folders, check_writable, replacing_all
+from ..common.run_folder import default_out
+from ..common.schema import json_text
+from ..errors import printable
+from ..evaluation.decode import Translator
+from ..evaluation.score_job import ScoreJob
+from ..evaluation.sweep import make_point, read_thresholds
+from ..metrics.corpus import METRICS
+from ..render.score_tables import PAGES
+from ..render.sweep_figure import draw_sweep, save
+from ..render.sweep_tables import render_markdown, render_tsv
+from ..results.direction_sets import ZERO_SHOT
+from ..results.scores import SystemScores
+from ..results.sweep import Sweep
+from .score import add_output_options, add_set_options, add_translating_options, decoding_options
+
+_EPILOG = """\
+Nothing is trained: the routers get another threshold. Written to --out: sweep.json, sweep.tsv, sweep.md, the picture
+sweep.png and sweep.svg, and for each threshold a folder as xmoe score writes it, which xmoe compare reads. Run again,
+finished thresholds and directions are skipped. To choose a threshold honestly, sweep --subset valid.
+
+examples:
+  xmoe sweep --checkpoint runs/demo4/checkpoints/checkpoint_last.pt --data data/demo4 --thresholds 0.1:1.0:0.1
+  xmoe sweep --checkpoint runs/demo4/checkpoints/checkpoint_last.pt --data data/demo4 --thresholds 0.3,0.6,0.9 \\
+      --pairs en-ca,ca-en --subset valid --lines 100 --lose 1
+"""
+_METRICS = ("bleu", "chrf")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures quality against computation of one model at many thresholds.
+
+    Args:
+        argv: the words after ``xmoe sweep``.
+
+    Raises:
+        UserError: an argument or a file is refused, or the model has no threshold router.
+    """
+    args = _parser().parse_args(argv)
+    quiet_libraries()
+    thresholds = read_thresholds(args.thresholds)
+    decoding = decoding_options(args, args.data)
+    jobs = {
+        threshold: ScoreJob(
+            args.data,
+            args.checkpoint,
+            dataclasses.replace(decoding, moe_threshold=threshold),
+            pairs=args.pairs,
+            metrics=_METRICS,
+        )
+        for threshold in thresholds
+    }
+    out = args.out or default_out(args.checkpoint, "sweep")
+    check_writable(out)
+    check_no_folders(_files(out))
+    with locks.held(out):
+        found = _score(jobs, out, args.quiet)
+        sweep = _sweep(args.checkpoint.stem, found, args.lose, args.max_moe_flops)
+        _write(sweep, out)
+    if args.json:
+        print(json_text(sweep.as_json(), "--json"), end="")
+    else:
+        print(render_markdown(sweep))
+        print(printable(f"written: {out}"))
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="xmoe sweep",
+        usage="xmoe sweep --checkpoint FILE --data DATA --thresholds FIRST:LAST:STEP [options]",
+        description="Measures BLEU, chrF++, FLOPs and speed of one trained model at many thresholds.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--checkpoint", type=file_path, required=True, metavar="FILE", help="with threshold routers")
+    parser.add_argument("--data", type=file_path, required=True, metavar="DATA", help="made by data_prep/prepare.sh")
+    parser.add_argument(
+        "--thresholds", required=True, metavar="LIST", help="FIRST:LAST:STEP, the last included, or 0.3,0.5,0.9"
+    )
+    parser.add_argument(
+        "--lose",
+        type=bounded(float, 0, 100),
+        default=0.5,
+        metavar="X",
+        help="BLEU that may be lost (default: 0.5)",
+    )
+    parser.add_argument(
+        "--max-moe-flops",
+        type=bounded(float, 1, 1e30),
+        metavar="X",
+        help="FLOPs of a token in experts that the choice may take",
+    )
+    parser.add_argument(
+        "--out", type=file_path, metavar="DIR", help="results (default: CHECKPOINT-sweep beside the checkpoint)"
+    )
+    add_set_options(parser)
+    add_translating_options(parser)
+    add_output_options(parser)
+    return parser
+
+
+def _score(jobs: dict[float, ScoreJob], out: Path, quiet: bool) -> dict[float, SystemScores]:
+    """Runs the jobs one after the other with one model, under one progress bar."""
+    found: dict[float, SystemScores] = {}
+    translator: Translator | None = None
+    with tqdm(total=sum(len(job.pairs) for job in jobs.values()), unit="direction", disable=quiet) as bar:
+        for threshold in list(jobs):
+            bar.set_postfix(threshold=f"{threshold:g}")
+            job = jobs.pop(threshold)
+            job.take(translator)
+            found[threshold] = job.run(out / f"threshold-{threshold:g}", bar, PAGES)
+            translator = job.translator
+    return found
+
+
+def _sweep(name: str, found: dict[float, SystemScores], lose: float, max_moe_flops: float | None) -> Sweep:
+    first = next(iter(found.values()))
+    meant = [row for row in first.rows if row.zero_shot == (first.averages[0].name == ZERO_SHOT)]
+    signatures = {
+        metric: sorted({row.signatures[metric] for row in first.rows}) for metric in METRICS if metric in _METRICS
+    }
+    return Sweep(
+        name=name,
+        points=[make_point(threshold, scores) for threshold, scores in found.items()],
+        lose=lose,
+        device=first.device or "",
+        sentences=sum(row.sentences for row in meant),
+        directions=len(meant),
+        signatures=signatures,
+        max_moe_flops=max_moe_flops,
+        zero_shot=[row.name for row in first.rows if row not in meant],
+    )
+
+
+def _files(out: Path) -> list[Path]:
+    return [out / f"sweep.{ending}" for ending in ("md", "tsv", "png", "svg", "json")]
+
+
+def _write(sweep: Sweep, out: Path) -> None:
+    """Writes all files, or none."""
+    files = _files(out)
+    with replacing_all(files) as (page, table, png, svg, data):
+        page.write_text(render_markdown(sweep), encoding="utf-8")
+        table.write_text(render_tsv(sweep), encoding="utf-8")
+        save(draw_sweep(sweep), png, svg)
+        data.write_text(json_text(sweep.as_json(), str(files[-1])), encoding="utf-8")

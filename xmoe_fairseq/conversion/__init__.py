@@ -1,0 +1,1 @@
+"""Models of other toolkits: ``xmoe import`` and ``xmoe export``."""

@@ -1,0 +1,253 @@
+"""Gathers what a report shows: scores, the use of experts, the logs, the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .. import mt_benchmarks
+from ..common import schema
+from ..common.directions import Direction
+from ..common.files import is_there, read_lines, write_lines
+from ..common.run_folder import default_out
+from ..errors import UserError
+from ..results.direction_sets import group_of, pivot_of
+from ..results.drawings import read_drawings
+from ..results.folder import read_scores, read_texts
+from ..results.report import Report, Sample, ScoredSet, TracedSample, pick_samples
+from ..results.scores import DirectionScore, SystemScores, average
+from ..results.settings import Settings, read_settings
+from ..results.training_log import find_logs, read_training
+from ..results.usage import LayerUsage
+from ..results.versions import read_versions
+from ..stock_commands.generate import GENERATE_FILE
+from .consistency import belongs, check_scored, choose_scores
+from .generate_output import count_too_long, read_hypotheses
+from .line_scores import score_lines
+from .model_directions import choose_directions, known_direction, known_pairs, trained_pairs
+from .routing_usage import measure
+from .score_job import read_benchmark, read_groups_of
+from .test_sets import check_generated, check_made_alike, find_raw
+from .token_trace import trace
+
+TASK_PREFIX = "multilingual_"
+METRICS = ("bleu", "chrf")
+
+# Sentences shown token by token: as many of each direction, so that a page of many directions stays small.
+_MOST_TRACED, _MOST_OF_ONE_DIRECTION = 400, 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint with its data, folder of data_prep/prepare.sh, and the tokens in a batch of its test set."""
+
+    checkpoint: Path
+    data: Path
+    max_tokens: int = 4096
+
+    def settings(self) -> Settings:
+        """Reads what it was trained with."""
+        return read_settings(self.checkpoint)
+
+    def trained(self, translated: Sequence[Direction]) -> list[Direction]:
+        """Gives the directions that it was trained on, among them those of ``translated`` if it does not say."""
+        named = is_there(self.data / "bin" / "lang_pairs.txt")
+        return trained_pairs(self.checkpoint, self.data, known_pairs(self.data) if named else translated)
+
+    def usage(self) -> list[LayerUsage]:
+        """Measures the use of experts on the test sets of the directions that it was trained on."""
+        pairs = choose_directions(self.data, self.checkpoint, "test").pairs
+        return measure(self.checkpoint, self.data / "bin", self.max_tokens, pairs)
+
+    def trace(self, samples: Sequence[Sample]) -> list[TracedSample]:
+        """Counts the experts of each token of translated sentences."""
+        return trace(self.checkpoint, self.data, samples)
+
+
+def find_directions(run: Path, task: str | None, data: Path) -> list[Direction]:
+    """Lists the directions that were decoded, ``SRC-TGT``, each a folder of ``RUN/generate``.
+
+    Args:
+        run: the folder of the run; nothing was decoded where it has no such folders.
+        data: folder whose languages they are of.
+        task: ``multilingual_NAME``; where the benchmark NAME fixes its languages, the folders must be its directions,
+            no fewer and no more, and come in its order.
+
+    Raises:
+        UserError: the task is unknown, or the folders are not those of the task.
+    """
+    generate = run / "generate"
+    found = sorted(path.name for path in generate.iterdir() if path.is_dir()) if generate.is_dir() else []
+    found = [name for name in found if not name.endswith((".part", ".old"))]  # of translate.sh at work, or killed
+    pairs = {name: known_direction(name, data) for name in found}
+    if wrong := [name for name, pair in pairs.items() if pair is None]:
+        raise UserError(f"{generate}/{wrong[0]} is not named SRC-TGT")
+    expected = _directions_of(task) if task else []
+    if not expected:
+        return [pair for pair in pairs.values() if pair is not None]
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        raise UserError(f"{generate} lacks {', '.join(missing)} of {task}: decode them, or leave --task out")
+    if extra:
+        raise UserError(f"{generate} has {', '.join(extra)}, not a direction of {task}: leave --task out")
+    return [pair for name in expected if (pair := pairs[name]) is not None]
+
+
+def _directions_of(task: str) -> list[str]:
+    """The directions of a task; empty where its data folder decides."""
+    tasks = {f"{TASK_PREFIX}{name}": benchmark for name, benchmark in mt_benchmarks.BENCHMARKS.items()}
+    if task not in tasks:
+        raise UserError(f"unknown --task {task!r}: choose from {', '.join(tasks)}")
+    return list(mt_benchmarks.directions(tasks[task].languages, tasks[task].english))
+
+
+def find_scores(run: Path, checkpoint: Path) -> Path | None:
+    """Finds the folder where ``xmoe score`` keeps a run's results on the test set unless told otherwise."""
+    return choose_scores((run / "scores", default_out(checkpoint, "scores")), checkpoint)
+
+
+def read_scored(folder: Path, data: Path) -> tuple[SystemScores, list[ScoredSet]]:
+    """Reads what ``xmoe score`` found and kept.
+
+    Raises:
+        UserError: a file is missing or damaged, or of another test set than that of the data.
+    """
+    scores = read_scores(folder)
+    directions = []
+    for row in scores.rows:
+        texts = read_texts(folder, row.name)
+        files = (folder / row.name / f"ref.{row.target}", folder / row.name / f"hyp.{row.target}")
+        directions.append(ScoredSet(row, *files, *texts))
+    check_scored(folder, directions, data)
+    return scores, directions
+
+
+def score_generated(
+    run: Path, data: Path, names: Sequence[Direction], untrained: Collection[str]
+) -> tuple[SystemScores, list[ScoredSet]]:
+    """Scores what ``fairseq-generate`` wrote, and puts the translations beside it as plain text.
+
+    Args:
+        run: the folder of the run.
+        data: folder made by data_prep/prepare.sh.
+        names: the directions.
+        untrained: those of them that the model was not trained on.
+
+    Raises:
+        UserError: a file is missing, incomplete or of another length.
+    """
+    benchmark = read_benchmark(data) if is_there(data / "MANIFEST.json") else None
+    english = benchmark.english if benchmark else "en"
+    groups = read_groups_of(data, benchmark) if benchmark else {}
+    pivot = pivot_of([name for name in names if name not in untrained], english)
+    directions = []
+    for name in tqdm(names, desc="score", unit="direction"):
+        scored = _score_direction(run / "generate" / name, data, *name.split("-"))
+        row = replace(scored.row, group=group_of(name, groups, pivot), zero_shot=name in untrained)
+        directions.append(replace(scored, row=row))
+    rows = [direction.row for direction in directions]
+    scores = SystemScores(
+        name=run.resolve().name,
+        settings={},
+        english=english,
+        tokenize=None,
+        rows=rows,
+        averages=average(rows, english),
+        model=None,
+        words_per_second=None,
+        device=None,
+        detector=None,
+        versions=read_versions(),
+    )
+    return scores, directions
+
+
+def _score_direction(generated: Path, data: Path, source: str, target: str) -> ScoredSet:
+    source_file, reference_file = find_raw(data, "test", source, target)
+    references = read_lines(reference_file, "reference")
+    hypotheses = read_hypotheses(generated / GENERATE_FILE, len(references))
+    sources = read_lines(source_file, "raw source")
+    if len(sources) != len(references):
+        raise UserError(f"{source_file} has {len(sources)} lines but {reference_file} has {len(references)}")
+    check_generated(generated / GENERATE_FILE, data, sources)
+    plain = generated / f"hyp.{target}"
+    write_lines(plain, hypotheses)
+    measured = score_lines(sources, references, hypotheses, target, METRICS, None, None)
+    too_long = count_too_long(generated / GENERATE_FILE)
+    row = DirectionScore(source, target, "all", too_long=too_long, seconds=None, experts_per_token=None, **measured)
+    return ScoredSet(row, reference_file, plain, sources, references, hypotheses)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What ``seconds.json`` holds: seconds by stage."""
+
+    stages: Mapping[str, float]
+
+
+def read_seconds(path: Path) -> Mapping[str, float]:
+    """Reads the seconds of every stage, ``{"data": 3.1, "train": 80.2}``; none where the file is absent.
+
+    Raises:
+        UserError: the file is not a flat JSON object of numbers from 0.
+    """
+    if not is_there(path):
+        return {}
+    advice = "it must map each stage to its seconds, as in {'train': 80.2}, or be removed"
+    seconds = schema.build(Seconds, {"stages": schema.read_json(path, advice)}, str(path), advice).stages
+    negative = [stage for stage, value in seconds.items() if value < 0]
+    if negative:
+        raise UserError(f"{path} says that {negative[0][:60]!r} took {seconds[negative[0]]:g} seconds; {advice}")
+    return seconds
+
+
+def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path] | None = None) -> Report:
+    """Gathers everything for the report of a run.
+
+    Scoring comes first, since it finds what is missing in seconds.
+
+    Args:
+        run: the folder of the run.
+        task: as for ``find_directions``; also the title of the page, the folder's name if None.
+        model: whose use of experts is measured, and on which data.
+        logs: of the training; None to take those of the run.
+
+    Raises:
+        UserError: an input is missing or unusable.
+    """
+    seconds = read_seconds(run / "seconds.json")
+    training = read_training(find_logs(run) if logs is None else logs)
+    settings = model.settings()
+    scores, directions = _scored(run, task, model)
+    layers = model.usage()
+    of_each = max(1, min(_MOST_OF_ONE_DIRECTION, _MOST_TRACED // max(len(directions), 1)))
+    traced = model.trace(pick_samples(directions, of_each * len(directions)))
+    name = task or run.resolve().name
+    drawn = (run / "analysis", run / "sweep", default_out(model.checkpoint, "sweep"))
+    shown = [folder for folder in drawn if layers and belongs(folder, model.checkpoint, model.data)]
+    return Report(
+        name=name,
+        scores=scores,
+        directions=directions,
+        layers=layers,
+        drawings=[one for folder in shown for one in read_drawings(folder)],
+        traced=traced,
+        training=training,
+        settings=settings,
+        seconds=seconds,
+        versions=read_versions(),
+    )
+
+
+def _scored(run: Path, task: str | None, model: Model) -> tuple[SystemScores | None, list[ScoredSet]]:
+    """Gives what ``xmoe score`` found, or else the scores of what ``fairseq-generate`` wrote, or else nothing."""
+    folder = find_scores(run, model.checkpoint)
+    if folder is not None:
+        return read_scored(folder, model.data)
+    names = find_directions(run, task, model.data)
+    check_made_alike([run / "generate" / name for name in names], model.checkpoint)
+    untrained = set(names) - set(model.trained(names))
+    return score_generated(run, model.data, names, untrained) if names else (None, [])

@@ -1,0 +1,124 @@
+"""The encoder-decoder architectures by name: what they are, and building them without memory for their weights."""
+
+from __future__ import annotations
+
+import difflib
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fairseq import models, options
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models.transformer import TransformerModel
+from torch import nn
+
+from ..errors import UserError
+from ..moe.experts.options import show_sizes
+from .config import check_sizes, expert_class, expert_options, expert_sizes, hidden_size, router_class, router_options
+from .presets import PRESETS
+
+# fairseq's own symbols (start, padding, end, unknown) and one piece.
+MIN_VOCAB, MAX_VOCAB = 5, 2**31 - 1
+
+
+class _Symbols(Dictionary):
+    """A dictionary of so many entries, which have no names: only their number matters for a model's shapes."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return self.entries
+
+
+def architectures() -> dict[str, str]:
+    """Describes each of this plugin's architectures and of stock fairseq's Transformers in a line, by name."""
+    stock = [name for name, model in models.ARCH_MODEL_REGISTRY.items() if model is TransformerModel]
+    return {name: describe(_defaults(name)) for name in (*PRESETS, *stock)}
+
+
+def _defaults(arch: str) -> Any:
+    """The options that an architecture has unless told otherwise."""
+    if arch in PRESETS:
+        return models.MODEL_DATACLASS_REGISTRY[arch]()
+    values = Namespace()
+    models.ARCH_CONFIG_REGISTRY[arch](values)
+    return values
+
+
+def describe(cfg: Any) -> str:
+    """Says in one line what model a flat configuration gives."""
+    layers = f"{cfg.encoder_layers}+{cfg.decoder_layers or cfg.encoder_layers} layers"
+    size = f"d {cfg.encoder_embed_dim}, feed-forward {cfg.encoder_ffn_embed_dim}, {layers}"
+    if str(getattr(cfg, "moe_placement", "none")) == "none":  # stock models have no such option
+        return f"dense; {size}"
+    return f"{'; '.join(_experts(cfg))}; {size}"
+
+
+def _experts(cfg: Any) -> Iterator[str]:
+    router = router_class(cfg)
+    taken = router.label(router_options(cfg))
+    family = "SMoE" if cfg.moe_strata else router.family
+    number = f"strata of {cfg.moe_strata}" if cfg.moe_strata else cfg.moe_num_experts
+    experts, sizes = expert_class(cfg).label(expert_options(cfg)), expert_sizes(cfg, "encoder")
+    size = f"sizes {show_sizes(sizes)}" if sizes else f"size {hidden_size(cfg, 'encoder')}"
+    yield f"{family}: {number} {experts} of hidden {size}, {taken}"
+    if cfg.moe_stack > 1:
+        yield f"{cfg.moe_stack} stacked"
+    if str(cfg.moe_regularizer) != "none":
+        yield str(cfg.moe_regularizer).upper()
+    where = "both stacks" if str(cfg.moe_placement) == "both" else f"the {cfg.moe_placement}"
+    yield f"1 layer in {cfg.moe_interval} of {where}"
+
+
+def build_on_meta(arch: str, vocab: int, model_options: Sequence[str] = ()) -> nn.Module:
+    """Builds what ``fairseq-train --arch ARCH`` would, on PyTorch's meta device: shapes without memory.
+
+    Args:
+        arch: a name of `architectures`.
+        vocab: rows of the embeddings, special symbols included; source and target share the dictionary.
+        model_options: words of the command line, such as ``--moe-num-experts 8``.
+
+    Raises:
+        UserError: the architecture is unknown, the vocabulary too small, or an option is refused.
+    """
+    check_arch(arch)
+    if vocab < MIN_VOCAB:
+        raise UserError(f"--vocab {vocab} is too small: a dictionary has 4 special symbols and at least one piece")
+    if vocab > MAX_VOCAB:
+        raise UserError(f"--vocab {vocab} is out of range: it must be at most {MAX_VOCAB}")
+    cfg = _parse(arch, model_options)
+    dictionary = _Symbols(vocab)
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    try:
+        check_sizes(vars(cfg) if isinstance(cfg, Namespace) else cfg)
+        with torch.device("meta"):
+            return models.build_model(cfg, task)
+    except (ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"--arch {arch} cannot be built with these options: {reason}") from error
+
+
+def check_arch(arch: str) -> None:
+    """Refuses what is no encoder-decoder Transformer.
+
+    Raises:
+        UserError: names architectures of similar names.
+    """
+    known = architectures()
+    if arch not in known:
+        near = difflib.get_close_matches(arch, known, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"--arch {arch} is no known architecture: {hint}xmoe info --list names all")
+
+
+def _parse(arch: str, model_options: Sequence[str]) -> Any:
+    """Parses options as ``fairseq-train`` does, and gives the model's part."""
+    parser = options.get_training_parser()
+    parser.prog = f"xmoe info --arch {arch}"
+    words = ["no-data", "--arch", arch, *model_options]
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words)).model

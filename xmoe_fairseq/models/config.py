@@ -1,0 +1,406 @@
+"""Every option of the models: stock fairseq's transformer options and ours, in one flat dataclass.
+
+fairseq's own transformer configuration is nested (``encoder.embed_dim``), which its command line cannot
+read from a dataclass; a flat one (``encoder_embed_dim``) gives the same names, defaults and checks to the
+command line, to YAML and to ``--model-overrides``.
+"""
+
+# No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
+import dataclasses
+import re
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, List, Optional  # noqa: UP035
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models.transformer import TransformerConfig
+
+from ..moe import EXPERTS, ROUTERS, ExpertOptions, Router, RouterOptions, StackedExperts, kernels
+from ..moe.expert_parallel.all_to_all import EXCHANGE_MODES, OLD_MODES
+from ..moe.experts.options import hidden_sizes
+from ..moe.options import declared
+
+_PREFIX = "moe_"
+_NESTED = ("encoder", "decoder", "quant_noise")
+# Unless told otherwise the decoder is as wide as the encoder, as in fairseq's own presets.
+_FOLLOW_ENCODER = {
+    "decoder_embed_dim": "encoder_embed_dim",
+    "decoder_ffn_embed_dim": "encoder_ffn_embed_dim",
+    "decoder_layers": "encoder_layers",
+    "decoder_attention_heads": "encoder_attention_heads",
+    "decoder_input_dim": "decoder_embed_dim",
+    "decoder_output_dim": "decoder_embed_dim",
+}
+# What sizes may be. Above the bounds a model could not even be described: a loop or a table would take all memory.
+_SIZES = {
+    f"{stack}_{size}": bounds
+    for stack in ("encoder", "decoder")
+    for size, bounds in (
+        ("layers", (0, 1000)),
+        ("attention_heads", (1, 2**16)),
+        ("embed_dim", (1, 2**20)),
+        ("ffn_embed_dim", (1, 2**24)),
+    )
+} | {
+    "max_source_positions": (1, 2**31),
+    "max_target_positions": (1, 2**31),
+    "moe_num_experts": (1, 2**24),
+    "moe_stack": (1, 1000),
+}
+
+
+def _flat_fields() -> Iterator[tuple[str, Any, Any]]:
+    stock: Any
+    for stock in dataclasses.fields(TransformerConfig):
+        if stock.name == "_name":
+            continue
+        nested: Any = dataclasses.fields(stock.type) if stock.name in _NESTED else ()
+        for inner in nested:
+            if inner.name == "_name":
+                continue
+            name = f"{stock.name}_{inner.name}"
+            metadata = dict(inner.metadata)
+            if name in _FOLLOW_ENCODER:
+                leader = _FOLLOW_ENCODER[name]
+                metadata["help"] = f"{metadata.get('help', 'decoder input dimension')}; as --{leader.replace('_', '-')}"
+                yield name, Optional[int], dataclasses.field(default=None, metadata=metadata)
+            else:
+                yield name, _type(inner), dataclasses.field(default=inner.default, metadata=metadata)
+        if not nested:
+            yield stock.name, _type(stock), dataclasses.field(default=stock.default, metadata=dict(stock.metadata))
+
+
+def _type(field: Any) -> Any:
+    """fairseq declares some options as lists and reads them as text, such as ``1,3``."""
+    return Optional[str] if field.type == Optional[List[int]] else field.type  # noqa: UP006
+
+
+FlatTransformerConfig: Any = dataclasses.make_dataclass(
+    "FlatTransformerConfig", list(_flat_fields()), bases=(FairseqDataclass,)
+)
+
+
+def _option(
+    default: Any, text: str, *, low: float | None = None, high: float | None = None, alias: str | None = None
+) -> Any:
+    """An option with its range, which both the help text and `check` use."""
+    bounds = f"; {low:g} or more" if high is None and low is not None else ""
+    if low is not None and high is not None:
+        bounds = f"; from {low:g} to {high:g}"
+    metadata = {"help": f"{text}{bounds}", "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata | ({"argparse_alias": alias} if alias else {}))
+
+
+def _declared_fields(options: Iterable[type], what: str) -> Iterator[tuple[str, Any, Any]]:
+    """Makes fields of what routers or experts declare (``moe/options.py``): ``top_k`` becomes ``moe_top_k``."""
+    for name, (kind, one) in declared(options, what).items():
+        told = one.metadata
+        kind = ChoiceEnum(told["choices"]) if told["choices"] else kind
+        yield (
+            _PREFIX + name,
+            kind,
+            _option(one.default, told["help"], low=told["low"], high=told["high"], alias=told["alias"]),
+        )
+
+
+_ROUTER_FIELDS = _declared_fields((router.Options for router in ROUTERS.values()), "routers")
+RouterConfig: Any = dataclasses.make_dataclass("RouterConfig", list(_ROUTER_FIELDS), bases=(FlatTransformerConfig,))
+_EXPERT_FIELDS = _declared_fields((kind.Options for kind in EXPERTS.values()), "kinds of experts")
+ExpertConfig: Any = dataclasses.make_dataclass("ExpertConfig", list(_EXPERT_FIELDS), bases=(RouterConfig,))
+
+
+@dataclasses.dataclass
+class MoETransformerConfig(ExpertConfig):
+    """Options of ``xmoe_transformer*``, ``smoe_transformer*`` and ``moe_transformer*``.
+
+    The defaults are the preset ``xmoe_transformer``; what other presets change stands in ``models/presets.py``.
+    """
+
+    moe_router: ChoiceEnum(tuple(ROUTERS)) = _option(  # type: ignore[valid-type]
+        "threshold", "how a token chooses its experts", alias="--moe-type"
+    )
+    moe_num_experts: int = _option(64, "experts in each MoE layer", low=1, alias="--num-experts")
+    moe_expert: ChoiceEnum(tuple(EXPERTS)) = _option(  # type: ignore[valid-type]
+        "ffn", "what an expert computes: ffn, a feed-forward network; glu, one with a gate on its hidden units"
+    )
+    moe_split_ratio: int = _option(
+        2, "an expert's hidden size is the feed-forward size divided by this, exactly", low=1, alias="--ffn-split-ratio"
+    )
+    moe_interval: int = _option(
+        2,
+        "every n-th layer is an MoE layer, counted from 1: 2 means layers 2, 4, ...",
+        low=1,
+        alias="--expert-interval",
+    )
+    moe_placement: ChoiceEnum(("both", "encoder", "decoder", "none")) = _option(  # type: ignore[valid-type]
+        "both", "which stack has MoE layers; none is the dense transformer"
+    )
+    moe_strata: str = _option(
+        "", "experts in each stratum of a stratified layer (SMoE), such as 4-12 or 2-2-2-2; empty for a plain layer"
+    )
+    smoe_form: ChoiceEnum(("paper", "released")) = _option(  # type: ignore[valid-type]
+        "paper", "stratified layers as the paper describes them or as the authors' code computes them"
+    )
+    moe_stack: int = _option(1, "MoE layers in sequence in each place (naive stacking)", low=1)
+    moe_regularizer: ChoiceEnum(("none", "eom", "cmr")) = _option(  # type: ignore[valid-type]
+        "none",
+        "eom: mask random tokens' expert outputs in training; cmr: a gate mixes a shared feed-forward network in",
+    )
+    moe_eom_rate: float = _option(0.1, "eom: fraction of tokens masked", low=0, high=1)
+    moe_cmr_gate_dropout: float = _option(
+        0.1, "cmr: probability that a token's gate is closed in training", low=0, high=1
+    )
+    moe_kernel: ChoiceEnum((*kernels.KERNEL_NAMES, *kernels.OLD_NAMES)) = _option(  # type: ignore[valid-type]
+        "auto", "how experts are computed; auto takes the fastest for the device and precision"
+    )
+    moe_expert_parallel: int = _option(
+        1, "in training with several processes: how many share the experts of each layer", low=1
+    )
+    moe_exchange: ChoiceEnum((*EXCHANGE_MODES, *OLD_MODES)) = _option(  # type: ignore[valid-type]
+        "auto",
+        "how tokens reach experts of other processes; dynamic: split sizes are exchanged first; "
+        "fixed_capacity: buffers sized by the capacity; auto: fixed_capacity on a GPU if there is a capacity, "
+        "otherwise dynamic",
+    )
+
+
+def router_class(cfg: Any) -> type[Router]:
+    """Finds the router that the options name."""
+    return ROUTERS[str(cfg.moe_router)]
+
+
+def router_options(cfg: Any) -> RouterOptions:
+    """Picks out what the router is told."""
+    options: RouterOptions = _told(cfg, router_class(cfg).Options)
+    return options
+
+
+def expert_class(cfg: Any) -> type[StackedExperts]:
+    """Finds the kind of experts that the options name."""
+    return EXPERTS[str(cfg.moe_expert)]
+
+
+def expert_options(cfg: Any) -> ExpertOptions:
+    """Picks out what the experts are told."""
+    options: ExpertOptions = _told(cfg, expert_class(cfg).Options)
+    return options
+
+
+def _told(cfg: Any, kind: type) -> Any:
+    told = {name: getattr(cfg, _PREFIX + name) for name in declared([kind])}
+    values: dict[str, Any] = {name: str(value) if isinstance(value, Enum) else value for name, value in told.items()}
+    return kind(**values)
+
+
+def expert_sizes(cfg: Any, stack: str) -> tuple[int, ...] | None:
+    """Works out the hidden size of each expert in a stack's MoE layers; None if all have the usual one."""
+    return hidden_sizes(expert_options(cfg), cfg.moe_num_experts, hidden_size(cfg, stack))
+
+
+def hidden_size(cfg: Any, stack: str) -> int:
+    """Returns the hidden size of equal experts: ``stack`` is ``encoder`` or ``decoder`` of a flat configuration."""
+    size: int = getattr(cfg, f"{stack}_ffn_embed_dim") // cfg.moe_split_ratio
+    return size
+
+
+def strata(cfg: Any) -> tuple[int, ...]:
+    """Reads the strata's sizes; empty for a plain layer.
+
+    Raises:
+        ValueError: the option is not a list of positive numbers.
+    """
+    parts = cfg.moe_strata.split("-") if cfg.moe_strata else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--moe-strata {cfg.moe_strata} is no list of sizes: write it as 4-12 or 2-2-2-2")
+    return tuple(int(part) for part in parts)
+
+
+def moe_layers(num_layers: int, interval: int) -> list[int]:
+    """Numbers the MoE layers of a stack, counted from 1."""
+    return list(range(interval, num_layers + 1, interval))
+
+
+def kept_layers(names: str | None, layers: int) -> list[int]:
+    """Numbers the layers that are kept of a stack, in their order, counted from 0 as fairseq does.
+
+    Args:
+        names: the option ``--encoder-layers-to-keep`` or ``--decoder-layers-to-keep``, such as ``1,3``.
+        layers: of the stack as it was trained.
+
+    Raises:
+        ValueError: the option is not a list of different layers of the stack.
+    """
+    if not names:
+        return list(range(layers))
+    parts = [part.strip() for part in names.split(",")]
+    kept = sorted(int(part) for part in parts if part.isdecimal())
+    if len(kept) < len(parts) or len(set(kept)) < len(kept) or kept[-1] >= layers:
+        raise ValueError(
+            f"layers to keep: {names} is no list of different layers from 0 to {layers - 1}: write it as 1,3"
+        )
+    return kept
+
+
+def resolve(cfg: Any) -> Namespace:
+    """Fills in what follows from other options, the decoder's sizes; choices become text, for fairseq's enums cannot be
+    pickled with a model."""
+    values = {field.name: _plain(cfg[field.name]) for field in dataclasses.fields(MoETransformerConfig)}
+    for name, leader in _FOLLOW_ENCODER.items():
+        if values[name] is None:
+            values[name] = values[leader]
+    return Namespace(**values)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def check_sizes(options: Mapping[Any, Any]) -> None:
+    """Refuses sizes that no model has, before anything is made of that size.
+
+    Args:
+        options: of any model, by name; those that are no whole numbers are not looked at.
+
+    Raises:
+        ValueError: names the option, its value and the values that work.
+    """
+    for name, (low, high) in _SIZES.items():
+        value = options.get(name)
+        if isinstance(value, int) and not low <= value <= high:
+            raise ValueError(f"{_flag(name)} {value} is out of range: it must be in [{low}, {high}]")
+
+
+def check(cfg: Namespace) -> None:
+    """Refuses options out of range or in contradiction.
+
+    Args:
+        cfg: a resolved configuration.
+
+    Raises:
+        ValueError: names the option, its value and the values that work.
+    """
+    for field in dataclasses.fields(MoETransformerConfig):
+        low, high = field.metadata.get("low"), field.metadata.get("high")
+        value = getattr(cfg, field.name)
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            allowed = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
+            raise ValueError(f"{_flag(field.name)} {value} is out of range: it must be {allowed}")
+    check_sizes(vars(cfg))
+    for stack in ("encoder", "decoder"):
+        dim, heads = getattr(cfg, f"{stack}_embed_dim"), getattr(cfg, f"{stack}_attention_heads")
+        if dim % heads:
+            raise ValueError(f"--{stack}-attention-heads {heads} does not divide --{stack}-embed-dim {dim}")
+        kept_layers(getattr(cfg, f"{stack}_layers_to_keep"), getattr(cfg, f"{stack}_layers"))
+    for stack in placed(cfg):
+        layers, size = getattr(cfg, f"{stack}_layers"), getattr(cfg, f"{stack}_ffn_embed_dim")
+        if cfg.moe_interval > layers:
+            raise ValueError(
+                f"--moe-interval {cfg.moe_interval} is beyond the {layers} layers of the {stack}, which would have no "
+                f"MoE layer: use at most {layers}, or --moe-placement for the other stack only"
+            )
+        if size % cfg.moe_split_ratio:
+            raise ValueError(
+                f"--moe-split-ratio {cfg.moe_split_ratio} does not divide --{stack}-ffn-embed-dim {size}: "
+                f"experts of {size / cfg.moe_split_ratio:.1f} hidden units cannot be built"
+            )
+    _check_router(cfg, cfg.moe_num_experts, f"--moe-num-experts {cfg.moe_num_experts}")
+    _check_experts(cfg)
+    _check_strata(cfg)
+    if cfg.moe_regularizer == "cmr" and (cfg.encoder_layerdrop or cfg.decoder_layerdrop):
+        raise ValueError("--moe-regularizer cmr does not work with LayerDrop: its budget counts all layers' gates")
+    for name in ("quant_noise_pq", "quant_noise_scalar", "base_layers"):
+        if getattr(cfg, name):
+            raise ValueError(f"{_flag(name)} {getattr(cfg, name)} does not work with MoE layers: leave it out")
+
+
+def _check_router(cfg: Namespace, num_experts: int, where: str) -> None:
+    router = router_class(cfg)
+    with _named_as_flags(router.Options, where):
+        router.check(router_options(cfg), num_experts)
+
+
+@contextmanager
+def _named_as_flags(options: type, where: str) -> Iterator[None]:
+    """Names options in an error as the command line does.
+
+    Raises:
+        ValueError: as it was raised, with the place added.
+    """
+    try:
+        yield
+    except ValueError as error:
+        names = re.compile(rf"\b({'|'.join(declared([options]))})\b")
+        reason = names.sub(lambda name: _flag(_PREFIX + name[0]), str(error))
+        raise ValueError(f"{reason} ({where})") from error
+
+
+def _check_experts(cfg: Namespace) -> None:
+    kind, options = expert_class(cfg), expert_options(cfg)
+    kernels.check(str(cfg.moe_kernel), kind.network)
+    for stack in placed(cfg):
+        size = f"{stack}_ffn_embed_dim"
+        with _named_as_flags(kind.Options, f"{_flag(size)} {getattr(cfg, size)}"):
+            kind.check_options(options)
+            sizes = expert_sizes(cfg, stack)
+        if sizes is not None:
+            _check_sizes_of_experts(cfg, sizes)
+
+
+def _check_sizes_of_experts(cfg: Namespace, sizes: tuple[int, ...]) -> None:
+    given = f"--moe-expert-sizes {cfg.moe_expert_sizes}"
+    if cfg.moe_strata:
+        raise ValueError(f"{given} does not work with --moe-strata {cfg.moe_strata}: leave one of them out")
+    size, number = min(Counter(sizes).items(), key=lambda one: one[1])
+    if number < cfg.moe_expert_parallel:
+        raise ValueError(
+            f"--moe-expert-parallel {cfg.moe_expert_parallel} does not work with {given}: each process must hold an "
+            f"expert of every size, and there are {number} of {size} hidden units"
+        )
+
+
+def _check_strata(cfg: Namespace) -> None:
+    sizes = strata(cfg)
+    if not sizes:
+        return
+    if sum(sizes) != cfg.moe_num_experts:
+        raise ValueError(
+            f"--moe-strata {cfg.moe_strata} has {sum(sizes)} experts, but --moe-num-experts is {cfg.moe_num_experts}: "
+            "the two must be equal"
+        )
+    if cfg.moe_stack > 1:
+        raise ValueError(f"--moe-stack {cfg.moe_stack} does not work with --moe-strata: strata are stacked already")
+    _check_router(cfg, sizes[-1], f"the last stratum of --moe-strata {cfg.moe_strata}")
+    for stack in placed(cfg):
+        if not getattr(cfg, f"{stack}_normalize_before"):
+            raise ValueError(f"--moe-strata needs --{stack}-normalize-before: strata normalise their own input")
+
+
+def placed(cfg: Namespace) -> tuple[str, ...]:
+    """Names the stacks that have MoE layers."""
+    stacks = {"both": ("encoder", "decoder"), "none": ()}
+    return stacks.get(str(cfg.moe_placement), (str(cfg.moe_placement),))
+
+
+def has_experts(cfg: TransformerConfig, stack: str, number: int) -> bool:
+    """Says whether a layer of a stack is an MoE layer; which layers are does not change where others are left out.
+
+    Args:
+        cfg: a nested configuration.
+        stack: ``encoder`` or ``decoder``.
+        number: of the layer among those that are kept, counted from 1.
+    """
+    names = getattr(cfg, stack).layers_to_keep
+    trained = sorted(int(name) + 1 for name in names.split(","))[number - 1] if names else number
+    return stack in placed(cfg) and trained % cfg.moe_interval == 0
+
+
+def transformer_config(cfg: Namespace) -> TransformerConfig:
+    """Nests a resolved configuration as fairseq's transformer wants it; our options stay attributes of it."""
+    return TransformerConfig.from_namespace(cfg)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,1 @@
+"""Experts that several processes share: who holds which, and the exchange of tokens."""

@@ -1,0 +1,1 @@
+"""The kinds of experts, and the options that each declares."""

@@ -1,0 +1,1 @@
+"""Routers, the plans that they make, and what they report."""

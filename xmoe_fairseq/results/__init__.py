@@ -1,0 +1,1 @@
+"""Results as data: what commands write to JSON and read again."""

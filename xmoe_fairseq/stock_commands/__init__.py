@@ -1,0 +1,1 @@
+"""Checks of what fairseq's own commands are given."""
