@@ -56,7 +56,10 @@ WORDS = {
     "more memory than there is": (("--moe-num-experts", "10000000"), "the model needs .* GiB .* this machine has"),
     "a seed": (("--seed", "-1"), r"--seed -1 is out of range: it must be in \[0, 4294967295\]"),
     "a list of numbers": (("--lr", "0.1,x"), "argument --lr.*: not of the right form: '0.1,x'"),
-    "NaN": (("--lr", "1e30", "--warmup-updates", "1", "--max-update", "30"), r"diverged in update \d .* smaller --lr"),
+    "NaN": (
+        ("--lr", "1e30", "--warmup-updates", "1", "--max-update", "30"),
+        r"diverged in update \d .* smaller --lr.*/crash.pt has the state before this update",
+    ),
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import re
 import sys
@@ -11,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from xmoe_fairseq.common import guard
 from xmoe_fairseq.errors import UserError
@@ -101,3 +104,36 @@ def test_other_programs_keep_their_own_ways(
 def test_a_broken_pipe_of_something_else_is_not_silent() -> None:
     end = ended_by(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
     assert isinstance(end, UserError) and "BrokenPipeError" in end.message
+
+
+@pytest.mark.parametrize("to_file", [True, False])
+def test_a_log_that_cannot_be_written_ends_a_command(to_file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = logging.FileHandler("/dev/full")
+    logger = logging.getLogger("full")
+    monkeypatch.setattr(logger, "handlers", [handler if to_file else logging.StreamHandler(handler.stream)])
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(sys, "argv", ["/bin/fairseq-train"])
+    with pytest.raises(UserError) as end:
+        logger.error("one")
+    what = "the log /dev/full" if to_file else "standard output"
+    assert end.value.message == f"{what} cannot be written: No space left on device"
+
+
+def test_a_statement_that_prints_is_told_from_one_that_writes_a_file() -> None:
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # closing it fails, too
+        with pytest.raises(UserError) as end, guard.one_line():
+            print("x", file=full, flush=True)
+        assert end.value.message == "standard output cannot be written: No space left on device"
+        with pytest.raises(UserError) as end, guard.one_line():
+            full.flush()
+        assert end.value.message.startswith("standard output, or a file, cannot be written")
+
+
+def test_torchrun_shows_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(UserError), guard.told_to_torchrun():
+        raise UserError("--moe-expert-parallel 3 does not divide the 2 processes")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
+    last = str(ChildFailedError("fairseq-train", {0: failure})).splitlines()[-2]
+    assert last == "  traceback : xmoe_fairseq: error: --moe-expert-parallel 3 does not divide the 2 processes"

@@ -25,7 +25,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp32_logits, "product", torch.mm)
 
 
-FORWARD = ["aten.mm", "take", "settle", "pairs", "multiply", "multiply", "combine"]
+FORWARD = ["aten.mm", "take", "settle", "assignments", "multiply", "multiply", "combine"]
 BACKWARD = [
     *("spread", "multiply", "weight_gradients", "multiply", "combine"),
     *("gradient", "aten.addmm", "aten.mm", "aten.add"),
@@ -38,7 +38,7 @@ def step(kind: str, losses: bool) -> tuple[Launches, set[str]]:
     layer = MoELayer(ROUTERS[kind](16, 4, LAYERS[kind]), Experts(4, 16, 32, kernel="triton")).to(DEVICE)
     x = torch.randn(40, 16, device=DEVICE, requires_grad=True)
     if kind == "gshard":
-        layer.router.room(len(x))  # found once on the host, and remembered
+        layer.router.capacity_for(len(x))  # found once on the host, and remembered
     grads = [torch.randn_like(x), torch.ones((), device=DEVICE)]
     with launches() as count:
         y, plan = layer(x)
@@ -52,8 +52,8 @@ def step(kind: str, losses: bool) -> tuple[Launches, set[str]]:
 def test_a_step_of_a_layer_starts_little(kind: str, as_on_a_gpu: None) -> None:
     count, found = step(kind, losses=False)
     assert count.names == [*FORWARD, *BACKWARD] and len(count.names) == 16
-    assert found == {"_RouteBackward", "_TiledBackward"}
-    # Without a bound of the pairs their number is read, once.
+    assert found == {"_RouteBackward", "_TritonMMBackward"}
+    # Without a bound of the assignments their number is read, once.
     assert count.reads == (["_local_scalar_dense"] if kind == "threshold" else [])
 
 
@@ -63,4 +63,4 @@ def test_statistics_cost_nothing_but_the_loss_itself(as_on_a_gpu: None) -> None:
     loss = ["clamp", "_to_copy", "div", "div", "mul", "sum", "mul", "mul", "mul", "div"]
     loss = [f"aten.{name}" for name in loss]
     assert count.names == [*FORWARD, *loss, *BACKWARD] and len(count.names) == 26
-    assert found == {"_RouteBackward", "_TiledBackward"}
+    assert found == {"_RouteBackward", "_TritonMMBackward"}

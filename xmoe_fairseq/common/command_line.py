@@ -29,6 +29,10 @@ class CommandParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(prog=prog, epilog=epilog, allow_abbrev=False, **options)
 
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help; argparse itself is silent where nothing can be written."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         """Refuses the command line.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import json
 import logging
 import os
 import select
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,9 @@ _SHOWN = 300
 _PACKAGE = __name__.partition(".")[0]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory")
+# Where torchrun lets a process that fails say why.
+_TORCHRUN_FILE = "TORCHELASTIC_ERROR_FILE"
+_handle_error = logging.Handler.handleError
 
 
 @contextlib.contextmanager
@@ -49,6 +54,24 @@ def _check_written() -> None:
         raise end
 
 
+@contextlib.contextmanager
+def told_to_torchrun() -> Iterator[None]:
+    """Gives torchrun the line of a process that ends: torchrun's last words are a table of failures, with this line."""
+    try:
+        yield
+    except UserError as end:
+        _tell_torchrun(end)
+        raise
+
+
+def _tell_torchrun(end: SystemExit) -> None:
+    path = os.environ.get(_TORCHRUN_FILE)
+    if path and isinstance(end, UserError):
+        message = {"message": str(end), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
 def install() -> None:
     """Makes fairseq's commands end so, too, for the plugin is imported after they started, and ours while they import.
 
@@ -56,6 +79,7 @@ def install() -> None:
     """
     if sys.excepthook is sys.__excepthook__ or sys.excepthook.__module__ == "hydra_plugins.xmoe_fairseq_errors":
         sys.excepthook = _hook
+        logging.Handler.handleError = _log_not_written  # type: ignore[method-assign, assignment]
         atexit.register(_flush_at_end)
 
 
@@ -68,22 +92,44 @@ def ending(error: BaseException) -> SystemExit:
     if isinstance(error, KeyboardInterrupt):
         print("xmoe_fairseq: interrupted", file=sys.stderr)
         return SystemExit(INTERRUPTED)
-    if isinstance(error, OSError):
-        silent = isinstance(error, BrokenPipeError) and _has_no_reader()
+    return (output_ending(error) if isinstance(error, OSError) else None) or UserError(_line(error))
+
+
+def output_ending(error: OSError) -> SystemExit | None:
+    """Gives what ends the program if standard output could not be written; None for an error of something else."""
+    if isinstance(error, BrokenPipeError) and _has_no_reader():
         _flush()
-        if silent:
-            return SystemExit(BROKEN_PIPE)
-    return UserError(_line(error))
+        return SystemExit(BROKEN_PIPE)
+    end = _flush()
+    # Where output is not buffered, nothing is left to be written, and only the statement tells.
+    if end is None and _statement(error).startswith("print("):
+        end = _not_written(error)
+    return end if error.filename is None else None
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not _is_command():
+    if not is_command():
         sys.__excepthook__(kind, error, trace)
         return
-    raise ending(error)
+    end = ending(error)
+    _tell_torchrun(end)
+    raise end
 
 
-def _is_command() -> bool:
+def _log_not_written(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """Ends a command whose log cannot be written; logging itself would go on, with a traceback for each line."""
+    error = sys.exc_info()[1]
+    if not isinstance(error, OSError) or not is_command():
+        _handle_error(handler, record)
+        return
+    _flush()
+    if isinstance(handler, logging.FileHandler):
+        raise UserError(f"the log {handler.baseFilename} cannot be written: {error.strerror}")
+    raise _not_written(error)  # of standard error, nothing can be said
+
+
+def is_command() -> bool:
+    """Says whether this program is a command of fairseq or of this package, rather than, say, a notebook."""
     program = Path(sys.argv[0] if sys.argv else "")
     return (
         program.name.startswith(("fairseq-", "xmoe"))
@@ -94,7 +140,7 @@ def _is_command() -> bool:
 
 def _flush_at_end() -> None:
     """Python would end with a message of its own, and code 120, where the last output cannot be written."""
-    if not _is_command():
+    if not is_command():
         return
     end = _flush()
     if end is not None:
@@ -113,12 +159,16 @@ def _flush() -> SystemExit | None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
-        if isinstance(error, BrokenPipeError):
-            return SystemExit(BROKEN_PIPE)
-        return UserError(f"standard output cannot be written: {error.strerror}")
+        return _not_written(error)
     except (AttributeError, ValueError):  # there is none, or it is closed
         pass
     return None
+
+
+def _not_written(error: OSError) -> SystemExit:
+    if isinstance(error, BrokenPipeError):
+        return SystemExit(BROKEN_PIPE)
+    return UserError(f"standard output cannot be written: {error.strerror}")
 
 
 def _has_no_reader() -> bool:
@@ -148,6 +198,8 @@ def _line(error: BaseException) -> str:
     module = _origin(error)
     if isinstance(error, ValueError) and module.startswith("xmoe_fairseq.moe"):
         return text
+    if isinstance(error, AssertionError | ValueError) and module.startswith("fairseq") and "--" in text:
+        return text  # fairseq's own words about an option
     what = f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}: {_statement(error)}"
     log = _write_log(error)
     program, place = _program(error)

@@ -18,7 +18,7 @@ from omegaconf import open_dict
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from ..checkpoints.reading import LAST
-from ..common import locks
+from ..common import guard, locks
 from ..errors import UserError
 from . import groups
 
@@ -40,9 +40,15 @@ def run(call_main: Callable[..., Any], cfg: Any, main: Callable[..., Any], **kwa
     Raises:
         UserError: the options do not go together, or another process has ended.
     """
+    with guard.told_to_torchrun():
+        _run(call_main, cfg, main, **kwargs)
+
+
+def _run(call_main: Callable[..., Any], cfg: Any, main: Callable[..., Any], **kwargs: Any) -> None:
     options = cfg.distributed_training
     if cfg.common_eval.path is not None:  # a trained model: one process is enough
-        return call_main(cfg, main, **kwargs)
+        call_main(cfg, main, **kwargs)
+        return
     on_gpu = torch.cuda.is_available() and not cfg.common.cpu
     with open_dict(cfg):
         if options.distributed_init_method is None and all(name in os.environ for name in _TORCHRUN):

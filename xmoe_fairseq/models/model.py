@@ -151,7 +151,8 @@ class MoETransformerModel(TransformerModelBase):
             if name in state_dict and state_dict[name].shape[0] != own[name].shape[0]:
                 raise UserError(
                     f"the checkpoint was trained with {state_dict[name].shape[0]} dictionary entries, but this data "
-                    f"has {own[name].shape[0]}: use the data folder that the checkpoint was trained on"
+                    f"has {own[name].shape[0]}: give the data folder, the --task and its options that the checkpoint "
+                    "was trained with"
                 )
         for name in own.keys() & state_dict.keys():
             if own[name].shape != state_dict[name].shape:

@@ -21,6 +21,8 @@ from fairseq_cli import train
 from hydra.core.hydra_config import HydraConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from .. import required
+from ..common import guard
 from ..common.literals import literal
 from ..errors import UserError
 from ..imports import around, found_by_others
@@ -37,13 +39,17 @@ _PACKAGES = ("fairseq", "fairseq_cli")
 
 @GROUP.patch(options, "parse_args_and_arch", "parser input_args parse_known suppress_defaults modify_parser")
 def parse_args_and_arch(stock: Any, parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Stock answers a misspelt architecture with the names of all, reads `--model-overrides` after it has loaded the
-    data, ignores options that the checkpoint does not have, and takes `--bf16` for a TPU, so that it needs torch_xla
-    even on a GPU or CPU."""
+    """Stock fails without a word where an option is missing, answers a misspelt architecture with the names of all,
+    reads `--model-overrides` after it has loaded the data, ignores options that the checkpoint does not have, and takes
+    `--bf16` for a TPU, so that it needs torch_xla even on a GPU or CPU."""
     parser.error = functools.partial(arguments.refuse, parser)
-    result = stock(parser, input_args, *args, **kwargs)
-    parsed = result[0] if isinstance(result, tuple) else result
-    arguments.check(parser, parsed, input_args, bool(kwargs.get("suppress_defaults")))
+    parser.print_help = functools.partial(arguments.print_help, parser)
+    if input_args is None and guard.is_command():
+        required.require(parser)
+    with guard.told_to_torchrun():
+        result = stock(parser, input_args, *args, **kwargs)
+        parsed = result[0] if isinstance(result, tuple) else result
+        arguments.check(parser, parsed, input_args, bool(kwargs.get("suppress_defaults")))
     if importlib.util.find_spec("torch_xla") is None:
         parsed.tpu = False
     return result
@@ -55,11 +61,12 @@ def add_defaults(stock: Any, cfg: Any) -> None:
     """Stock's and hydra's answers to a wrong name or value in YAML are tracebacks."""
     if HydraConfig.initialized():
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra itself prints tracebacks, and guard.py sees none
-    arguments.check_yaml(cfg)
-    try:
-        stock(cfg)
-    except OmegaConfBaseException as error:
-        raise UserError(arguments.yaml_line(error)) from error
+    with guard.told_to_torchrun():
+        arguments.check_yaml(cfg)
+        try:
+            stock(cfg)
+        except OmegaConfBaseException as error:
+            raise UserError(arguments.yaml_line(error)) from error
 
 
 @GROUP.patch(FastaDataset, "_build_index", "self path")

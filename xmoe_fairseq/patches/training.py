@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextvars import ContextVar
 from typing import Any
 
@@ -34,8 +35,20 @@ def train_step(stock: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         raise UserError(
             f"training diverged in update {trainer.get_num_updates() + 1} ({str(error).splitlines()[0]}): the loss "
             "is NaN or infinite. Try a smaller --lr, a --clip-norm such as 1.0, more --warmup-updates; the "
-            "checkpoints written before are as they were"
+            f"checkpoints written before are as they were{_left(trainer)}"
         ) from error
+
+
+def _left(trainer: Any) -> str:
+    """Names the file that fairseq leaves where training diverges."""
+    if not isinstance(trainer, Trainer):
+        return ""
+    path = os.path.join(trainer.cfg.checkpoint.save_dir, "crash.pt")
+    return (
+        f"; {path} has the state before this update: remove it when it is of no more use"
+        if os.path.isfile(path)
+        else ""
+    )
 
 
 @GROUP.patch(NanDetector, "add_hooks", "self module")

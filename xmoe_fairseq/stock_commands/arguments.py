@@ -16,6 +16,7 @@ from ..checkpoints import reading
 from ..common.directions import read_file
 from ..errors import UserError
 from ..mt_benchmarks import BY_TASK
+from ..required import MISSING, check_given
 from .numbers import check_numbers
 
 _CHOICE = re.compile(r"argument (?P<option>[^:]+): invalid choice: '?(?P<value>.*?)'? \(choose from (?P<choices>.*)\)")
@@ -43,6 +44,7 @@ def check(
     Raises:
         UserError: an option is out of range, names what the checkpoint does not have, or does not go with another.
     """
+    check_given(parser, parsed)
     check_numbers(vars(parsed))
     _read_files(parsed, getattr(parsed, "task", None))
     _check_pieces(parsed)
@@ -107,7 +109,17 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
         else:
             message += _meant(unknown[0], parser._option_string_actions)
     message = message.replace("invalid <lambda> value", "not of the right form")
+    message = re.sub(rf"invalid \w+ value: '{re.escape(MISSING)}'", "it is missing", message)
     raise UserError(f"{message[:_SHOWN]}; see {os.path.basename(parser.prog)} --help")
+
+
+def print_help(parser: argparse.ArgumentParser, file: Any = None) -> None:
+    """Prints a parser's help; argparse itself is silent where nothing can be written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    print(parser.format_help(), end="", file=file)
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

@@ -36,7 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sampling_topp": (-1, 1),
     "total_num_update": (1, _INFINITY),
     "lr_shrink": (0, 1),
-    "lr_period_updates": (1, _INFINITY),
+    "lr_period_updates": (-1, _INFINITY),  # the default, -1, is up to --max-update
     "lr_decay_period": (1, _INFINITY),
     "lr_deacy_period": (1, _INFINITY),  # as stock fairseq spells it
     "warmup_init_lr": (-1, 1e30),
