@@ -16,7 +16,10 @@ from typing import Any, cast
 _PACKAGE = __name__.partition(".")[0]
 _PLUGIN = f"{_PACKAGE}.plugin"
 # Parts of this package that do not need fairseq.
-LIGHT = ("__main__", "cli", "common", "errors", "imports", "moe", "plugin", "versions")
+LIGHT = (
+    *("__main__", "cli", "common", "data_prep", "errors", "imports", "metrics", "moe", "mt_benchmarks", "plugin"),
+    "versions",
+)
 
 
 class Watch(MetaPathFinder):
