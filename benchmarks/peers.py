@@ -97,7 +97,7 @@ def one_hot(layer: MoELayer, x: Tensor) -> Run:
 
 
 def fairscale_top2(layer: MoELayer, x: Tensor) -> Run | None:
-    """fairscale's MOELayer with its top-2 gate, over one process; None where it is not installed."""
+    """fairscale's MOELayer with its top-2 gate, over one process; None if it is not installed."""
     if importlib.util.find_spec("fairscale") is None:
         return None
     from fairscale.nn.moe import MOELayer, Top2Gate
@@ -127,7 +127,7 @@ def _has_transformers(module: str) -> bool:
 def transformers_grouped(layer: MoELayer, x: Tensor) -> Run | None:
     """transformers' experts by grouped products, of the same weights, behind a plain top-2 softmax router.
 
-    None where transformers 5 is not installed.
+    None if transformers 5 is not installed.
     """
     if not _has_transformers("integrations.moe"):
         return None
@@ -157,7 +157,7 @@ def _copy(values: Tensor) -> nn.Parameter:
 
 
 def transformers_nllb(layer: MoELayer, x: Tensor) -> Run | None:
-    """transformers' NLLB-MoE block, top-2; None where it is not installed."""
+    """transformers' NLLB-MoE block, top-2; None if it is not installed."""
     if not _has_transformers("models.nllb_moe"):
         return None
     from transformers import NllbMoeConfig

@@ -24,7 +24,7 @@ class Row:
         ratio: the median.
         low: the lower quartile of the rounds.
         high: the upper quartile.
-        goal: what the ratio should be, such as ``<= 1.15``; empty where there is none.
+        goal: what the ratio should be, such as ``<= 1.15``; empty if there is none.
     """
 
     case: str

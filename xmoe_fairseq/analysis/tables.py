@@ -24,7 +24,7 @@ class Table:
     Attributes:
         name: of the file and of the figure.
         columns: their names.
-        rows: one value a column; numbers, words, or nothing where there is no number.
+        rows: one value a column; numbers, words, or nothing if there is no number.
     """
 
     name: str

@@ -192,7 +192,7 @@ def _wrong_parameters(model: dict[Any, Any]) -> str:
 
 
 def read_shard(path: str) -> dict[str, Any] | None:
-    """Reads a file of experts without checking its sums; gives nothing where it is another kind of file.
+    """Reads a file of experts without checking its sums; gives nothing if it is another kind of file.
 
     Raises:
         DamagedCheckpoint: the file is truncated or damaged.

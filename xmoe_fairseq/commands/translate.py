@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _take(words: list[str], option: str, values: int) -> list[str] | None:
-    """Takes an option and its values out of the words; None where it is not among them."""
+    """Takes an option and its values out of the words; None if it is not among them."""
     if option not in words:
         return None
     place = words.index(option)

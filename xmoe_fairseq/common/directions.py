@@ -66,7 +66,7 @@ class Directions:
         languages: in the order that gives the language tokens their numbers; the pivot is first.
         trained: what a model learns unless it is told otherwise.
         zero_shot: directions that have valid or test text and are not trained.
-        pivot: English, or another language that the trained directions share; None where there is no such language.
+        pivot: English, or another language that the trained directions share; None if there is no such language.
     """
 
     languages: tuple[str, ...]
@@ -83,7 +83,7 @@ def readings(name: str) -> list[Direction]:
 
 
 def read_direction(name: str, languages: Collection[str]) -> Direction | None:
-    """Finds the direction between two of the languages that has this name; None where there is none.
+    """Finds the direction between two of the languages that has this name; None if there is none.
 
     Raises:
         UserError: there are two.

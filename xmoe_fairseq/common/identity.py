@@ -40,7 +40,7 @@ class DataIdentity:
         folder: where it was, for messages.
         dictionary: checksum of the pieces of ``dict.txt`` in their order, without the counts.
         languages: of ``langs.txt``, whose order gives the language tokens their numbers.
-        sentencepiece: checksum of ``spm.model``; None where the folder has none.
+        sentencepiece: checksum of ``spm.model``; None if the folder has none.
     """
 
     folder: str
@@ -159,7 +159,7 @@ def check_same(states: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def recorded(state: Mapping[str, Any], path: str) -> DataIdentity | None:
-    """Returns what a checkpoint was trained on; None where an older version wrote it.
+    """Returns what a checkpoint was trained on; None if an older version wrote it.
 
     Raises:
         UserError: the entry is damaged.

@@ -22,7 +22,7 @@ def find_checkpoint(run: Path) -> Path:
 
 
 def seek_checkpoint(run: Path) -> Path | None:
-    """Does the same, but gives None where there is neither."""
+    """Does the same, but gives None if there is neither."""
     names = (folder / f"checkpoint_{kind}.pt" for kind in ("best", "last") for folder in checkpoint_folders(run))
     return next((path for path in names if is_there(path)), None)
 

@@ -65,7 +65,7 @@ class Statistics:
     Attributes:
         activity: (E,) share of tokens whose first choice the expert is.
         confidence: (E,) mean probability of the expert where it is the first choice; 0 if it never is.
-        mass: (E,) mean over tokens of the expert's gate weight, 0 where it is not taken.
+        mass: (E,) mean over tokens of the expert's gate weight, 0 if it is not taken.
         reap: (E,) mean over the tokens that take the expert of gate weight times norm of its output.
         load: (E,) tokens that took the expert, added up over directions.
     """

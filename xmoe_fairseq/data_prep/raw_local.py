@@ -124,7 +124,7 @@ def _misnamed(path: Path) -> UserError:
 
 
 def _read_pairs(matches: Iterable[re.Match[str]], known: Collection[str]) -> dict[str, Direction | None]:
-    """Takes the names of pairs apart; None where one cannot be.
+    """Takes the names of pairs apart; None if one cannot be.
 
     Raises:
         UserError: codes hold hyphens, and a name can be read in two ways.

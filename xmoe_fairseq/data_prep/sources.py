@@ -12,7 +12,7 @@ from ..mt_benchmarks import Source
 from .download import check, download
 from .io_utils import Side
 
-# (split, language, other language) -> the files of both, which follow each other; None where a test set has no text.
+# (split, language, other language) -> the files of both, which follow each other; None if a test set has no text.
 Corpus = dict[tuple[str, str, str], list[tuple[Side | None, Side | None]]]
 
 

@@ -30,7 +30,7 @@ class Vocabulary:
     Attributes:
         folder: that holds ``spm.model`` and ``dict.txt``.
         pieces: of the model.
-        languages: of ``langs.txt``, and then those that are added; empty where there is no ``langs.txt``.
+        languages: of ``langs.txt``, and then those that are added; empty if there is no ``langs.txt``.
         added: the languages that ``langs.txt`` lacks.
     """
 

@@ -97,7 +97,7 @@ def find_directions(run: Path, task: str | None, data: Path) -> list[Direction]:
 
 
 def _directions_of(task: str) -> list[str]:
-    """The directions of a task; empty where its data folder decides."""
+    """The directions of a task; empty if its data folder decides."""
     tasks = {f"{TASK_PREFIX}{name}": benchmark for name, benchmark in mt_benchmarks.BENCHMARKS.items()}
     if task not in tasks:
         raise UserError(f"unknown --task {task!r}: choose from {', '.join(tasks)}")

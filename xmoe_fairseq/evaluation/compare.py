@@ -108,7 +108,7 @@ def read_systems(folders: Sequence[Path], pairs: Sequence[str] = ()) -> list[Sys
 
     Args:
         folders: as ``xmoe score`` wrote them, at least two.
-        pairs: the directions to compare; all where none is named.
+        pairs: the directions to compare; all if none is named.
 
     Raises:
         UserError: a folder holds no scores, or scores of other directions, test sets, metrics or signatures.

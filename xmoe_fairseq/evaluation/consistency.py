@@ -30,7 +30,7 @@ def choose_scores(folders: Sequence[Path], checkpoint: Path) -> Path | None:
         checkpoint: that the page is about.
 
     Returns:
-        The first such folder, or None where no folder has results on the test set.
+        The first such folder, or None if no folder has results on the test set.
 
     Raises:
         UserError: there are results, but of other checkpoints only.
@@ -94,7 +94,7 @@ def belongs(folder: Path, checkpoint: Path, data: Path) -> bool:
 
 
 def _of_analysis(file: Path, checkpoint: Path, data: Path) -> str | None:
-    """Names what differs; empty where nothing does, None where that is not known."""
+    """Names what differs; empty if nothing does, None if that is not known."""
     about = schema.read_json(file, "run xmoe analyze again")
     kept = about.get("of") if isinstance(about, dict) else None
     if not isinstance(kept, Mapping):

@@ -50,7 +50,7 @@ class DirectionDataset:
 
 
 def directions(checkpoint: Path, data: Path, split: str, pairs: Sequence[str] = ()) -> Chosen | None:
-    """Chooses the directions of a split, see `choose_directions`; None where the task of the checkpoint has to.
+    """Chooses the directions of a split, see `choose_directions`; None if the task of the checkpoint has to.
 
     Args:
         checkpoint, data: as `load` takes them.

@@ -52,7 +52,7 @@ class ScoreJob:
 
     Args:
         data: folder made by data_prep/prepare.sh.
-        checkpoint: to translate with; None where the translations are there.
+        checkpoint: to translate with; None if the translations are there.
         decoding: how to translate.
         pairs: directions, such as ``en-ca``; where there are none, those that the model was trained on, or that were
             translated.

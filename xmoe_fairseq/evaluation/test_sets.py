@@ -149,7 +149,7 @@ def _forms(subword: Subword, line: str) -> Iterator[str]:
 
 
 def read_made(folder: Path) -> Made | None:
-    """Reads what the translations of a direction were made with; None where scripts/translate.sh did not make them.
+    """Reads what the translations of a direction were made with; None if scripts/translate.sh did not make them.
 
     Raises:
         UserError: the file is damaged.

@@ -160,7 +160,7 @@ class StratifiedMoE(nn.Module):
     def _token_routing(
         self, plans: Sequence[RoutingPlan], entered: Sequence[Tensor | None], tokens: int
     ) -> TokenRouting:
-        """Adds up the strata; entered: the rows that each plan is about, none for all."""
+        """Adds up the strata; entered: the rows that each plan is about, None for all."""
 
         def over_tokens(rows: Tensor | None, values: Tensor) -> Tensor:
             return values if rows is None else values.new_zeros(tokens, *values.shape[1:]).index_copy(0, rows, values)

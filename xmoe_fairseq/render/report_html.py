@@ -104,7 +104,7 @@ def _tokens(report: Report, stack: str) -> Iterator[Token]:
 
 
 def _choices(report: Report, stack: str) -> list[Choice]:
-    """Lists what a stack's tokens can be shaded by, the mean first; empty where it has no MoE layers."""
+    """Lists what a stack's tokens can be shaded by, the mean first; empty if it has no MoE layers."""
     names = [use.layer for use in report.layers if use.layer.startswith(stack)]
     counts = [token.experts for token in _tokens(report, stack)]
     if not names or not counts:

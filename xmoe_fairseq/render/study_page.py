@@ -19,7 +19,7 @@ class StudyResults:
         rows: those of which at least one seed is finished.
         claims: those of which both sides are.
         speed: by row, training and decoding speed as a ratio to the dense row, as ``benchmarks/study_speed.py`` wrote
-            it; empty where it was not measured.
+            it; empty if it was not measured.
     """
 
     rows: Sequence[RowResults]

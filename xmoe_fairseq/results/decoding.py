@@ -40,8 +40,8 @@ class Translated:
 
     Attributes:
         hypotheses: plain text, in the order of the set; empty for a source that is too long for the model.
-        seconds: spent in the search, without reading the data; None where the search was not run here.
-        too_long: sources that are too long for the model; None where that was not noted.
+        seconds: spent in the search, without reading the data; None if the search was not run here.
+        too_long: sources that are too long for the model; None if that was not noted.
         usage: the use of experts by layer, references as decoder inputs; empty for a dense model.
     """
 

@@ -89,13 +89,13 @@ class Report:
     Attributes:
         name: the task, or the folder of the run.
         scores: all that is known of the directions; none where nothing was translated.
-        directions: empty where nothing was translated.
+        directions: empty if nothing was translated.
         layers: the MoE layers in the order of the model; empty for a dense model.
-        drawings: of ``xmoe analyze`` and ``xmoe sweep``; empty where they were not run.
-        traced: samples token by token; empty where nothing was translated and for a dense model.
-        training: from the logs; none without a log.
+        drawings: of ``xmoe analyze`` and ``xmoe sweep``; empty if they were not run.
+        traced: samples token by token; empty if nothing was translated and for a dense model.
+        training: from the logs; None without a log.
         settings: of the checkpoint.
-        seconds: wall-clock seconds by stage; empty where they were not recorded.
+        seconds: wall-clock seconds by stage; empty if they were not recorded.
         versions: of Python and the packages used, by name.
     """
 
@@ -113,7 +113,7 @@ class Report:
     @property
     def mean_bleu(self) -> float | None:
         """BLEU averaged over the directions that were trained, or over all if none was, each with the same weight;
-        None where nothing was translated."""
+        None if nothing was translated."""
         return fmean(direction.score.bleu for direction in self._meant) if self.directions else None
 
     @property
@@ -135,7 +135,7 @@ class Report:
         return pick_samples(self.directions, count)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns what ``report.json`` holds; what is missing is null, or empty where it is a list."""
+        """Returns what ``report.json`` holds; what is missing is null, or empty if it is a list."""
         return {
             "name": self.name,
             **self.settings.as_json(),

@@ -26,12 +26,12 @@ class DirectionScore:
         length_ratio: words of the translations a word of the references, as BLEU counts words in this language.
         empty: empty translations.
         copies: translations that are the source.
-        too_long: sources that are too long for the model, whose translations are empty; None where unknown.
-        wrong_language: share of the translations in another language; None where no detector knows the language.
+        too_long: sources that are too long for the model, whose translations are empty; None if unknown.
+        wrong_language: share of the translations in another language; None if no detector knows the language.
         wrong_references: the same for the references, hence the detector's own mistakes.
         source_words: of the sources, as white space separates them.
-        seconds: that the search took; None where it was not run by this command.
-        experts_per_token: in an MoE layer; None where it was not measured, 0 for a dense model.
+        seconds: that the search took; None if it was not run by this command.
+        experts_per_token: in an MoE layer; None if it was not measured, 0 for a dense model.
         zero_shot: whether the model was not trained on this direction.
     """
 
@@ -86,10 +86,10 @@ class SystemScores:
         tokenize: BLEU's tokenizer for every language; None for each language's own.
         rows: the directions.
         averages: see `average`.
-        model: what the model costs; None where translations were scored without it.
-        words_per_second: source words over all directions by the time of the search; None where unknown.
-        device: the search ran on; None where unknown.
-        detector: of languages; None where there is none.
+        model: what the model costs; None if translations were scored without it.
+        words_per_second: source words over all directions by the time of the search; None if unknown.
+        device: the search ran on; None if unknown.
+        detector: of languages; None if there is none.
         versions: of Python and the packages used, by name.
     """
 
@@ -145,7 +145,7 @@ def _average(name: str, rows: Sequence[DirectionScore]) -> Average:
 
 
 def words_per_second(rows: Iterable[DirectionScore]) -> float | None:
-    """Returns source words by seconds of search over all directions; None where a direction's time is unknown."""
+    """Returns source words by seconds of search over all directions; None if a direction's time is unknown."""
     words, seconds = 0, 0.0
     for row in rows:
         if row.seconds is None:

@@ -100,7 +100,7 @@ def choose(points: Sequence[Point], lose: float, max_moe_flops: float | None = N
         max_moe_flops: most FLOPs of a token in experts; None affords all.
 
     Returns:
-        The point, or None where none can be afforded.
+        The point, or None if none can be afforded.
     """
     affordable = [point for point in points if max_moe_flops is None or point.moe_flops <= max_moe_flops]
     best = max((point.scores["bleu"] for point in affordable), default=0.0)

@@ -131,7 +131,7 @@ def _stacks(usage: Sequence[LayerUsage]) -> dict[str, dict[str, float]]:
 
 
 def _swept(run: Run) -> dict[str, Any]:
-    """Chooses a threshold on the development set and scores the model at it; nothing where none can be chosen."""
+    """Chooses a threshold on the development set and scores the model at it; nothing if none can be chosen."""
     sweep = run.study.plan.sweep
     if sweep is None or not _has_threshold(run):
         return {"sweep": None, "chosen": None}

@@ -29,7 +29,7 @@ class SystemResult:
         directions: by direction, the scores by metric.
         signatures: sacreBLEU's, by metric.
         sentences: translated.
-        words_per_second: source words by the time of the search; None where it was not measured.
+        words_per_second: source words by the time of the search; None if it was not measured.
         model: what it costs.
         stacks: by stack, experts and strata per token; empty for a dense model.
         bleu_draws: mean BLEU of the directions on each draw of sentences; the same draws for every system.
@@ -52,7 +52,7 @@ class SweepResult:
     Attributes:
         thresholds, bleu, moe_flops, experts: of each.
         at_most: FLOPs of a token in experts that the chosen one may take.
-        threshold: the one that was chosen; None where all take more.
+        threshold: the one that was chosen; None if all take more.
     """
 
     thresholds: Sequence[float]
@@ -76,8 +76,8 @@ class RunResult:
         valid, train: courses by the name of the metric, and ``updates``.
         plateau: relative fall of the validation loss over the last fifth of the updates.
         trained: the model as it was trained.
-        sweep: None where no threshold decides the experts.
-        chosen: the model at the threshold that the sweep chose; None where there is none.
+        sweep: None if no threshold decides the experts.
+        chosen: the model at the threshold that the sweep chose; None if there is none.
     """
 
     row: str
@@ -106,7 +106,7 @@ class RowResults:
         return [result.seed for result in self.results]
 
     def spread(self, value: Callable[[RunResult], float | None]) -> Spread | None:
-        """Returns mean and standard deviation of a figure over the seeds; None where the row has no such figure."""
+        """Returns mean and standard deviation of a figure over the seeds; None if the row has no such figure."""
         values = [value(result) for result in self.results]
         known = [one for one in values if one is not None]
         if len(known) < len(values):

@@ -195,7 +195,7 @@ def runs_of(study: Study, names: Sequence[str], seeds: Sequence[int]) -> list[Ru
 
     Args:
         study: what they share.
-        names: of rows; all where there are none.
+        names: of rows; all if there are none.
         seeds: of each.
 
     Raises:

@@ -145,7 +145,7 @@ def find_text(data: str, split: str, pair: str) -> str | None:
         pair: a direction.
 
     Returns:
-        The path without the language and what follows; None where there is no file of it.
+        The path without the language and what follows; None if there is no file of it.
     """
     source, target = pair.split("-")
     names = [os.path.join(data, f"{split}.{name}") for name in (f"{source}-{target}", f"{target}-{source}")]

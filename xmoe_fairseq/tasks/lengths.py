@@ -55,7 +55,7 @@ class Fitting:
     Args:
         dataset: the fairseq dataset that is batched.
         name: of the dataset, for messages.
-        directions: whose lines follow each other in it; empty where no sentence can be longer than a batch, since
+        directions: whose lines follow each other in it; empty if no sentence can be longer than a batch, since
             fairseq left those out.
         option: that says how long a batch may be.
     """

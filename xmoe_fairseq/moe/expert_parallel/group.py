@@ -24,9 +24,9 @@ class ExpertGroup:
     Attributes:
         rank: of this process in the group.
         size: P.
-        group: what torch.distributed made of them; none: all processes.
+        group: what torch.distributed made of them; None for all processes.
         host: a group of the same processes in which numbers of the host are agreed on without waiting for the device;
-            none: ``group``.
+            None for ``group``.
         replicas: the processes that hold the same experts as this one, over which their gradients are averaged.
     """
 
@@ -42,7 +42,7 @@ class ExpertGroup:
 
         Args:
             size: P.
-            timeout: how long a call waits for the other processes before it fails; none: torch's default, minutes.
+            timeout: how long a call waits for the other processes before it fails; None for torch's default, minutes.
 
         Returns:
             The group of this process.

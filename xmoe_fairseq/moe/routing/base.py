@@ -225,7 +225,7 @@ class ProbabilityRouter(LinearRouter):
         return self.training and self.options.capacity_factor > 0
 
     def max_assignments(self, tokens: int) -> int | None:
-        """Bounds the assignments that T tokens make, without looking at them; None where they may be all."""
+        """Bounds the assignments that T tokens make, without looking at them; None if they may be all."""
         max_per_expert = self.max_per_expert(tokens)
         return None if max_per_expert is None else self.num_experts * max_per_expert
 

@@ -44,9 +44,9 @@ def plan_on_device(
         router: (E, d), the router's weight, or None.
         selection: when a token takes no more.
         padding_mask: (T,) bool, true for padding.
-        capacity: () the most tokens an expert takes, or a number; none drops nothing.
+        capacity: () the most tokens an expert takes, or a number; None drops nothing.
         normalize: divide a token's weights by their sum after dropping.
-        max_assignments: a bound of the number of assignments; none reads their number back from the device.
+        max_assignments: a bound of the number of assignments; None reads their number back from the device.
         max_per_expert: a bound of the assignments of one expert, if one is known.
         measures_entropy: as in `make_plan`.
     """
