@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the words after ``xmoe``; by default the program's own.
 
     Raises:
-        UserError: the command is unknown, refuses its arguments, or cannot go on.
+        UserError: the command is unknown, refuses its arguments, or fails.
     """
     with guard.one_line():
         _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])

@@ -146,7 +146,7 @@ NLLB_SOURCES = (
         "https://drive.usercontent.google.com/download?id=1tT2urUunXLNEPZxxV2nK-YmC_N6P_48m&export=download&confirm=t",
         "m15.zip",
         "train, valid and test of the benchmark's authors",
-        "yes, but the vocabulary is learned anew",
+        "yes, but the vocabulary is learned again",
     ),
     Source(
         "opus",

@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
     @property
     def refused(self) -> bool:
         """Returns whether it ended with a line that was written for it."""
-        return self.said.startswith(_ONE_LINE) and not re.search(r"cannot go on \(|fault of xmoe_fairseq", self.said)
+        return self.said.startswith(_ONE_LINE) and not re.search(r"cannot continue \(|fault of xmoe_fairseq", self.said)
 
 
 def import_commands() -> None:

@@ -59,7 +59,7 @@ def test_who_is_to_blame_when_a_program_is_started_as_a_module() -> None:
     exec(code, program)
     with pytest.raises(UserError) as end, guard.one_line():
         program["f"]()
-    assert "fairseq cannot go on (AssertionError" in end.value.message
+    assert "fairseq cannot continue (AssertionError" in end.value.message
     assert "in fairseq_cli.score" in end.value.message and "fault" not in end.value.message
 
 

@@ -58,7 +58,7 @@ def adopt(parser: argparse.ArgumentParser, parsed: argparse.Namespace, words: Se
 
 
 def warn_of_others(state: Mapping[str, Any], path: str, task: argparse.Namespace) -> None:
-    """Says that training goes on with other options than it had before, which fine-tuning may want.
+    """Says that training resumes with other options than before, which fine-tuning may want.
 
     Args:
         state: of the checkpoint.
@@ -68,8 +68,8 @@ def warn_of_others(state: Mapping[str, Any], path: str, task: argparse.Namespace
     for name, value in _of_task(state).items():
         if hasattr(task, name) and getattr(task, name) != value:
             logger.warning(
-                f"{path} was trained with {_flag(name)} {_shown(value)}, training goes on with "
-                f"{_shown(getattr(task, name))}: the model has to learn anew what languages look like"
+                f"{path} was trained with {_flag(name)} {_shown(value)}, training resumes with "
+                f"{_shown(getattr(task, name))}: the model has to learn again what languages look like"
             )
 
 

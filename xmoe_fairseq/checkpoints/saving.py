@@ -125,11 +125,11 @@ def _not_written(path: str, temporary: str, cause: OSError) -> str:
     folder = os.path.dirname(path) or "."
     written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
     free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
-    before = f"; the {path} of before ({os.path.getsize(path)} bytes) is whole" if os.path.isfile(path) else ""
+    before = f"; the previous {path} ({os.path.getsize(path)} bytes) is whole" if os.path.isfile(path) else ""
     return (
         f"{path} could not be written: {cause.strerror} after {written} bytes, "
         f"{free} bytes are free in {folder}{before}. "
-        "Make room or give another folder, and start the same command again; training goes on from its last checkpoint"
+        "Make room or give another folder, and start the same command again; training resumes from its last checkpoint"
     )
 
 

@@ -19,12 +19,12 @@ class Summary:
     Attributes:
         arch: as given to ``--arch``.
         updates: it was trained for.
-        epoch: in which training goes on.
+        epoch: in which training resumes.
         parameters: each tied one once, experts included.
         expert_parameters: those of experts.
         experts: in each MoE layer.
         dtype: of the parameters.
-        optimizer: whether its state is there, so that training can go on as if it had not stopped.
+        optimizer: whether its state is there, so that training can resume as if it had not stopped.
         files: sizes in bytes by path; more than one where the experts are in shards.
     """
 

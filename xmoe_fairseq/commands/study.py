@@ -29,7 +29,7 @@ SPEED = "speed.json"
 _EPILOG = """\
 Written to --results: NAME-SEED.json for each run as it ends, then results.md, results.json, results.tsv and the
 pictures curves and quality (PNG and SVG) of all runs that are there. A run whose file is there is done. Killed at any
-moment, the same command goes on where it was.
+moment, the same command resumes.
 
 example:
   xmoe study --data runs/study/data --out runs/study --seeds 1,2,3 --jobs 2 --updates 12000

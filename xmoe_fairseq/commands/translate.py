@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 HELP = """usage: xmoe translate DATA RUN [CHECKPOINT] [--subset SET] [--overwrite] [SRC-TGT ...] [-- OPTION ...]
 
-Translates a test set in all directions of a model, or in some. Run again, it goes on where it stopped.
+Translates a test set in all directions of a model, or in some. Run again, it resumes where it stopped.
 
   DATA         folder made by xmoe prepare
   RUN          folder of the run; RUN/generate/SRC-TGT is written for each direction

@@ -205,7 +205,7 @@ def _line(error: BaseException) -> str:
     log = _write_log(error)
     program, place = _program(error)
     if program in ("fairseq", "fairseq_cli"):
-        return f"fairseq cannot go on ({what}, in {place}): check the options and the data; {log} has the details"
+        return f"fairseq cannot continue ({what}, in {place}): check the options and the data; {log} has the details"
     return f"this is a fault of xmoe_fairseq ({what}): please report it with {log}, which has the traceback"
 
 

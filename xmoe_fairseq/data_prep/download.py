@@ -92,7 +92,7 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
         failures = 1 if _size(part) > before else failures + 1
         if failures >= ATTEMPTS:
             raise UserError(
-                f"{url}: {reason}, {failures} times in a row: run the same command again to go on, or {ADVICE}"
+                f"{url}: {reason}, {failures} times in a row: run the same command again to resume, or {ADVICE}"
             )
         time.sleep(WAIT * 2 ** (failures - 1))
     try:

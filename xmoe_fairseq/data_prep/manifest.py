@@ -213,7 +213,7 @@ def _check_parameters(out: Path, old: Mapping[str, Any], new: Mapping[str, Any])
             )
         raise UserError(
             f"{out} was prepared with {key} = {_brief(before)}, now it is {_brief(now)}: "
-            f"choose another --out, or delete {out} to prepare it anew"
+            f"choose another --out, or delete {out} to prepare it again"
         )
 
 

@@ -228,5 +228,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         advice = "; free some space and run the same command again" if error.errno in DISK_FULL else ""
         raise UserError(f"{error.filename or given.out}: {error.strerror or error}{advice}") from error
     except KeyboardInterrupt:
-        print("\nxmoe_fairseq: interrupted: run the same command again to go on", file=sys.stderr)
+        print("\nxmoe_fairseq: interrupted: run the same command again to resume", file=sys.stderr)
         raise SystemExit(guard.INTERRUPTED) from None

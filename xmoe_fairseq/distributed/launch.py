@@ -64,7 +64,7 @@ def _run(call_main: Callable[..., Any], cfg: Any, main: Callable[..., Any], **kw
             raise
         raise UserError(
             f"process {options.distributed_rank} cannot reach the others any more ({str(error).splitlines()[0]}): "
-            "the log of one that ended says why; start again, and training goes on from its last checkpoint"
+            "the log of one that ended says why; start again, and training resumes from its last checkpoint"
         ) from error
     finally:
         locks.release_all()
@@ -153,7 +153,7 @@ def check_files(cfg: Any) -> None:
     options, log = cfg.checkpoint, cfg.common.log_file
     for option in ("finetune_from_model", "continue_once", "restore_file"):
         path = getattr(options, option, None)
-        # A run that goes on does not need what it started from, and may start without its own last checkpoint.
+        # A resumed run does not need what it started from, and may start without its own last checkpoint.
         last = PathManager.exists(os.path.join(options.save_dir, LAST))
         if path not in (None, LAST) and not (option != "restore_file" and last):
             _check_there(f"--{option.replace('_', '-')}", path, options.save_dir)

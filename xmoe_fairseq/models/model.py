@@ -117,7 +117,7 @@ class MoETransformerModel(TransformerModelBase):
         return super().load_state_dict(state_dict, strict)
 
     def _of_kept_layers(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Leaves out the parameters of layers that are not kept, and numbers the others anew.
+        """Leaves out the parameters of layers that are not kept, and renumbers the others.
 
         A checkpoint that was written without these layers is taken as it is.
         """

@@ -105,8 +105,8 @@ class MoEAdam(FairseqAdam):
         self._optimizer.__dict__.pop(_FACTOR, None)
 
 
-# fairseq goes on from a checkpoint only with an optimizer of the same class name. The state is the same, so either
-# goes on from the other.
+# fairseq resumes from a checkpoint only with an optimizer of the same class name. The state is the same, so either
+# resumes from the other.
 MoEAdam.__name__ = FairseqAdam.__name__
 
 

@@ -57,7 +57,7 @@ def _log_oom(stock: Any, trainer: Any, exc: Exception) -> None:
     if trainer.data_parallel_world_size > 1:
         raise UserError(
             f"process {trainer.data_parallel_rank} is out of memory, and the others cannot go on without it: lower "
-            "--max-tokens and raise --update-freq; training goes on from its last checkpoint"
+            "--max-tokens and raise --update-freq; training resumes from its last checkpoint"
         ) from exc
 
 

@@ -156,7 +156,7 @@ class Evaluation:
         return self.task.args.eval_bleu_lines or 2**31
 
     def state(self) -> dict[str, Any]:
-        """Returns what a run that goes on needs to translate the same lines."""
+        """Returns what a resumed run needs to translate the same lines."""
         return {"wanted": self.wanted, "lines": self.lines, "longest": self.clock.longest}
 
     def restore(self, kept: dict[str, Any]) -> None:

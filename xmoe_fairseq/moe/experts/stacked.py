@@ -87,7 +87,7 @@ class Stack(NamedTuple):
 
 
 class StackedExperts(ExpertSet):
-    """E networks of one kind and size, whose tensors are stacked, each drawn anew: no two start equal.
+    """E networks of one kind and size, whose tensors are stacked, each drawn separately: no two start equal.
 
     A kind declares the tensors of an expert in `tensors` and their use in `network`. The rest follows: initial values,
     kernels, autocast, expert parallelism, checkpoints in shards, parameters and FLOPs. A kind with options declares
