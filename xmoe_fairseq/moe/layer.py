@@ -15,6 +15,17 @@ from .routing.plan import RoutingPlan, real_tokens
 class MoELayer(nn.Module):
     """Replaces a feed-forward network; its work is proportional to the chosen (token, expert) assignments.
 
+    The way of T rows, and the file of each step:
+
+    1. scores ``W x`` in float32, (T, E): `LinearRouter.logits` in ``routing/base.py``;
+    2. choice: experts in the order of their probabilities, as far as the router's `Selection` says: ``routing/topk.py``;
+    3. plan: R assignments sorted by expert, without those above a capacity: ``routing/plan.py``. On a GPU steps 2 and 3
+       are Triton programs with the same plans: ``routing/triton_routing.py``;
+    4. with expert parallelism, rows travel to the ranks that hold their experts: ``expert_parallel/all_to_all.py``;
+    5. outputs: a kernel computes ``p_r FFN_e(x_t)`` of every assignment and adds them up by token: ``kernels/``, where
+       ``reference.py`` defines the result, and a CPU takes ``per_expert.py`` and a GPU ``triton_mm.py``;
+    6. the regularizer.
+
     In evaluation nothing is dropped and no noise is added, so a token's output depends on that token alone.
 
     Args:
