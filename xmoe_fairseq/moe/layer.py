@@ -18,7 +18,7 @@ class MoELayer(nn.Module):
     The way of T rows, and the file of each step:
 
     1. scores ``W x`` in float32, (T, E): `LinearRouter.logits` in ``routing/base.py``;
-    2. choice: experts in the order of their probabilities, as far as the router's `Selection` says: ``routing/topk.py``;
+    2. choice: experts in the order of their probabilities, up to the router's `Selection`: ``routing/topk.py``;
     3. plan: R assignments sorted by expert, without those above a capacity: ``routing/plan.py``. On a GPU steps 2 and 3
        are Triton programs with the same plans: ``routing/triton_routing.py``;
     4. with expert parallelism, rows travel to the ranks that hold their experts: ``expert_parallel/all_to_all.py``;
