@@ -12,7 +12,7 @@ from helpers import TINY_ARGS
 from torch import Tensor
 
 from xmoe_fairseq.moe import ROUTERS, Router
-from xmoe_fairseq.moe.routing.routers import LinearRouter
+from xmoe_fairseq.moe.routing.base import LinearRouter
 
 MODELS = {
     **{kind: (*TINY_ARGS, "--moe-router", kind) for kind in ROUTERS},

@@ -8,7 +8,7 @@ from helpers_launches import Launches, functions, launches
 from torch import Tensor
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions
-from xmoe_fairseq.moe.routing import fp32_logits, routers
+from xmoe_fairseq.moe.routing import base, fp32_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS = {
@@ -20,8 +20,8 @@ LAYERS = {
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the ways of bf16 on a GPU, in float32, which Triton's interpreter multiplies."""
-    monkeypatch.setattr(routers, "routes_on_device", lambda *_: True)
-    monkeypatch.setattr(routers, "has_fp32_product", lambda x, weight: True)
+    monkeypatch.setattr(base, "routes_on_device", lambda *_: True)
+    monkeypatch.setattr(base, "has_fp32_product", lambda x, weight: True)
     monkeypatch.setattr(fp32_logits, "product", torch.mm)
 
 

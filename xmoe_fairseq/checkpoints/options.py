@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import UserError
-from ..models.config import check_sizes
+from ..models.config_checks import check_sizes
 
 # Stock tasks that read text; the others read speech, with options that name programs to run.
 _STOCK_TASKS = frozenset(

@@ -12,7 +12,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
 from ..errors import UserError
-from ..models.config import MoETransformerConfig, check, resolve
+from ..models.config import MoETransformerConfig, resolve
+from ..models.config_checks import check
 
 
 def flat(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..evaluation.trained_model import TrainedModel
 from ..models.config import expert_class
 from ..moe import Router, StackedExperts, TopKRouter
 from ..moe.flops import ExpertSite, expert_sites
-from ..moe.routing.routers import LinearRouter, ProbabilityRouter
+from ..moe.routing.base import LinearRouter, ProbabilityRouter
 from . import cutting, importance, merging
 from .cutting import Site
 from .importance import Budget, Statistics, Tallies

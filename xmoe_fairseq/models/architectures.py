@@ -17,16 +17,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..moe.experts.options import show_sizes
-from .config import (
-    check_sizes,
-    expert_class,
-    expert_options,
-    expert_sizes,
-    hidden_size,
-    layer_experts,
-    router_class,
-    router_options,
-)
+from .config import expert_class, expert_options, expert_sizes, hidden_size, layer_experts, router_class, router_options
+from .config_checks import check_sizes
 from .presets import PRESETS
 
 # fairseq's own symbols (start, padding, end, unknown) and one piece.

@@ -9,9 +9,7 @@ command line, to YAML and to ``--model-overrides``.
 import dataclasses
 import re
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any, List, Optional  # noqa: UP035
 
@@ -23,7 +21,7 @@ from ..moe.expert_parallel.all_to_all import EXCHANGE_MODES, OLD_MODES
 from ..moe.experts.options import hidden_sizes
 from ..moe.options import declared
 
-_PREFIX = "moe_"
+PREFIX = "moe_"
 # A layer's name and the number of its experts.
 _LAYER_EXPERTS = re.compile(r"((?:encoder|decoder)\.[1-9]\d{0,3})=([1-9]\d{0,7})")
 _NESTED = ("encoder", "decoder", "quant_noise")
@@ -35,22 +33,6 @@ _FOLLOW_ENCODER = {
     "decoder_attention_heads": "encoder_attention_heads",
     "decoder_input_dim": "decoder_embed_dim",
     "decoder_output_dim": "decoder_embed_dim",
-}
-# What sizes may be. Above the bounds a model could not even be described: a loop or a table would take all memory.
-_SIZES = {
-    f"{stack}_{size}": bounds
-    for stack in ("encoder", "decoder")
-    for size, bounds in (
-        ("layers", (0, 1000)),
-        ("attention_heads", (1, 2**16)),
-        ("embed_dim", (1, 2**20)),
-        ("ffn_embed_dim", (1, 2**24)),
-    )
-} | {
-    "max_source_positions": (1, 2**31),
-    "max_target_positions": (1, 2**31),
-    "moe_num_experts": (1, 2**24),
-    "moe_stack": (1, 1000),
 }
 
 
@@ -102,7 +84,7 @@ def _declared_fields(options: Iterable[type], what: str) -> Iterator[tuple[str, 
         told = one.metadata
         kind = ChoiceEnum(told["choices"]) if told["choices"] else kind
         yield (
-            _PREFIX + name,
+            PREFIX + name,
             kind,
             _option(one.default, told["help"], low=told["low"], high=told["high"], alias=told["alias"]),
         )
@@ -199,7 +181,7 @@ def expert_options(cfg: Any) -> ExpertOptions:
 
 
 def _told(cfg: Any, kind: type) -> Any:
-    told = {name: getattr(cfg, _PREFIX + name) for name in declared([kind])}
+    told = {name: getattr(cfg, PREFIX + name) for name in declared([kind])}
     values: dict[str, Any] = {name: str(value) if isinstance(value, Enum) else value for name, value in told.items()}
     return kind(**values)
 
@@ -304,142 +286,6 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def check_sizes(options: Mapping[Any, Any]) -> None:
-    """Refuses sizes that no model has, before anything is made of that size.
-
-    Args:
-        options: of any model, by name; those that are no whole numbers are not looked at.
-
-    Raises:
-        ValueError: names the option, its value and the values that work.
-    """
-    for name, (low, high) in _SIZES.items():
-        value = options.get(name)
-        if isinstance(value, int) and not low <= value <= high:
-            raise ValueError(f"{_flag(name)} {value} is out of range: it must be in [{low}, {high}]")
-
-
-def check(cfg: Namespace) -> None:
-    """Refuses options out of range or in contradiction.
-
-    Args:
-        cfg: a resolved configuration.
-
-    Raises:
-        ValueError: names the option, its value and the values that work.
-    """
-    for field in dataclasses.fields(MoETransformerConfig):
-        low, high = field.metadata.get("low"), field.metadata.get("high")
-        value = getattr(cfg, field.name)
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
-            allowed = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
-            raise ValueError(f"{_flag(field.name)} {value} is out of range: it must be {allowed}")
-    check_sizes(vars(cfg))
-    for stack in ("encoder", "decoder"):
-        dim, heads = getattr(cfg, f"{stack}_embed_dim"), getattr(cfg, f"{stack}_attention_heads")
-        if dim % heads:
-            raise ValueError(f"--{stack}-attention-heads {heads} does not divide --{stack}-embed-dim {dim}")
-        kept_layers(getattr(cfg, f"{stack}_layers_to_keep"), getattr(cfg, f"{stack}_layers"))
-    for stack in placed(cfg):
-        layers, size = getattr(cfg, f"{stack}_layers"), getattr(cfg, f"{stack}_ffn_embed_dim")
-        if cfg.moe_interval > layers:
-            raise ValueError(
-                f"--moe-interval {cfg.moe_interval} is beyond the {layers} layers of the {stack}, which would have no "
-                f"MoE layer: use at most {layers}, or --moe-placement for the other stack only"
-            )
-        if size % cfg.moe_split_ratio:
-            raise ValueError(
-                f"--moe-split-ratio {cfg.moe_split_ratio} does not divide --{stack}-ffn-embed-dim {size}: "
-                f"experts of {size / cfg.moe_split_ratio:.1f} hidden units cannot be built"
-            )
-    _check_router(cfg, cfg.moe_num_experts, f"--moe-num-experts {cfg.moe_num_experts}")
-    _check_layer_experts(cfg)
-    _check_experts(cfg)
-    _check_strata(cfg)
-    if cfg.moe_regularizer == "cmr" and (cfg.encoder_layerdrop or cfg.decoder_layerdrop):
-        raise ValueError("--moe-regularizer cmr does not work with LayerDrop: its budget counts all layers' gates")
-    for name in ("quant_noise_pq", "quant_noise_scalar", "base_layers"):
-        if getattr(cfg, name):
-            raise ValueError(f"{_flag(name)} {getattr(cfg, name)} does not work with MoE layers: leave it out")
-
-
-def _check_router(cfg: Namespace, num_experts: int, where: str) -> None:
-    router = router_class(cfg)
-    with _named_as_flags(router.Options, where):
-        router.check(router_options(cfg), num_experts)
-
-
-@contextmanager
-def _named_as_flags(options: type, where: str) -> Iterator[None]:
-    """Names options in an error as the command line does.
-
-    Raises:
-        ValueError: as it was raised, with the place added.
-    """
-    try:
-        yield
-    except ValueError as error:
-        names = re.compile(rf"\b({'|'.join(declared([options]))})\b")
-        reason = names.sub(lambda name: _flag(_PREFIX + name[0]), str(error))
-        raise ValueError(f"{reason} ({where})") from error
-
-
-def _check_layer_experts(cfg: Namespace) -> None:
-    numbers, known = layer_experts(cfg), moe_layer_names(cfg)
-    for name, number in numbers.items():
-        if name not in known:
-            raise ValueError(
-                f"--moe-layer-experts: {name} is no MoE layer of the model: choose from {', '.join(known) or 'none'}"
-            )
-        _check_router(cfg, number, f"--moe-layer-experts {name}={number}")
-    for option in ("moe_strata", "moe_expert_sizes"):
-        if numbers and getattr(cfg, option):
-            raise ValueError(f"--moe-layer-experts does not work with {_flag(option)} {getattr(cfg, option)}")
-
-
-def _check_experts(cfg: Namespace) -> None:
-    kind, options = expert_class(cfg), expert_options(cfg)
-    kernels.check(str(cfg.moe_kernel), kind.network)
-    for stack in placed(cfg):
-        size = f"{stack}_ffn_embed_dim"
-        with _named_as_flags(kind.Options, f"{_flag(size)} {getattr(cfg, size)}"):
-            kind.check_options(options)
-            sizes = expert_sizes(cfg, stack)
-        if sizes is not None:
-            _check_sizes_of_experts(cfg, sizes)
-
-
-def _check_sizes_of_experts(cfg: Namespace, sizes: tuple[int, ...]) -> None:
-    given = f"--moe-expert-sizes {cfg.moe_expert_sizes}"
-    if cfg.moe_strata:
-        raise ValueError(f"{given} does not work with --moe-strata {cfg.moe_strata}: leave one of them out")
-    size, number = min(Counter(sizes).items(), key=lambda one: one[1])
-    if number < cfg.moe_expert_parallel:
-        raise ValueError(
-            f"--moe-expert-parallel {cfg.moe_expert_parallel} does not work with {given}: each process must hold an "
-            f"expert of every size, and there are {number} of {size} hidden units"
-        )
-
-
-def _check_strata(cfg: Namespace) -> None:
-    sizes = strata(cfg)
-    if not sizes:
-        return
-    if sum(sizes) != cfg.moe_num_experts:
-        raise ValueError(
-            f"--moe-strata {cfg.moe_strata} has {sum(sizes)} experts, but --moe-num-experts is {cfg.moe_num_experts}: "
-            "the two must be equal"
-        )
-    if expert_class(cfg) is EXPERTS["part"]:
-        raise ValueError(f"--moe-strata {cfg.moe_strata} does not work with --moe-expert part: leave one of them out")
-    if cfg.moe_stack > 1:
-        raise ValueError(f"--moe-stack {cfg.moe_stack} does not work with --moe-strata: strata are stacked already")
-    _check_router(cfg, sizes[-1], f"the last stratum of --moe-strata {cfg.moe_strata}")
-    for stack in placed(cfg):
-        if not getattr(cfg, f"{stack}_normalize_before"):
-            raise ValueError(f"--moe-strata needs --{stack}-normalize-before: strata normalise their own input")
-
-
 def placed(cfg: Namespace) -> tuple[str, ...]:
     """Names the stacks that have MoE layers."""
     stacks = {"both": ("encoder", "decoder"), "none": ()}
@@ -468,5 +314,6 @@ def transformer_config(cfg: Namespace) -> TransformerConfig:
     return TransformerConfig.from_namespace(cfg)
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Returns the command-line option of a field."""
     return "--" + name.replace("_", "-")

@@ -16,7 +16,8 @@ from ..distributed.gradients import is_expert
 from ..distributed.groups import parallel_groups
 from ..errors import UserError
 from ..moe import ExpertGroup
-from .config import check, kept_layers, placed, resolve, transformer_config
+from .config import kept_layers, placed, resolve, transformer_config
+from .config_checks import check
 from .encoder_decoder import MoETransformerDecoder, MoETransformerEncoder
 from .size import check_memory
 

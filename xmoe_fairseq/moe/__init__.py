@@ -28,9 +28,10 @@ from .experts.sized import SizedExperts
 from .experts.stacked import Experts, ExpertSet, StackedExperts
 from .layer import MoELayer, SharedBias
 from .regularizers import ConditionalMoE, ExpertOutputMasking, StackedMoE
+from .routing.base import Router
 from .routing.kinds import ROUTERS
 from .routing.plan import RoutingPlan
-from .routing.routers import Router, RouterOptions, ThresholdRouter, TopKRouter
+from .routing.routers import RouterOptions, ThresholdRouter, TopKRouter
 from .routing.statistics import RoutingStats, TokenRouting
 from .stratified import StratifiedMoE, StratifiedPlan
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .experts.stacked import ExpertSet
 from .layer import MoELayer
-from .routing.routers import Router
+from .routing.base import Router
 from .stratified import StratifiedMoE
 
 # Experts per token on average: their number, if all experts are taken equally often or cost the same; else (E,), the

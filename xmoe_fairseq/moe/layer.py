@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .experts.stacked import ExpertSet
+from .routing.base import Router
 from .routing.plan import RoutingPlan, real_tokens
-from .routing.routers import Router
 
 
 class MoELayer(nn.Module):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from .experts.stacked import ExpertSet
 from .layer import flat
 from .routing.assignments import Assignments
+from .routing.base import Router
 from .routing.plan import RoutingPlan, real_tokens
-from .routing.routers import Router
 from .routing.statistics import RoutingStats, TokenRouting, add_up, merge
 
 

@@ -16,8 +16,8 @@ from ..checkpoints import reading
 from ..common.directions import read_file
 from ..errors import UserError
 from ..mt_benchmarks import BY_TASK
-from ..required import MISSING, check_given
 from .numbers import check_numbers
+from .required import MISSING, check_given
 
 _CHOICE = re.compile(r"argument (?P<option>[^:]+): invalid choice: '?(?P<value>.*?)'? \(choose from (?P<choices>.*)\)")
 # Values of --post-process that leave no space between pieces.

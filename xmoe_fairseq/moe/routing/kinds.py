@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .base import Router
 from .parts import PartsRouter
-from .routers import BalancedRouter, GShardRouter, HashRouter, Router, SwitchRouter, ThresholdRouter, TopKRouter
+from .routers import BalancedRouter, GShardRouter, HashRouter, SwitchRouter, ThresholdRouter, TopKRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "threshold": ThresholdRouter,

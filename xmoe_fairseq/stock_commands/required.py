@@ -7,7 +7,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 # What fairseq gives an option of text that was not given and has no default.
 MISSING = "???"
