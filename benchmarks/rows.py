@@ -35,7 +35,7 @@ class Row:
 
     @property
     def met(self) -> str:
-        """Says whether the ratio reaches the goal."""
+        """Returns whether the ratio reaches the goal."""
         if not self.goal:
             return ""
         sign, value = self.goal.split()

@@ -12,7 +12,7 @@ from .errors import UserError
 
 # By command: the module under this package, imported when the command runs, and a line for the help.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "info": ("commands.info", "Parameters and FLOPs a token of an architecture."),
+    "info": ("commands.info", "Parameters and FLOPs per token of an architecture."),
     "checkpoint": (
         "commands.checkpoint",
         "Says what a checkpoint holds; splits, joins, averages checkpoints; adds languages.",

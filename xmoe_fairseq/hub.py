@@ -141,7 +141,7 @@ class Translator(hub_utils.GeneratorHubInterface):
         return [found[number] for number in range(len(sentences))]
 
     def experts(self, sentences: Any, translations: Any = None, **kwargs: Any) -> Any:
-        """Says how many experts each token takes.
+        """Returns how many experts each token takes.
 
         Args:
             sentences: plain text, one string or a list.
@@ -241,7 +241,7 @@ class Translator(hub_utils.GeneratorHubInterface):
         max_tokens: int | None = None,
         batch_size: int | None = None,
     ) -> Iterator[Iterator[Any]]:
-        """Gives batches of sentences with their translations, on the models' device.
+        """Yields batches of sentences with their translations, on the models' device.
 
         Raises:
             UserError: there are not as many translations as sentences.

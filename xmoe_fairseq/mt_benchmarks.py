@@ -41,7 +41,7 @@ class Benchmark:
             empty where the data folder decides.
         vocab_size: SentencePiece pieces, the 256 byte pieces included.
         sampling_temperature: a pair with n of N training lines is drawn with a weight of (n / N) ** (1 / T).
-        sizes: lines a pair in train, valid and test, where the project generates the text.
+        sizes: lines per pair in train, valid and test, where the project generates the text.
         english: the code of English.
         groups: languages by the amount of their training text; empty where groups.tsv of the data decides.
         valid_lines: lines of each development set that validation reads; 0 for all.

@@ -149,7 +149,8 @@ def vocabulary_files(folder: Path) -> tuple[str, ...]:
 
 
 def records_bytes(model: Path) -> bool:
-    """Says whether a SentencePiece model must have byte pieces: unless the record of an import says that it has none.
+    """Returns whether a SentencePiece model must have byte pieces: unless the record of an import says that it has
+    none.
 
     Raises:
         UserError: the record is damaged.

@@ -74,4 +74,4 @@ def test_memory_of_counts_and_draws_is_that_of_the_counts(name: str) -> None:
     draw_scores(metric, counted, 300, 1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * 2**10 * count  # sacreBLEU: 48 KiB a line for n-grams; 4 bytes a line, draw and statistic
+    assert peak < 2 * 2**10 * count  # sacreBLEU: 48 KiB a line for n-grams; 4 bytes per line, draw and statistic

@@ -27,7 +27,7 @@ LANGUAGES = ("ca", "sw", *(f"x{first}{second}" for first in "abcdefghij" for sec
 
 
 def lines(count: int, seed: int) -> list[str]:
-    """Gives lines of 10 to 30 words."""
+    """Returns lines of 10 to 30 words."""
     chosen = random.Random(seed)
     return [" ".join(chosen.choices(WORDS, k=chosen.randint(10, 30))) + "." for _ in range(count)]
 

@@ -124,7 +124,7 @@ def test_heat_maps_are_drawn(threshold: Case) -> None:
 
 
 def many_languages(count: int = 94) -> Analysis:
-    """An analysis of random numbers: all languages of a large benchmark, three layers a stack."""
+    """An analysis of random numbers: all languages of a large benchmark, three layers per stack."""
     rng = np.random.default_rng(0)
     names = [f"l{number:02d}" for number in range(count)]
     directions = [pair for name in names for pair in (("en", name), (name, "en"))]

@@ -14,6 +14,7 @@ from helpers import ROOT
 ORDERS = {
     "light parts load no fairseq and patch nothing": """
         import xmoe_fairseq.errors, xmoe_fairseq.cli, xmoe_fairseq.moe
+        import xmoe_fairseq.common.schema, xmoe_fairseq.data_prep.demo_corpus, xmoe_fairseq.metrics.corpus
         from xmoe_fairseq.moe import MoELayer
         assert not {"fairseq", "xmoe_fairseq.plugin"} & sys.modules.keys()
     """,

@@ -38,7 +38,7 @@ PUBLISHED_PARAMETERS = {
     "moe_transformer_m15_e32": (1770, 1770.5),
     "smoe_transformer_m15_4_4_4_4": (963, 964.7),
 }
-# The same tables: FLOPs a token in millions; for SMoE, those and the experts a token that they mean.
+# The same tables: FLOPs per token in millions; for SMoE, those and the experts per token that they mean.
 M4_FLOPS = {"_dense": 167, "": 192, "_switch": 167, "_eom": 192, "_cmr": 217, "_stack_2x4": 242}
 M15_FLOPS = {"_dense": 506, "": 606, "_switch": 506, "_eom": 606, "_cmr": 707, "_e32": 606}
 PUBLISHED_FLOPS = {f"moe_transformer_m4{row}": flops for row, flops in M4_FLOPS.items()} | {
@@ -170,7 +170,7 @@ def test_flops_are_those_that_pytorch_counts(words: tuple[str, ...], toy_data: P
     taken = model_costs.measured(model, usage)
     flops = count_flops(model, taken, model.decoder.output_projection, widths, length)
     # fairseq multiplies what the causal mask hides as well: twice the attention term.
-    # A whole number, in floating-point steps: experts a token are a fraction.
+    # A whole number, in floating-point steps: experts per token are a fraction.
     expected = round(sentences * length * (flops.total + flops.attention))
     # A token that skips strata skips their routers, whose products are all counted.
     strata = [module for module in model.modules() if isinstance(module, StratifiedMoE)]
@@ -208,7 +208,8 @@ def test_rows_of_a_table_differ_by_whole_experts(
         assert ours[row] - ours["_dense"] == pytest.approx(published[row] - published["_dense"], abs=1.1)
 
 
-# --- experts a token -------------------------------------------------------------------------------------------------
+# --- experts per token
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

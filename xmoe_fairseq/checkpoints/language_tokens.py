@@ -74,7 +74,7 @@ def warn_of_others(state: Mapping[str, Any], path: str, task: argparse.Namespace
 
 
 def _trained(path: str) -> Mapping[str, Any]:
-    """Gives the options of a checkpoint's task; none where fairseq will refuse the file."""
+    """Returns the options of a checkpoint's task; none where fairseq will refuse the file."""
     try:
         return _of_task(reading.peek(path))
     except UserError:
@@ -87,7 +87,7 @@ def _of_task(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _given(parser: argparse.ArgumentParser, parsed: argparse.Namespace, words: Sequence[str] | None) -> dict[str, Any]:
-    """Gives the options that are among the words, as `fairseq.options` finds them for fairseq-validate."""
+    """Returns the options that are among the words, as `fairseq.options` finds them for fairseq-validate."""
     without_defaults = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=[parser])
     without_defaults.set_defaults(**dict.fromkeys(vars(parsed)))
     known, _ = without_defaults.parse_known_args(words)

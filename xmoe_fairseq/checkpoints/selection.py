@@ -112,7 +112,7 @@ def restore(cfg: Any, extra_state: Any) -> None:
 
 
 def _early_stop() -> Any:
-    """Gives the function on which fairseq keeps what ``--patience`` counts."""
+    """Returns the function on which fairseq keeps what ``--patience`` counts."""
     from fairseq_cli import train
 
     return train.should_stop_early

@@ -39,7 +39,7 @@ class Summary:
     files: dict[str, int]
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values."""
+        """Returns plain values."""
         return {**asdict(self), "shards": len(self.files) - 1, "bytes": sum(self.files.values())}
 
     def lines(self) -> Iterator[str]:

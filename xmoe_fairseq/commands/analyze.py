@@ -44,7 +44,7 @@ MOST_TOKENS = 1000
 
 
 def main(argv: Sequence[str]) -> None:
-    """Where the capacity goes: experts a token by language, layer, token and position.
+    """Where the capacity goes: experts per token by language, layer, token and position.
 
     Args:
         argv: the words after ``xmoe analyze``.
@@ -154,7 +154,7 @@ def _lines(found: Analysis) -> list[str]:
     for stack, row in found.summary().items():
         passes = f", {row['passes']:.2f} strata (RC)" if found.capacity == "passes" else ""
         lines.append(
-            f"{stack}: {row['experts']:.2f} experts a token{passes}; {row['saved_against_all']:.0%} of all experts' "
+            f"{stack}: {row['experts']:.2f} experts per token{passes}; {row['saved_against_all']:.0%} of all experts' "
             f"FLOPs saved, {1 - row['saved_against_dense']:.2f} times a dense network's ({row['tokens']:,} tokens)"
         )
     return [*lines, *found.notes]

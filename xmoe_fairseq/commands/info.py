@@ -1,4 +1,4 @@
-"""``xmoe info``: parameters and FLOPs a token of an architecture, from the model that fairseq would build."""
+"""``xmoe info``: parameters and FLOPs per token of an architecture, from the model that fairseq would build."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ examples:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parameters and FLOPs a token of an architecture.
+    """Parameters and FLOPs per token of an architecture.
 
     Args:
         argv: the words after ``xmoe info``.
@@ -62,7 +62,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="xmoe info",
         usage="xmoe info --arch NAME --vocab ENTRIES [options] [model options]\n       xmoe info --list [--json]",
-        description="Parameters and FLOPs a token of an architecture, from the model that fairseq would build.",
+        description="Parameters and FLOPs per token of an architecture, from the model that fairseq would build.",
         epilog=_EPILOG,
     )
     parser.add_argument("--list", action="store_true", help="name all architectures, with a line on each, and stop")
@@ -92,7 +92,7 @@ def _parser() -> CommandParser:
         metavar="X",
         help="experts that a token takes in an MoE layer on average, where its router decides (default: the most)",
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="measure the experts a token of this model")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="measure the experts per token of this model")
     parser.add_argument("--data", type=Path, metavar="BIN", help="binarised data, on whose test set to measure")
     return parser
 
@@ -109,7 +109,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _experts_taken(model: nn.Module, args: argparse.Namespace) -> tuple[dict[str, Taken], str]:
-    """Gives by site the experts that a token takes on average, and where that is from."""
+    """Returns by site the experts that a token takes on average, and where that is from."""
     sites = expert_sites(model)
     if args.checkpoint is not None:
         return measured(model, measure(args.checkpoint, args.data)), f"measured on the test set of {args.data}"

@@ -125,7 +125,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _job(args: argparse.Namespace) -> tuple[ScoreJob, Path]:
-    """Gives the job and where its results go unless told otherwise."""
+    """Returns the job and where its results go unless told otherwise."""
     unknown = [name for name in args.metrics if name not in METRICS]
     if unknown or not args.metrics:
         raise UserError(f"--metrics {','.join(args.metrics)} is refused: choose from {','.join(METRICS)}")

@@ -80,7 +80,7 @@ class Translation:
     overwrite: bool = False
 
     def words(self, pair: Direction, results: Path) -> list[str]:
-        """Gives the command for one direction."""
+        """Returns the command for one direction."""
         source, target = pair.split("-")
         return [
             *(sys.executable, "-m", "fairseq_cli.generate", str(self.data / "bin"), "--gen-subset", self.subset),
@@ -111,7 +111,7 @@ def translate(translation: Translation, directions: Chosen) -> None:
 
 
 def _finished(translation: Translation, pair: Direction) -> bool:
-    """Tells whether a direction is translated, by the same checkpoint with the same options."""
+    """Returns whether a direction is translated, by the same checkpoint with the same options."""
     folder = translation.out / pair
     if not folder.exists():
         return False

@@ -40,7 +40,7 @@ class Direction(str):
         return self
 
     def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
-        """Gives what a copy is made of."""
+        """Returns what a copy is made of."""
         return self.source, self.target
 
     def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
@@ -76,7 +76,7 @@ class Directions:
 
 
 def readings(name: str) -> list[Direction]:
-    """Gives all ways to take a name such as ``en-pt-BR`` apart into two codes."""
+    """Returns all ways to take a name such as ``en-pt-BR`` apart into two codes."""
     places = [place.start() for place in re.finditer("-", name)]
     codes = [(name[:place], name[place + 1 :]) for place in places]
     return [Direction(*pair) for pair in codes if all(re.fullmatch(CODE, code) for code in pair)]
@@ -96,7 +96,7 @@ def read_direction(name: str, languages: Collection[str]) -> Direction | None:
 
 
 def read_file(value: str) -> str:
-    """Gives what an option stands for whose value may name a file: its lines, with commas between them.
+    """Returns what an option stands for whose value may name a file: its lines, with commas between them.
 
     Raises:
         UserError: the file cannot be read.
@@ -145,7 +145,7 @@ def find_pivot(pairs: Sequence[Collection[str]]) -> str | None:
 
 
 def is_english(code: str) -> bool:
-    """Says whether a code, such as ``en``, ``eng_Latn`` or ``en-GB``, is one of English."""
+    """Returns whether a code, such as ``en``, ``eng_Latn`` or ``en-GB``, is one of English."""
     return re.split("[-_]", code)[0].lower() in _ENGLISH
 
 
@@ -187,7 +187,7 @@ _PAIR = re.compile(r"\w[\w.@+]*(-\w[\w.@+]*)+")
 
 
 def split_pair(name: str, where: str) -> tuple[str, str]:
-    """Gives source and target of a direction, ``SRC-TGT``, whose name is also that of a folder.
+    """Returns source and target of a direction, ``SRC-TGT``, whose name is also that of a folder.
 
     Args:
         name: from a file or a folder.
@@ -203,5 +203,5 @@ def split_pair(name: str, where: str) -> tuple[str, str]:
 
 
 def is_pair(name: str) -> bool:
-    """Tells whether a name is that of a direction."""
+    """Returns whether a name is that of a direction."""
     return _PAIR.fullmatch(name) is not None

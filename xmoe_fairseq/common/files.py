@@ -27,7 +27,7 @@ def check_regular(path: str | Path) -> None:
 
 
 def is_there(path: str | Path) -> bool:
-    """Says whether a file that may be missing is there.
+    """Returns whether a file that may be missing is there.
 
     Raises:
         OSError: something else has its name: a folder, a named pipe, a symlink that leads nowhere.

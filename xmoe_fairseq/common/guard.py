@@ -56,7 +56,8 @@ def _check_written() -> None:
 
 @contextlib.contextmanager
 def told_to_torchrun() -> Iterator[None]:
-    """Gives torchrun the line of a process that ends: torchrun's last words are a table of failures, with this line."""
+    """Hands torchrun the last line of a process: torchrun ends with a table of failures, which shows this
+    line."""
     try:
         yield
     except UserError as end:
@@ -84,7 +85,7 @@ def install() -> None:
 
 
 def ending(error: BaseException) -> SystemExit:
-    """Gives what ends the program instead of an exception.
+    """Returns what ends the program instead of an exception.
 
     Args:
         error: any but ``SystemExit``.
@@ -96,7 +97,7 @@ def ending(error: BaseException) -> SystemExit:
 
 
 def output_ending(error: OSError) -> SystemExit | None:
-    """Gives what ends the program if standard output could not be written; None for an error of something else."""
+    """Returns what ends the program if standard output could not be written; None for an error of something else."""
     if isinstance(error, BrokenPipeError) and _has_no_reader():
         _flush()
         return SystemExit(BROKEN_PIPE)
@@ -129,7 +130,7 @@ def _log_not_written(handler: logging.Handler, record: logging.LogRecord) -> Non
 
 
 def is_command() -> bool:
-    """Says whether this program is a command of fairseq or of this package, rather than, say, a notebook."""
+    """Returns whether this program is a command of fairseq or of this package, rather than, say, a notebook."""
     program = Path(sys.argv[0] if sys.argv else "")
     return (
         program.name.startswith(("fairseq-", "xmoe"))
@@ -172,7 +173,7 @@ def _not_written(error: OSError) -> SystemExit:
 
 
 def _has_no_reader() -> bool:
-    """Says whether standard output is a pipe that nobody reads any more."""
+    """Returns whether standard output is a pipe that nobody reads any more."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -209,7 +210,7 @@ def _line(error: BaseException) -> str:
 
 
 def is_no_memory(error: BaseException) -> bool:
-    """Says whether there was no memory, of the machine or a GPU."""
+    """Returns whether there was no memory, of the machine or a GPU."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
@@ -240,7 +241,7 @@ def _module(frame: FrameType) -> str:
 
 
 def _statement(error: BaseException) -> str:
-    """Gives the line of code that failed, for an error without words such as that of ``assert x > 0``."""
+    """Returns the line of code that failed, for an error without words such as that of ``assert x > 0``."""
     trace = traceback.extract_tb(error.__traceback__)
     return (trace[-1].line or "").strip()[:_SHOWN] if trace else ""
 

@@ -109,7 +109,7 @@ def check_replaced(member: Path, command: str) -> None:
 
 
 def _places(member: Path) -> tuple[Path, Path]:
-    """Gives the folders of a set while it is made and when it is whole."""
+    """Returns the folders of a set while it is made and when it is whole."""
     return member.with_name(f".{member.stem}.new"), member.with_name(f".{member.stem}.ready")
 
 

@@ -64,7 +64,7 @@ def prepare(given: argparse.Namespace) -> None:
 
 
 def arrange(given: argparse.Namespace, benchmark: Benchmark) -> tuple[Layout, Corpus]:
-    """Gives what is prepared, and the user's files.
+    """Returns what is prepared, and the user's files.
 
     Raises:
         UserError: where the input is not as it must be.

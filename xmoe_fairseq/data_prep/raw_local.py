@@ -63,7 +63,7 @@ class LocalText:
 
 
 def expected(english: str = "en", splits: Sequence[str] = SPLITS) -> str:
-    """Says how the files are named."""
+    """Returns how the files are named."""
     names = f"{{{','.join(splits)}}}" if len(splits) > 1 else splits[0]
     return f"{names}.xx-{english}.{{xx,{english}}}, with or without .gz"
 

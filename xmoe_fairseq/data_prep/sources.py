@@ -44,7 +44,7 @@ class Store:
     record: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def get(self, source: Source, **places: str) -> Path:
-        """Gives one file of a source.
+        """Returns one file of a source.
 
         Args:
             source: one of the benchmark's.

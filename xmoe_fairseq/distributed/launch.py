@@ -169,7 +169,7 @@ def check_files(cfg: Any) -> None:
 
 
 def _is_unread(path: str) -> bool:
-    """Says whether a path is a named pipe that nobody reads: who opens it waits without an end."""
+    """Returns whether a path is a named pipe that nobody reads: who opens it waits without an end."""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
     except OSError as error:

@@ -53,7 +53,7 @@ class Model:
         return read_settings(self.checkpoint)
 
     def trained(self, translated: Sequence[Direction]) -> list[Direction]:
-        """Gives the directions that it was trained on, among them those of ``translated`` if it does not say."""
+        """Returns the directions that it was trained on, among them those of ``translated`` if it does not say."""
         named = is_there(self.data / "bin" / "lang_pairs.txt")
         return trained_pairs(self.checkpoint, self.data, known_pairs(self.data) if named else translated)
 
@@ -243,7 +243,7 @@ def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path]
 
 
 def _scored(run: Path, task: str | None, model: Model) -> tuple[SystemScores | None, list[ScoredSet]]:
-    """Gives what ``xmoe score`` found, or else the scores of what ``fairseq-generate`` wrote, or else nothing."""
+    """Returns what ``xmoe score`` found, or else the scores of what ``fairseq-generate`` wrote, or else nothing."""
     folder = find_scores(run, model.checkpoint)
     if folder is not None:
         return read_scored(folder, model.data)

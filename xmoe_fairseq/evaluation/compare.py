@@ -86,7 +86,7 @@ class Comparison:
     samples: int
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values."""
+        """Returns plain values."""
         return {
             "systems": [_costs(system) for system in self.systems],
             "samples": self.samples,
@@ -199,7 +199,7 @@ def _compare(systems: Sequence[System], name: str, samples: int, seed: int, bar:
 
 
 def untrained(systems: Sequence[System]) -> list[Direction]:
-    """Gives the directions that are compared though one of the systems was not trained on them."""
+    """Returns the directions that are compared though one of the systems was not trained on them."""
     found = {row.name for system in systems for row in system.scores.rows if row.zero_shot}
     return [pair for pair in systems[0].pairs if pair in found]
 

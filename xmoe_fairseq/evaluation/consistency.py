@@ -64,7 +64,7 @@ def check_scored(folder: Path, directions: Sequence[ScoredSet], data: Path) -> N
 
 
 def belongs(folder: Path, checkpoint: Path, data: Path) -> bool:
-    """Tells whether the figures of ``xmoe analyze`` or ``xmoe sweep`` are of a checkpoint and data; warns if not.
+    """Returns whether the figures of ``xmoe analyze`` or ``xmoe sweep`` are of a checkpoint and data; warns if not.
 
     Args:
         folder: of the figures.

@@ -88,7 +88,7 @@ class Translator:
         return self._usage(self._load(source, target))
 
     def _load(self, source: str, target: str) -> Any:
-        """Gives the task of one direction with its data."""
+        """Returns the task of one direction with its data."""
         cfg = copy.deepcopy(self.cfg.task)
         with open_dict(cfg):
             cfg.source_lang, cfg.target_lang = source, target

@@ -44,7 +44,7 @@ class DirectionDataset:
         return sum(map(len, self.batches))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Gives fairseq's batches, whose ``net_input`` is what the model takes."""
+        """Yields fairseq's batches, whose ``net_input`` is what the model takes."""
         for batch in self.batches:
             yield self.dataset.collater([self.dataset[index] for index in batch])
 

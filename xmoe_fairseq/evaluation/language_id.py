@@ -36,7 +36,7 @@ class LanguageDetector:
         self._identifier.set_languages(sorted(set(self._labels.values())))
 
     def wrong_share(self, sentences: Sequence[str], language: str) -> float | None:
-        """Gives the share of the sentences in another language, of those that are not empty.
+        """Returns the share of the sentences in another language, of those that are not empty.
 
         None where the detector does not know the language, or all are empty.
         """

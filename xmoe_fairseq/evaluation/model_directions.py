@@ -96,7 +96,7 @@ def known_direction(name: str, data: Path, known: Sequence[Direction] = ()) -> D
 
 
 def trained_pairs(checkpoint: Path | None, data: Path, known: Sequence[Direction]) -> list[Direction]:
-    """Gives the directions that a model was trained on, in the order of the data.
+    """Returns the directions that a model was trained on, in the order of the data.
 
     Args:
         checkpoint: of the model; where it does not say (None, or a file that fairseq will refuse), they are all.
@@ -118,7 +118,7 @@ def trained_pairs(checkpoint: Path | None, data: Path, known: Sequence[Direction
 
 
 def has_set(data: Path, subset: str, pair: Direction) -> bool:
-    """Tells whether a data folder has sources of a direction in a set; references may be missing."""
+    """Returns whether a data folder has sources of a direction in a set; references may be missing."""
     stems = [f"{subset}.{one}.{pair.source}" for one in (pair, pair.reverse)]
     return any(is_there(data / "raw" / stem) or is_there(data / "bin" / f"{stem}.idx") for stem in stems)
 

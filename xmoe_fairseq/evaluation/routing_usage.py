@@ -26,7 +26,7 @@ def accumulate(batches: Iterable[Routing]) -> list[LayerUsage]:
     The sums are float64 on the CPU: exact for counts below 2**53, where float32 stops counting at 2**24.
 
     Args:
-        batches: one mapping a forward pass, from ``encoder`` and ``decoder`` to one ``RoutingStats`` an MoE layer;
+        batches: one mapping per forward pass, from ``encoder`` and ``decoder`` to one ``RoutingStats`` an MoE layer;
             empty for a dense model.
 
     Returns:
@@ -119,7 +119,7 @@ def enough_tokens(max_tokens: int) -> Iterator[None]:
 
 
 def routings(model: torch.nn.Module, batches: Iterable[dict]) -> Iterator[Routing]:
-    """Gives what the routers of a model did with each batch, references as decoder inputs."""
+    """Yields what the routers of a model did with each batch, references as decoder inputs."""
     device = next(model.parameters()).device
     for sample in batches:
         net_input = utils.apply_to_sample(lambda tensor: tensor.to(device), sample["net_input"])

@@ -268,7 +268,7 @@ def read_benchmark(data: Path) -> Benchmark:
 
 
 def _generated_pairs(data: Path, generated: Path, subset: str, wanted: Sequence[str]) -> list[str]:
-    """Gives the directions that were translated, those of the data first, or the wanted ones of them."""
+    """Returns the directions that were translated, those of the data first, or the wanted ones of them."""
     known, file = known_pairs(data), generate_file(subset)
     names = sorted(path.parent.name for path in generated.glob(f"*/{file}"))
     there = [pair for name in names if (pair := known_direction(name, data, known)) is not None]
@@ -283,7 +283,7 @@ def _generated_pairs(data: Path, generated: Path, subset: str, wanted: Sequence[
 
 
 def read_groups_of(data: Path, benchmark: Benchmark) -> dict[str, str]:
-    """Gives the group of each language; none where the data names no groups."""
+    """Returns the group of each language; none where the data names no groups."""
     if not benchmark.groups and not is_there(data / "groups.tsv"):
         return {}
     groups = read_groups(str(data / "bin"), benchmark)

@@ -59,7 +59,7 @@ class Made:
 
 
 def texts_checksum(texts: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> str:
-    """Gives the checksum of a test set, from each direction's name, sources and references."""
+    """Returns the checksum of a test set, from each direction's name, sources and references."""
     sums = [(pair, *(checksum(map(str.encode, lines)) for lines in sides)) for pair, *sides in texts]
     return checksum(" ".join(one).encode() for one in sorted(sums))
 
@@ -143,7 +143,7 @@ def check_generated(output: Path, data: Path, sources: Sequence[str]) -> None:
 
 
 def _forms(subword: Subword, line: str) -> Iterator[str]:
-    """Gives a line, and what is left of it where the vocabulary, one from elsewhere, normalises what it encodes."""
+    """Yields a line, and what is left of it where the vocabulary, one from elsewhere, normalises what it encodes."""
     yield line
     yield subword.decode_pieces(subword.encode_pieces(line))
 

@@ -51,7 +51,7 @@ def trace(checkpoint: Path, data: Path, samples: Sequence[Sample]) -> list[Trace
 
 
 def _item(text: DirectionDataset, sample: Sample, subword: Subword, dictionary: Any) -> dict[str, Any]:
-    """Gives the test sentence with the translation in the place of the reference."""
+    """Returns the test sentence with the translation in the place of the reference."""
     item = text.dataset[sample.sentence]
     pieces = [dictionary.index(piece) for piece in subword.encode_pieces(sample.hypothesis)]
     # With --decoder-langtok the target starts with the language's token.

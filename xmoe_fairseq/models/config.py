@@ -305,7 +305,7 @@ def trained_number(cfg: TransformerConfig, stack: str, number: int) -> int:
 
 
 def has_experts(cfg: TransformerConfig, stack: str, number: int) -> bool:
-    """Says whether a layer of a stack is an MoE layer; the arguments are those of `trained_number`."""
+    """Returns whether a layer of a stack is an MoE layer; the arguments are those of `trained_number`."""
     return stack in placed(cfg) and trained_number(cfg, stack, number) % cfg.moe_interval == 0
 
 

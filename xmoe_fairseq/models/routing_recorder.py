@@ -34,7 +34,7 @@ class RoutingRecorder:
 
     @contextmanager
     def recording(self, tokens: Tensor, listen: bool = True) -> Iterator[list[RoutingStats]]:
-        """Gives the list that fills up, in the order in which layers run, until the block ends.
+        """Yields the list that fills up, in the order in which layers run, until the block ends.
 
         Args:
             tokens: (batch, length) ids of the tokens in the stack, for routers that go by them.

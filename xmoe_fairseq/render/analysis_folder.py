@@ -56,7 +56,7 @@ class Analysis:
         return any(layer.place.chooses for layer in self.counts.layers.values())
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Gives for each stack means over its layers and tokens, and shares of FLOPs saved."""
+        """Returns for each stack means over its layers and tokens, and shares of FLOPs saved."""
         found = {}
         for stack in self.counts.stacks:
             layers, flops = (self.tables[name].where(stack=stack) for name in ("layers", "flops"))
@@ -74,7 +74,7 @@ class Analysis:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Gives what ``analysis.json`` holds: plain values, and null where there is no number."""
+        """Returns what ``analysis.json`` holds: plain values, and null where there is no number."""
         sentences = zip(self.counts.directions, self.counts.sentences, strict=True)
         return {
             "capacity": self.capacity,

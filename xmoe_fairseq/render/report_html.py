@@ -117,7 +117,7 @@ def _choices(report: Report, stack: str) -> list[Choice]:
 
 
 def _shown(report: Report, choices: dict[str, list[Choice]]) -> Iterable[ShownSample]:
-    """Gives the samples that were traced; those without their tokens where none was."""
+    """Returns the samples that were traced; those without their tokens where none was."""
     if not report.traced:
         return [ShownSample(sample, [], []) for sample in report.samples()]
     return [

@@ -81,7 +81,7 @@ def _experts(report: Report) -> list[str]:
     ]  # fmt: skip
     rows.append(("**all**", "", "", "", f"**{report.computation_saved:.1%}**", "", ""))
     header = (
-        *("layer", "experts", "experts a token", "strata a token (RC)"),
+        *("layer", "experts", "experts per token", "strata per token (RC)"),
         *("computation saved", "first choice dropped", "busiest expert"),
     )
     return [

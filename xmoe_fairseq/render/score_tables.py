@@ -24,7 +24,7 @@ def render_markdown(scores: SystemScores) -> str:
 
 
 def render_tsv(scores: SystemScores) -> str:
-    """Writes a line a direction."""
+    """Writes a line per direction."""
     return tsv(*directions(scores, digits=4, short_names=False))
 
 
@@ -65,7 +65,7 @@ def directions(scores: SystemScores, digits: int = 2, short_names: bool = True) 
     if any(row.seconds for row in scores.rows):
         columns.append(("words/s", lambda row: number(row.source_words / row.seconds if row.seconds else None, 0)))
     if any(row.experts_per_token for row in scores.rows):
-        columns.append(("experts a token", lambda row: number(row.experts_per_token, digits)))
+        columns.append(("experts per token", lambda row: number(row.experts_per_token, digits)))
     if not any(row.zero_shot for row in scores.rows):
         del columns[2]
     if short_names and len({row.group for row in scores.rows}) == 1:
@@ -86,10 +86,10 @@ def _model(scores: SystemScores) -> list[str]:
     if scores.model is not None:
         size = scores.model
         facts.append(f"{short(size.parameters)} parameters, {short(size.active_parameters)} of them active for a token")
-        facts.append(f"{short(size.flops)} FLOPs a token, {short(size.moe_flops)} of them in experts")
+        facts.append(f"{short(size.flops)} FLOPs per token, {short(size.moe_flops)} of them in experts")
         if size.computation_saved is not None:
             facts.append(
-                f"{size.experts_per_token:.2f} experts a token in an MoE layer, {size.computation_saved:.0%} of the "
+                f"{size.experts_per_token:.2f} experts per token in an MoE layer, {size.computation_saved:.0%} of the "
                 "MoE computation saved (measured with the references as decoder inputs)"
             )
     if scores.words_per_second is not None:

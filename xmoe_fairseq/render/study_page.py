@@ -27,7 +27,7 @@ class StudyResults:
     speed: Mapping[str, Mapping[str, float]]
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values: ``rows`` and ``claims``."""
+        """Returns plain values: ``rows`` and ``claims``."""
         rows = [row.as_json() | {"speed": self.speed.get(row.row.name)} for row in self.rows]
         return {"rows": rows, "claims": [claim.as_json() for claim in self.claims]}
 

@@ -14,7 +14,7 @@ def render_markdown(sweep: Sweep) -> str:
     chosen, front = sweep.chosen, sweep.fronts()["moe_flops"]
     affordable = [point for point in sweep.points if point.moe_flops <= (sweep.max_moe_flops or math.inf)]
     best = max(affordable, key=lambda point: point.scores["bleu"])
-    limit = f" of at most {short(sweep.max_moe_flops)} MoE FLOPs a token" if sweep.max_moe_flops else ""
+    limit = f" of at most {short(sweep.max_moe_flops)} MoE FLOPs per token" if sweep.max_moe_flops else ""
     header, rows = _table(sweep)
     for row, point in zip(rows, sweep.points, strict=True):
         row.append("yes" if point.threshold in front else NONE)
@@ -26,7 +26,7 @@ def render_markdown(sweep: Sweep) -> str:
                 f"Threshold **{chosen.threshold:g}** is the least that loses no more than {sweep.lose:g} BLEU against "
                 f"the best{limit} ({best.scores['bleu']:.2f} at {best.threshold:g}): {chosen.scores['bleu']:.2f} BLEU "
                 f"with {chosen.computation_saved:.0%} of the MoE computation saved.",
-                f"Means of {sweep.directions} directions, {sweep.sentences:,} sentences; FLOPs a token with the "
+                f"Means of {sweep.directions} directions, {sweep.sentences:,} sentences; FLOPs per token with the "
                 f"experts that tokens took, references as decoder inputs; source words/s on {plain(sweep.device)}."
                 + _left_out(sweep),
                 "\n".join(
@@ -50,8 +50,8 @@ def render_tsv(sweep: Sweep) -> str:
 
 def _table(sweep: Sweep, exact: bool = False) -> tuple[list[str], list[list[str]]]:
     metrics = list(sweep.points[0].scores)
-    header = ["threshold", *(METRICS[name] for name in metrics), "experts a token", "MoE FLOPs saved"]
-    header += ["MoE FLOPs a token", "FLOPs a token", "words/s"]
+    header = ["threshold", *(METRICS[name] for name in metrics), "experts per token", "MoE FLOPs saved"]
+    header += ["MoE FLOPs per token", "FLOPs per token", "words/s"]
     rows = []
     for point in sweep.points:
         scores = [number(point.scores[name], 4 if exact else 2) for name in metrics]

@@ -39,7 +39,7 @@ def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def tsv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Writes a line of names and a line a row; absent cells are empty."""
+    """Writes a line of names and a line per row; absent cells are empty."""
     lines = [header, *([("" if cell == NONE else printable(cell)) for cell in row] for row in rows)]
     return "".join("\t".join(line) + "\n" for line in lines)
 

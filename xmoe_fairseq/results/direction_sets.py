@@ -22,7 +22,7 @@ def pivot_of(pairs: Sequence[Direction], english: str) -> str | None:
 
 
 def direction_sets(pairs: Sequence[Direction], untrained: Collection[str], english: str) -> dict[str, list[Direction]]:
-    """Gives the sets of directions that have a mean, by their names, the most important first.
+    """Returns the sets of directions that have a mean, by their names, the most important first.
 
     ``all`` are those that were trained, ``en-xx`` and ``xx-en`` those out of and into the pivot of these, if there is
     one, and ``zero-shot`` the others.

@@ -63,7 +63,7 @@ class ResultFolder:
             raise UserError(f"{path} is there already and holds no results: give another --out")
 
     def finished(self, name: str) -> bool:
-        """Tells whether a direction is finished: a folder under its name is complete."""
+        """Returns whether a direction is finished: a folder under its name is complete."""
         return (self.path / name).is_dir()
 
     def keep(self, name: str, sources: Sequence[str], references: Sequence[str], found: Translated) -> None:

@@ -121,7 +121,7 @@ class SystemScores:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values."""
+        """Returns plain values."""
         return asdict(self)
 
 
@@ -145,7 +145,7 @@ def _average(name: str, rows: Sequence[DirectionScore]) -> Average:
 
 
 def words_per_second(rows: Iterable[DirectionScore]) -> float | None:
-    """Gives source words by seconds of search over all directions; None where a direction's time is unknown."""
+    """Returns source words by seconds of search over all directions; None where a direction's time is unknown."""
     words, seconds = 0, 0.0
     for row in rows:
         if row.seconds is None:

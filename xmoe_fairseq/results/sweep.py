@@ -73,14 +73,14 @@ class Sweep:
         return found
 
     def fronts(self) -> dict[str, list[float]]:
-        """Gives the thresholds on the Pareto front of BLEU, by what is paid: FLOPs in experts, or time."""
+        """Returns the thresholds on the Pareto front of BLEU, by what is paid: FLOPs in experts, or time."""
         return {
             cost: [point.threshold for point in pareto(self.points, cost_of, lambda point: point.scores["bleu"])]
             for cost, cost_of in COSTS.items()
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values."""
+        """Returns plain values."""
         return asdict(self) | {"chosen": self.chosen.threshold, "pareto": self.fronts()}
 
 
@@ -108,7 +108,8 @@ def choose(points: Sequence[Point], lose: float, max_moe_flops: float | None = N
 
 
 def pareto(points: Sequence[Point], cost: Callable[[Point], float], quality: Callable[[Point], float]) -> list[Point]:
-    """Gives the points that no other one beats: none is as good and cheaper, or better and as cheap; by rising cost."""
+    """Returns the points that no other one beats: none is as good and cheaper, or better and as cheap; by rising
+    cost."""
     front: list[Point] = []
     for point in sorted(points, key=lambda point: (cost(point), -quality(point))):
         if not front or quality(point) > quality(front[-1]):

@@ -79,7 +79,7 @@ class Training:
         return max(max(points) for points in self.subsets.values())
 
     def as_json(self) -> dict[str, Any]:
-        """Gives the last figures of each subset, and where training was started again."""
+        """Returns the last figures of each subset, and where training was started again."""
         last = {
             name: {"update": (update := max(points)), **{key: _plain(one) for key, one in points[update].items()}}
             for name, points in self.subsets.items()
@@ -153,7 +153,7 @@ def _record(text: str) -> Record | None:
 
 
 def _in_bar(text: str) -> list[str]:
-    """Gives the figures of a progress bar, which follow the time in its last brackets; none where it was cut off."""
+    """Returns the figures of a progress bar, which follow the time in its last brackets; none where it was cut off."""
     inside = text[text.rfind("[") + 1 :]
     _, *parts = inside.removesuffix("]").split(", ")
     first = next((number for number, part in enumerate(parts) if _NAMED.match(part)), len(parts))

@@ -92,7 +92,7 @@ def _check_results_path(parsed: argparse.Namespace) -> None:
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Says what is wrong with a command line, with the name that was probably meant.
+    """Returns what is wrong with a command line, with the name that was probably meant.
 
     Raises:
         UserError: always.
@@ -197,7 +197,7 @@ def _check_known(place: str, values: Any, known: Collection[str]) -> None:
 
 
 def recipe_ending(error: BaseException, recipe: Path) -> UserError | None:
-    """Gives what ends ``fairseq-hydra-train`` where hydra refuses a recipe, before fairseq imports the plugin.
+    """Returns what ends ``fairseq-hydra-train`` where hydra refuses a recipe, before fairseq imports the plugin.
 
     Args:
         error: what hydra, or fairseq, raised.
@@ -228,7 +228,7 @@ def _short(error: BaseException) -> str:
 
 
 def yaml_line(error: Any) -> str:
-    """Says what is wrong with a name or a value in YAML: the option, the value, and what it may be."""
+    """Returns what is wrong with a name or a value in YAML: the option, the value, and what it may be."""
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
     text = str(error).split("\n")[0]

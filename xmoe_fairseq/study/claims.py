@@ -42,7 +42,7 @@ class Tested:
     verdict: str
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values; ``claim`` is the sentence, the rest of the claim beside it."""
+        """Returns plain values; ``claim`` is the sentence, the rest of the claim beside it."""
         return {**asdict(self.claim), **asdict(self), "claim": self.claim.claim}
 
 

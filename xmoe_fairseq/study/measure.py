@@ -65,7 +65,7 @@ def measure(run: Run) -> None:
 
 
 def plateau(points: Mapping[int, Values]) -> float:
-    """Gives the relative fall of the validation loss over the last fifth of the updates."""
+    """Returns the relative fall of the validation loss over the last fifth of the updates."""
     end = max(points)
     start = min(points, key=lambda update: abs(update - 0.8 * end))
     return 1 - points[end]["loss"] / points[start]["loss"]
@@ -117,7 +117,7 @@ def _system(run: Run, folder: str, decoding: Decoding) -> dict[str, Any]:
 
 
 def _stacks(usage: Sequence[LayerUsage]) -> dict[str, dict[str, float]]:
-    """Gives experts and strata per token of encoder and decoder; empty for a dense model."""
+    """Returns experts and strata per token of encoder and decoder; empty for a dense model."""
     stacks: dict[str, list[LayerUsage]] = {}
     for layer in usage:
         stacks.setdefault(layer.layer.split(".")[0], []).append(layer)
@@ -160,13 +160,13 @@ def _at(run: Run, threshold: float, **more: Any) -> Decoding:
 
 
 def _has_threshold(run: Run) -> bool:
-    """Tells whether a threshold decides the experts of a token."""
+    """Returns whether a threshold decides the experts of a token."""
     model: Any = build_on_meta(run.row.arch, _ANY_VOCABULARY, run.words)
     return str(model.cfg.moe_router) == "threshold" and bool(expert_sites(model))
 
 
 def _budget(run: Run, sweep: SweepPlan) -> float:
-    """Gives half of the FLOPs of all experts, or half of those of the row that is compared with, if that is less."""
+    """Returns half of the FLOPs of all experts, or half of those of the row that is compared with, if that is less."""
     study = run.study
     own = build_on_meta(run.row.arch, _ANY_VOCABULARY, run.words)
     other = study.plan.row(sweep.than)

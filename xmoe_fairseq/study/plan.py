@@ -93,7 +93,7 @@ class StudyPlan:
     sweep: SweepPlan | None = None
 
     def train_words(self, row: StudyRow, updates: int, more: str = "") -> list[str]:
-        """Gives a row's words of ``fairseq-train``, those of the row after the shared ones.
+        """Returns a row's words of ``fairseq-train``, those of the row after the shared ones.
 
         Args:
             row: of this plan.

@@ -106,7 +106,7 @@ class RowResults:
         return [result.seed for result in self.results]
 
     def spread(self, value: Callable[[RunResult], float | None]) -> Spread | None:
-        """Gives mean and standard deviation of a figure over the seeds; None where the row has no such figure."""
+        """Returns mean and standard deviation of a figure over the seeds; None where the row has no such figure."""
         values = [value(result) for result in self.results]
         known = [one for one in values if one is not None]
         if len(known) < len(values):
@@ -114,23 +114,23 @@ class RowResults:
         return {"mean": fmean(known), "sd": stdev(known) if len(known) > 1 else None}
 
     def score(self, metric: str, directions: str = "all") -> Spread | None:
-        """Gives a metric, the mean of all directions, or of ``en-xx`` or ``xx-en``."""
+        """Returns a metric, the mean of all directions, or of ``en-xx`` or ``xx-en``."""
         return self.spread(lambda result: result.trained.averages.get(directions, {}).get(metric))
 
     def cost(self, name: str) -> Spread | None:
-        """Gives a figure of `ModelSize`."""
+        """Returns a figure of `ModelSize`."""
         return self.spread(lambda result: getattr(result.trained.model, name))
 
     def experts(self, stack: str) -> Spread | None:
-        """Gives the experts per token that were measured in a stack; None without experts."""
+        """Returns the experts per token that were measured in a stack; None without experts."""
         return self.spread(lambda result: result.trained.stacks.get(stack, {}).get("experts"))
 
     def strata(self, stack: str) -> Spread | None:
-        """Gives the strata per token (requested capacity) in a stack; None without experts."""
+        """Returns the strata per token (requested capacity) in a stack; None without experts."""
         return self.spread(lambda result: result.trained.stacks.get(stack, {}).get("strata"))
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values; ``flops`` and ``moe_flops`` are of a token's forward pass."""
+        """Returns plain values; ``flops`` and ``moe_flops`` are of a token's forward pass."""
         return {
             "name": self.row.name,
             "why": self.row.why,

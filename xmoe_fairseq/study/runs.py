@@ -116,7 +116,7 @@ class Run:
         }
 
     def finished(self) -> bool:
-        """Tells whether the result is there.
+        """Returns whether the result is there.
 
         Raises:
             UserError: it is there, with other settings.
@@ -153,7 +153,7 @@ class Run:
         return {name: self.settings[name] for name in ("train", "updates", "data")}
 
     def steps(self) -> list[tuple[str, list[str]]]:
-        """Gives the commands of the run, each with its name; each goes on where it was stopped."""
+        """Returns the commands of the run, each with its name; each goes on where it was stopped."""
         return [("train", self._train()), ("measure", self._measure())]
 
     def _train(self) -> list[str]:
@@ -178,7 +178,7 @@ class Run:
         ]
 
     def progress(self) -> float:
-        """Gives the share of the updates that the log has seen."""
+        """Returns the share of the updates that the log has seen."""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - _TAIL))

@@ -85,7 +85,7 @@ class Route:
     received: Tensor
 
     def dispatch(self, x: Tensor) -> Tensor:
-        """Gives the rows received, (S', d), for the tokens of all processes, x: (T, d) here."""
+        """Returns the rows received, (S', d), for the tokens of all processes, x: (T, d) here."""
         return self._exchange(_some(x).index_select(0, self.token), *self.rows)
 
     def combine(self, y: Tensor, tokens: int) -> Tensor:
@@ -97,13 +97,14 @@ class Route:
         return total.index_add_(0, self.token, rows.to(wide))[:tokens].to(y.dtype)
 
     def dispatch_assignments(self, values: Tensor) -> Tensor:
-        """Gives the values of the assignments received, (U', n), for (R, n) here; those of unused assignments are 0."""
+        """Returns the values of the assignments received, (U', n), for (R, n) here; those of unused assignments are
+        0."""
         used = sum(self.assignments[0])
         sent = values.new_zeros(used + 1, values.shape[1]).index_copy_(0, self.slot, values)
         return self._exchange(sent[:used], *self.assignments)
 
     def combine_assignments(self, values: Tensor) -> Tensor:
-        """Gives what comes back for each assignment here, (R,), from values of those received, (U',)."""
+        """Returns what comes back for each assignment here, (R,), from values of those received, (U',)."""
         back = self._exchange(values, *reversed(self.assignments))
         return torch.cat([back, back.new_zeros(1)]).index_select(0, self.slot)
 
@@ -230,5 +231,5 @@ class AllToAllDispatcher:
         return rows, Assignments(row.index_select(0, order), gate_weight.index_select(0, order), sizes[: self.here])
 
     def combine(self, y: Tensor) -> Tensor:
-        """Gives the sum for each token here, (T, d), of what all processes make of its rows, y: (S', d) here."""
+        """Returns the sum for each token here, (T, d), of what all processes make of its rows, y: (S', d) here."""
         return _Combine.apply(y, self.route, self.tokens)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def block(experts: int, number: int, blocks: int) -> range:
-    """Gives the experts of one block; where the blocks do not divide them, the first ones hold one more."""
+    """Returns the experts of one block; where the blocks do not divide them, the first ones hold one more."""
     each, more = divmod(experts, blocks)
     start = number * each + min(number, more)
     return range(start, start + each + (number < more))
@@ -62,7 +62,7 @@ class ExpertGroup:
         return cls(here % size, size, group, host, replicas)
 
     def block(self, experts: int) -> range:
-        """Gives the experts that this process holds, of E.
+        """Returns the experts that this process holds, of E.
 
         Raises:
             ValueError: there are fewer experts than processes.
@@ -74,7 +74,7 @@ class ExpertGroup:
         return block(experts, self.rank, self.size)
 
     def largest(self, *numbers: int) -> list[int]:
-        """Gives the largest of each number over the processes."""
+        """Returns the largest of each number over the processes."""
         host = self.host or self.group
         device = "cpu" if "gloo" in dist.get_backend(host) else "cuda"
         agreed = torch.tensor(numbers, device=device)

@@ -81,7 +81,7 @@ class _Sums:
 
 
 def _split(sizes: Sequence[int], *stacked: Tensor | None) -> list[tuple[Any, ...]]:
-    """Gives each expert's rows of every argument; the last rows may be nobody's."""
+    """Returns each expert's rows of every argument; the last rows may be nobody's."""
     none, used = [None] * len(sizes), sum(sizes)
     parts = [none if rows is None else rows[:used].split_with_sizes(sizes) for rows in stacked]
     return list(zip(*parts, strict=True))

@@ -107,7 +107,7 @@ class Router(nn.Module):
         """
 
     def static(self, like: Tensor) -> bool:
-        """Tells whether plans have a size known beforehand."""
+        """Returns whether plans have a size known beforehand."""
         return like.device.type != "cpu" if self.options.static is None else self.options.static
 
     def extra_repr(self) -> str:
@@ -161,7 +161,7 @@ class ProbabilityRouter(LinearRouter):
         self._capacities: dict[tuple[int, RouterOptions], int] = {}
 
     def selection(self) -> Selection:
-        """Says when a token takes no more experts."""
+        """Returns when a token takes no more experts."""
         raise NotImplementedError
 
     @property

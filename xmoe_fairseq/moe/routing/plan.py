@@ -240,7 +240,7 @@ def _grouped(received: Tensor, max_assignments: int | None) -> tuple[Tensor, Ten
 
 
 def real_tokens(padding_mask: Tensor | None, like: Tensor) -> Tensor:
-    """Says which of the rows of ``like`` are no padding: (T,) bool."""
+    """Returns which of the rows of ``like`` are no padding: (T,) bool."""
     return ~padding_mask if padding_mask is not None else like.new_ones(like.shape[0], dtype=torch.bool)
 
 
@@ -303,7 +303,7 @@ def _entropy_sum(ranked: RankedProbs, padding_mask: Tensor | None) -> Tensor:
 
 
 def token_routing(ranked: RankedProbs, received: Callable[[], Tensor], padding_mask: Tensor | None) -> TokenRouting:
-    """Tells what was done with each token; the arguments are those of `planned`."""
+    """Returns what was done with each token; the arguments are those of `planned`."""
     keep = real_tokens(padding_mask, ranked.probs)
     return TokenRouting(
         taken=received().long(),

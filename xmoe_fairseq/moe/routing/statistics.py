@@ -164,7 +164,7 @@ def pack(records: Sequence[RoutingStats]) -> Tensor:
 
 
 def unpack(vector: Tensor, like: Sequence[RoutingStats]) -> list[RoutingStats]:
-    """Gives the records that `pack` made a vector of, with the vector's values and gradients.
+    """Returns the records that `pack` made a vector of, with the vector's values and gradients.
 
     Args:
         vector: (n,).

@@ -59,7 +59,7 @@ def choose(logits: Tensor, selection: Selection) -> tuple[RankedProbs, Tensor]:
 
 
 def within(sorted_probs: Tensor, mass: float | None) -> Tensor:
-    """Says which ranks are taken until the mass is reached: (T, R) bool, from probabilities in descending order."""
+    """Returns which ranks are taken until the mass is reached: (T, R) bool, from probabilities in descending order."""
     taken = torch.ones_like(sorted_probs, dtype=torch.bool)
     if mass is not None:
         # Written so that a probability that is no number reaches the output.

@@ -19,10 +19,9 @@ def take(
     """Takes each token's most probable experts until their mass is reached, ``number`` at most; grid (blocks,).
 
     Equal ones are taken in the experts' order. Writes the probabilities, the ranks, the first choice and its
-    probability, and the log-sum-exp of the logits. LIMITED says that there is a mass. What `settle` adds up of each
-    block's real tokens: ``counts`` (2 E + 1, blocks), how many took each expert, how many took it first, and how many
-    there are; ``parts`` (E + 3, blocks), their probabilities, those of the first choices, squared log-sum-exps and,
-    if ENTROPY says so, entropies.
+    probability, the log-sum-exp of the logits, and what `settle` adds up of each block's real tokens: ``counts``
+    (2 E + 1, blocks), how many took each expert, how many took it first, and how many there are, and ``parts``
+    (E + 3, blocks), see `_add_statistics`. LIMITED says that there is a mass.
     """
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
@@ -46,18 +45,9 @@ def take(
     tl.store(top + row, highest, mask=real)
     if PADDED:
         real = real & (tl.load(padding + row, mask=real, other=1) == 0)
-    counted = real[:, None] & (expert < experts)[None, :]
-    of_each = expert * blocks + block
-    tl.store(parts + of_each, tl.sum(tl.where(counted, prob, 0.0), axis=0), mask=expert < experts)
-    tl.store(parts + experts * blocks + block, tl.sum(tl.where(real, highest, 0.0)))
-    tl.store(parts + (experts + 1) * blocks + block, tl.sum(tl.where(real, log_sum * log_sum, 0.0)))
-    if ENTROPY:
-        # An impossible choice counts 0, also where its logarithm is no number.
-        terms = tl.where(counted & (prob > 0), prob * (log_sum[:, None] - logit), 0.0)
-        tl.store(parts + (experts + 2) * blocks + block, tl.sum(terms))
-    firsts = (expert[None, :] == best[:, None]) & real[:, None]
-    tl.store(counts + experts * blocks + of_each, tl.sum(firsts.to(tl.int32), axis=0), mask=expert < experts)
-    tl.store(counts + 2 * experts * blocks + block, tl.sum(real.to(tl.int32)))
+    _add_statistics(
+        logit, prob, log_sum, highest, best, real, counts, parts, experts, blocks, ENTROPY, SPAN,
+    )  # fmt: skip
     if block == 0:
         # What `settle` adds to.
         tl.store(numbers + 2 * experts + 1 + tl.arange(0, 4), tl.zeros((4,), tl.int64), mask=tl.arange(0, 4) < 3)
@@ -76,7 +66,32 @@ def take(
         best = tl.argmax(left, axis=1, tie_break_left=True)
         going = tl.where(step < number, tl.max(real.to(tl.int32)), 0)
     tl.store(ranks + place, rank.to(tl.int16), mask=inside)
-    tl.store(counts + of_each, tl.sum((rank >= 0).to(tl.int32), axis=0), mask=expert < experts)
+    took = tl.sum((rank >= 0).to(tl.int32), axis=0)
+    tl.store(counts + expert * blocks + block, took, mask=expert < experts)
+
+
+@triton.jit
+def _add_statistics(
+    logit, prob, log_sum, highest, best, real, counts, parts, experts, blocks, ENTROPY: tl.constexpr, SPAN: tl.constexpr
+):
+    """Adds up a block: how many tokens took each expert first, how many are real, and ``parts`` (E + 3, blocks).
+
+    The parts are probabilities, those of first choices, squared log-sum-exps and, if ENTROPY says so, entropies.
+    """
+    block = tl.program_id(0)
+    expert = tl.arange(0, SPAN)
+    counted = real[:, None] & (expert < experts)[None, :]
+    of_each = expert * blocks + block
+    tl.store(parts + of_each, tl.sum(tl.where(counted, prob, 0.0), axis=0), mask=expert < experts)
+    tl.store(parts + experts * blocks + block, tl.sum(tl.where(real, highest, 0.0)))
+    tl.store(parts + (experts + 1) * blocks + block, tl.sum(tl.where(real, log_sum * log_sum, 0.0)))
+    if ENTROPY:
+        # An impossible choice counts 0, also where its logarithm is no number.
+        terms = tl.where(counted & (prob > 0), prob * (log_sum[:, None] - logit), 0.0)
+        tl.store(parts + (experts + 2) * blocks + block, tl.sum(terms))
+    firsts = (expert[None, :] == best[:, None]) & real[:, None]
+    tl.store(counts + experts * blocks + of_each, tl.sum(firsts.to(tl.int32), axis=0), mask=expert < experts)
+    tl.store(counts + 2 * experts * blocks + block, tl.sum(real.to(tl.int32)))
 
 
 @triton.jit

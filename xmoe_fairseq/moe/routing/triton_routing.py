@@ -21,7 +21,7 @@ _HELD, _BLOCK = 2048, 4096
 
 
 def routes_on_device(device: torch.device, experts: int) -> bool:
-    """Says whether float32 logits of so many experts can be routed here."""
+    """Returns whether float32 logits of so many experts can be routed here."""
     # Ranks are kept in 16 bits.
     return experts < 2**15 and has_triton(device)
 
