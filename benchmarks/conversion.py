@@ -38,7 +38,7 @@ class OracleRouter(PartsRouter):
         (experts,) = self.all_experts  # type: ignore[misc]
         hidden = torch.einsum("td,ehd->teh", x.float(), experts.fc1_weight) + experts.fc1_bias
         shares = (experts.activation(hidden).abs() * experts.fc2_weight.norm(dim=-1)).sum(-1)
-        shares[shares.sum(1) == 0] = 1.0
+        shares[shares.sum(1) == 0, 0] = 1.0  # a token without an active unit takes one expert
         return self.plan(shares.log(), padding_mask)
 
 

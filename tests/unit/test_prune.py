@@ -20,6 +20,7 @@ from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.direction_dataset import read
 from xmoe_fairseq.evaluation.routing_counts import INPUTS, stack_of
 from xmoe_fairseq.evaluation.trained_model import TrainedModel
+from xmoe_fairseq.models.config import fewest_experts, resolve
 from xmoe_fairseq.moe import EXPERTS
 
 SITE = "encoder.layers.1.moe"
@@ -344,3 +345,29 @@ def test_files_that_are_there_are_replaced_only_by_force(make: Make, toy_data: P
     assert (tmp_path / "out.pt").read_bytes() == before and not (tmp_path / "m.en-xx.pt").exists()
     pruned(make("balanced"), toy_data, tmp_path / "out.pt", "--keep", "0.25", "--method", "mass", "--force")
     assert (tmp_path / "out.pt").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--moe-layer-experts", "encoder.3=4"),
+            "encoder.3 is no MoE layer of the model: choose from encoder.2, decoder.2",
+        ),
+        (("--moe-layer-experts", "encoder.2=4,encoder.2=3"), "is no list of different layers"),
+        (("--moe-layer-experts", "encoder.2=1", "--moe-router", "topk"), "outside .1, 1."),
+        (
+            ("--moe-layer-experts", "encoder.2=4", "--moe-expert-sizes", "hybrid"),
+            "does not work with --moe-expert-sizes",
+        ),
+    ],
+)
+def test_numbers_of_layers_refused(words: tuple[str, ...], message: str, toy_data: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        build(toy_data, *MODELS["threshold"], *words)
+
+
+def test_the_fewest_experts_bound_expert_parallelism(toy_data: Path) -> None:
+    built = build(toy_data, *MODELS["threshold"], "--moe-layer-experts", "decoder.2=3")
+    assert fewest_experts(resolve(built.cfg.model)) == 3
+    assert [getattr(built.model, stack).layers[1].moe.experts.num_experts for stack in INPUTS] == [8, 3]
