@@ -8,7 +8,7 @@ setup(
     description="Adaptive-computation Mixture-of-Experts translation models for stock fairseq",
     license="MIT",
     packages=[*find_packages(include=["xmoe_fairseq", "xmoe_fairseq.*"]), "hydra_plugins"],
-    package_data={"xmoe_fairseq.report": ["templates/*"]},
+    package_data={"xmoe_fairseq.render": ["templates/*"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.6",

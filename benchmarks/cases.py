@@ -52,10 +52,10 @@ def make_case(
     Args:
         tokens: T.
         experts: E.
-        mean: experts a token on average; the threshold is searched for it.
+        mean: experts per token on average; the threshold is searched for it.
         skew: if not 0, the fullest expert has about this multiple of the mean load.
         device: where.
-        kernel: see `xmoe_fairseq.moe.kernels.CHOICES`.
+        kernel: see `xmoe_fairseq.moe.kernels.KERNEL_NAMES`.
         hidden: hidden units of an expert.
     """
     torch.manual_seed(1)

@@ -4,8 +4,8 @@ python benchmarks/decoding.py                    some minutes on a CPU
 python benchmarks/decoding.py --quick            small models, one to two minutes
 python benchmarks/decoding.py --device cuda      on a GPU, in bf16
 
-The models' programs take turns of a batch. A ratio is that of sentences a second, times that of the operations a token.
-The models are not trained, and every translation has the same number of tokens, so all make the same steps.
+The models' programs take turns of a batch. A ratio is that of sentences per second, times that of the operations per
+token. The models are not trained, and every translation has the same number of tokens, so all make the same steps.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def rows_of(turns: Turns, per_token: dict[str, float]) -> list[Row]:
 
 def main() -> None:
     """Measures, prints and writes."""
-    options = parser("fairseq-generate, sentences a second against the dense model of equal active work")
+    options = parser("fairseq-generate, sentences per second against the dense model of equal active work")
     options.add_argument("--data", type=Path, help="folder made by data_prep/prepare.sh (default: the demo's text)")
     options.add_argument("--target", default="ca", help="language to translate into from English")
     options.add_argument("--batch-size", type=int, default=64, help="sentences in a batch")

@@ -9,7 +9,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
-# Collective calls of a layer, forward and backward (see xmoe_fairseq/moe/expert_parallel/all_to_all.py), and bytes of a pair in them.
+# Collective calls of a layer, forward and backward (see xmoe_fairseq/moe/expert_parallel/all_to_all.py), and bytes of
+# a pair in them.
 CALLS, PAIR = 7, 16
 
 
@@ -19,7 +20,7 @@ class Cost:
 
     Attributes:
         rows: that a token sends to other GPUs, in each of the four exchanges of rows.
-        sent: bytes a token, out of the GPU.
+        sent: bytes per token, out of the GPU.
         message: bytes to one other GPU in one exchange.
         moving: seconds that the bytes take.
         waiting: seconds of latency.
@@ -53,7 +54,7 @@ def cost(gpus: int, args: argparse.Namespace) -> Cost:
 
 
 def main() -> None:
-    """Prints a table for each number of experts a token."""
+    """Prints a table for each number of experts per token."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--tokens", type=int, default=8192, help="of each GPU")
     made.add_argument("--dim", type=int, default=1024, help="of the model")
@@ -67,7 +68,7 @@ def main() -> None:
     made.add_argument("--peer", type=float, default=1, help="microseconds more for each GPU that is sent to")
     args = made.parse_args()
     for args.per_token in (2, 8):
-        print(f"\n{args.per_token} experts a token\n")
+        print(f"\n{args.per_token} experts per token\n")
         print("| GPUs | rows sent a token | KiB a token | KiB a message | moving / computing | with latency |")
         print("|---:|---:|---:|---:|---:|---:|")
         for gpus in (8, 16, 32, 64, 128, 256, 512):

@@ -85,7 +85,7 @@ class Member:
         return self.sum(forward, sum(seen) - forward)
 
     def least(self, layer: MoELayer, x: Tensor) -> list[float]:
-        """Gives the bytes, out and back, of a row for each other process that holds experts of a token, and of a row
+        """Returns the bytes, out and back, of a row for each other process that holds experts of a token, and of a row
         for each pair whose expert is elsewhere."""
         with torch.no_grad():
             plan = layer.router(x)
@@ -103,7 +103,7 @@ class Member:
             (forward, backward), (least, by_pair) = self.traffic(layer, x), self.least(layer, x)
             fixed_capacity, _ = self.traffic(*self.split(case, "fixed_capacity", 2 * mean))
             kib = forward / len(case.x) / 1024
-            label = f"{self.size} processes, {mean:g} experts a token, {kib:.2f} KiB a token: bytes"
+            label = f"{self.size} processes, {mean:g} experts per token, {kib:.2f} KiB per token: bytes"
             for name, value, goal in (
                 ("forward, over the least possible", forward / least, "<= 1.02"),
                 ("backward, over the least possible", backward / least, "<= 1.02"),
@@ -113,7 +113,7 @@ class Member:
                 yield Row(f"{label} {name}", value, value, value, goal)
 
     def times(self) -> Iterator[Row]:
-        """The layer on one thread a process, over one process with all threads, and over no exchange."""
+        """The layer on one thread per process, over one process with all threads, and over no exchange."""
         if self.size > 2:
             return  # more processes than cores
         case = make_case(self.tokens * self.size)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from rows import Row, output_file
 
-from xmoe_fairseq.evaluation.generate_output import replacing
+from xmoe_fairseq.common.outputs import replacing
 from xmoe_fairseq.render.style import DOTS_PER_INCH, GREY, drawing, grid_rows
 
 # Panels by the sign of the goals; rows without a goal are times.

@@ -10,19 +10,21 @@
 #   programs   fairseq-train at 8,192 and 32,768 tokens a batch, and fairseq-generate, beside the dense model
 #   peers      other packages' layers, where they are installed
 #
-#   OUT        folder for results: parts.jsonl has a line for each part that ended, PART.log what it said, *.json its
-#              rows; study.tar.gz holds the small results of all finished runs
+#   OUT        folder for results, at most eight files: parts.jsonl has a line for each part that ended, log.txt what
+#              all said, *.json their rows; study.tar.gz holds the small results of all finished runs
 #   PART       default: all, in this order
 #   --device   cpu tries the script without a GPU (default: cuda)
 #   --quick    the smallest sizes
-#   LIMIT      seconds after which all ends (default: 480); LIMIT_TESTS, LIMIT_STUDY, ... that of a part
+#   LIMIT      seconds after which all ends (default: 480), which the parts share; LIMIT_TESTS, LIMIT_STUDY, ... are
+#              seconds for one part
 #   DATA       prepared text of the study (default: runs/study/data), from data_prep/prepare.sh
 #   WHEELS     folder of wheels to install first, without a network (default: none); see below
 #   MODELS, SEEDS, JOBS, UPDATES, TRAIN   as for scripts/study.sh (defaults: all, "1 2 3", 12, 2500 and larger batches)
 #
 # It takes the Python that it finds, with its torch; a machine with neither network nor fairseq needs the wheels of
 # fairseq-fixed, hydra-core, omegaconf, antlr4-python3-runtime, bitarray, sacrebleu, portalocker, tabulate, colorama,
-# lxml, sentencepiece and torchaudio, whichever it lacks: pip download --no-deps --python-version 3.12 ...
+# lxml, sentencepiece and torchaudio, for the tests pytest, hypothesis and sortedcontainers, for the peers fairscale and
+# transformers, whichever it lacks: pip download --no-deps --python-version 3.12 ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -49,15 +51,22 @@ done
 out=$(mkdir -p "$folder" && cd "$folder" && pwd)
 python=${PYTHON:-python3}
 small=${quick[0]:-}
+say() {
+    echo "$1" | tee -a "$out/log.txt"
+}
 
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 work=$(mktemp -d)
 trap 'rm -rf "$work" "$out/.site"' EXIT
 if [[ -n ${WHEELS:-} ]]; then
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$out/.site" "$WHEELS"/*.whl
+    # One by one: a wheel of another Python stops no other.
+    for wheel in "$WHEELS"/*.whl; do
+        "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$out/.site" "$wheel" ||
+            echo "gpu.sh: warning: $wheel is not installed"
+    done
     export PYTHONPATH=$PYTHONPATH:$out/.site
 fi
-"$python" - "$device" <<'PYTHON' || exit 1
+"$python" - "$device" <<'PYTHON' | tee -a "$out/log.txt" || exit 1
 import sys
 import torch
 
@@ -80,10 +89,10 @@ measure() { # FILE SCRIPT OPTIONS...: its rows go into OUT/FILE.json
 }
 
 run_tests() {
-    local files=(tests/unit/test_gpu.py tests/unit/test_device_routing.py tests/unit/test_launches.py) marker=""
-    [[ $device == cuda ]] || marker="not gpu"
+    local files=(tests/unit/test_{gpu,device_routing,launches}.py) static=tests/unit/test_static.py
     [[ -z $small ]] || files=(tests/unit/test_launches.py)
-    "$python" -m pytest -q -p no:cacheprovider -m "$marker" --junitxml "$out/tests.xml" "${files[@]}"
+    "$python" -m pytest -q -ra -p no:cacheprovider --continue-on-collection-errors -m "" "${files[@]}" \
+        "$static::test_nothing_is_read_back_from_a_gpu"
 }
 
 # The rows of the study that have no result in docs/results.
@@ -141,19 +150,21 @@ run_peers() {
 
 export -f fail measure missing_rows run_tests run_study run_layer run_programs run_peers
 export out device python small work
-declare -A limits=([tests]=90 [study]=300 [layer]=120 [programs]=180 [peers]=60)
-begin=$SECONDS failed=()
+# A part's share of the time that is left to it and to those after it; of all parts, in seconds of 480.
+declare -A shares=([tests]=60 [study]=150 [layer]=80 [programs]=140 [peers]=50)
+begin=$SECONDS failed=() rest=0
+for part in "${parts[@]}"; do rest=$((rest + shares[$part])); done
 for part in "${parts[@]}"; do
-    own=LIMIT_${part^^}
-    limit=${!own:-${limits[$part]}} left=$((${LIMIT:-480} - (SECONDS - begin))) start=$SECONDS code=0
+    own=LIMIT_${part^^} left=$((${LIMIT:-480} - (SECONDS - begin))) start=$SECONDS code=0
+    limit=${!own:-$((left * shares[$part] / rest))} rest=$((rest - shares[$part]))
     [[ $limit -le $left ]] || limit=$left
     if [[ $limit -le 0 ]]; then
-        echo "$part: no time is left"
+        say "$part: no time is left"
         code=124
     else
-        echo "$part: at most $limit s"
+        say "$part: at most $limit s"
         # A group of processes of its own, all of which end at the limit; arrays are not exported.
-        timeout --kill-after=10 "$limit" bash -euo pipefail -c "quick=(${quick[*]}); run_$part" |& tee "$out/$part.log" ||
+        timeout --kill-after=10 "$limit" bash -euo pipefail -c "quick=(${quick[*]}); run_$part" |& tee -a "$out/log.txt" ||
             code=$?
         [[ $((SECONDS - start)) -lt $limit ]] || code=124
     fi
@@ -161,6 +172,6 @@ for part in "${parts[@]}"; do
     echo "{\"part\": \"$part\", \"device\": \"$device\", \"code\": $code, \"seconds\": $((SECONDS - start))}" >>"$out/parts.jsonl"
     # A time limit is no failure: what is finished counts.
     [[ $code -eq 0 || $code -eq 124 ]] || failed+=("$part")
-    echo "$part: code $code after $((SECONDS - start)) s"
+    say "$part: code $code after $((SECONDS - start)) s"
 done
-[[ ${#failed[@]} -eq 0 ]] || fail "these parts failed, see their logs in $out: ${failed[*]}" 1
+[[ ${#failed[@]} -eq 0 ]] || fail "these parts failed, see $out/log.txt: ${failed[*]}" 1

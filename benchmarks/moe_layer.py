@@ -147,14 +147,14 @@ class Benchmark:
     def threshold(self) -> Iterator[Row]:
         cases = [self.make(mean=mean) for mean in (2.0, 4.0)]
         runs = [training(lambda x, c=case: output(c.layer, x), case.layer, case.x) for case in cases]
-        label = "threshold lowered from 4 to 2 experts a token"
+        label = "threshold lowered from 4 to 2 experts per token"
         yield self.compare(label, *runs, "<= 0.6")
 
     def split(self) -> Iterator[Row]:
         """The same parameters and the same work in more and smaller experts: an expert's rows stay as many."""
         for by in (2,) if self.quick else (2, 4, 8):
             case = self.make(experts=EXPERTS * by, mean=MEAN * by, hidden=HIDDEN // by)
-            label = f"split ratio {by}, {MEAN * by:.0f} of {EXPERTS * by} experts a token: forward + backward"
+            label = f"split ratio {by}, {MEAN * by:.0f} of {EXPERTS * by} experts per token: forward + backward"
             yield self.against_dense(label, case, "", hidden=HIDDEN // by)
 
     def strata(self) -> Iterator[Row]:
@@ -166,7 +166,7 @@ class Benchmark:
         pairs = int(block(x)[1].stats.received)
         network = dense(Case(block, x, 2 * len(x), 1.0))  # type: ignore[arg-type]
         over, under = training(lambda x: output(block, x), block, x), training(network, network, x)
-        label = f"SMoE 16-16-16-16, {pairs / len(x):.1f} experts a token, forward + backward"
+        label = f"SMoE 16-16-16-16, {pairs / len(x):.1f} experts per token, forward + backward"
         yield self.compare(label, over, under, "<= 1.3", pairs / (2 * len(x)))
 
     def router(self) -> Iterator[Row]:

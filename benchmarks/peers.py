@@ -1,4 +1,4 @@
-"""Other ways to compute the same: the methods of the released codes, and two packages, where they are installed."""
+"""Other ways to compute the same: the methods of the released codes, and of packages, where they are installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -97,7 +97,7 @@ def one_hot(layer: MoELayer, x: Tensor) -> Run:
 
 
 def fairscale_top2(layer: MoELayer, x: Tensor) -> Run | None:
-    """fairscale's MOELayer with its top-2 gate, over one process; None where it is not installed."""
+    """fairscale's MOELayer with its top-2 gate, over one process; None if it is not installed."""
     if importlib.util.find_spec("fairscale") is None:
         return None
     from fairscale.nn.moe import MOELayer, Top2Gate
@@ -127,36 +127,37 @@ def _has_transformers(module: str) -> bool:
 def transformers_grouped(layer: MoELayer, x: Tensor) -> Run | None:
     """transformers' experts by grouped products, of the same weights, behind a plain top-2 softmax router.
 
-    None where transformers 5 is not installed.
+    None if transformers 5 is not installed.
     """
     if not _has_transformers("integrations.moe"):
         return None
-    from transformers.integrations.moe import grouped_mm_experts_forward
+    from transformers.integrations.moe import use_experts_implementation
 
-    module = nn.Module()
-    for name, value in (
-        ("up_proj", layer.experts.fc1_weight),
-        ("up_proj_bias", layer.experts.fc1_bias),
-        ("down_proj", layer.experts.fc2_weight.transpose(1, 2).contiguous()),
-        ("down_proj_bias", layer.experts.fc2_bias),
-        ("router", layer.router.weight),
-    ):
-        module.register_parameter(name, nn.Parameter(value.detach().clone()))
-    # What its experts without a gate say of themselves.
-    module.num_experts, module.act_fn = len(module.up_proj), F.relu
-    module.has_gate, module.has_bias, module.is_transposed, module._is_expert_parallel = False, True, False, False
+    @use_experts_implementation(has_bias=True, has_gate=False)
+    class Network(nn.Module):
+        def __init__(self, config: SimpleNamespace) -> None:
+            super().__init__()
+            self.num_experts, self.act_fn = len(layer.experts.fc1_weight), F.relu
+            self.up_proj, self.up_proj_bias = _copy(layer.experts.fc1_weight), _copy(layer.experts.fc1_bias)
+            self.down_proj = _copy(layer.experts.fc2_weight.transpose(1, 2).contiguous())
+            self.down_proj_bias, self.router = _copy(layer.experts.fc2_bias), _copy(layer.router.weight)
+
+    networks = Network(SimpleNamespace(_experts_implementation="grouped_mm"))
 
     def run(x: Tensor) -> Tensor:
-        probs = torch.softmax(F.linear(x, module.router).float(), dim=-1)
-        weights, experts = probs.topk(2)
-        return grouped_mm_experts_forward(module, x, experts, weights.to(x.dtype))
+        shares, experts = F.linear(x, networks.router).float().softmax(dim=-1).topk(2)
+        return networks(x, experts, shares.to(x.dtype))
 
-    run.module = module  # type: ignore[attr-defined]
+    run.module = networks  # type: ignore[attr-defined]
     return run
 
 
+def _copy(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone())
+
+
 def transformers_nllb(layer: MoELayer, x: Tensor) -> Run | None:
-    """transformers' NLLB-MoE block, top-2; None where it is not installed."""
+    """transformers' NLLB-MoE block, top-2; None if it is not installed."""
     if not _has_transformers("models.nllb_moe"):
         return None
     from transformers import NllbMoeConfig

@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from xmoe_fairseq.commands.info import model_flops
+from xmoe_fairseq.evaluation.model_costs import model_flops
 from xmoe_fairseq.models.architectures import build_on_meta
 from xmoe_fairseq.moe.flops import expert_sites
 

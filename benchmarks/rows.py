@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from xmoe_fairseq.evaluation.generate_output import replacing
+from xmoe_fairseq.common.outputs import replacing
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Row:
         ratio: the median.
         low: the lower quartile of the rounds.
         high: the upper quartile.
-        goal: what the ratio should be, such as ``<= 1.15``; empty where there is none.
+        goal: what the ratio should be, such as ``<= 1.15``; empty if there is none.
     """
 
     case: str
@@ -35,7 +35,7 @@ class Row:
 
     @property
     def met(self) -> str:
-        """Says whether the ratio reaches the goal."""
+        """Returns whether the ratio reaches the goal."""
         if not self.goal:
             return ""
         sign, value = self.goal.split()

@@ -5,7 +5,7 @@ python benchmarks/training.py --quick            small models, one to two minute
 python benchmarks/training.py --device cuda      on a GPU, in bf16
 
 The models' programs take turns of a few updates, and see the same batches in the same order. A ratio is that of words
-a second, times that of the operations a token: 1 means that experts cost nothing beyond their multiplications.
+per second, times that of the operations per token: 1 means that experts cost nothing beyond their multiplications.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def rows_of(turns: Turns, args: Namespace, vocab: int) -> list[Row]:
 
 
 def say_speeds(turns: Turns, args: Namespace) -> None:
-    """Prints every model's words a second, and how many experts its tokens took."""
+    """Prints every model's words per second, and how many experts its tokens took."""
     for name, turn in turns.items():
         log = [logged(line) for _, line in turn]
         words = INTERVAL[args.device] * sum(line["wpb"] for line in log)
@@ -77,7 +77,7 @@ def say_speeds(turns: Turns, args: Namespace) -> None:
 
 def main() -> None:
     """Measures, prints and writes."""
-    options = parser("fairseq-train, words a second against the dense model of equal active work")
+    options = parser("fairseq-train, words per second against the dense model of equal active work")
     options.add_argument("--data", type=Path, help="folder made by data_prep/prepare.sh (default: the demo's text)")
     options.add_argument("--max-tokens", type=int, help="of a batch (default: 4096 on a CPU, 32768 on a GPU)")
     options.add_argument("--rounds", type=int, default=20, help="turns of each model")

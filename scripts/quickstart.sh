@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a bare machine to a table of BLEU scores: installs, builds the embedded corpus, trains a small XMoE model on
-# 8 directions, translates the test sets, scores them. Run again, it goes on where it stopped.
+# 8 directions, translates the test sets, scores them. Run again, it resumes where it stopped.
 #
 #   RUN      where the run is written (default: runs/demo4): report.html, report.md, report.json, report.png
 #   DATA     where the data is written (default: data/demo4)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the baselines, SMoE and XMoE side by side on one data set, with several seeds, and says what each brings:
-# a page, tables and pictures, and a verdict on each claim. Killed at any moment, the same command goes on where it was.
+# a page, tables and pictures, and a verdict on each claim. Killed at any moment, the same command resumes.
 #
 #   INPUT    folder with {train,valid,test}.{xx}-en.{xx} and .en (needed once, to prepare the data)
 #   STUDY    where everything is written (default: runs/study): a folder for each model and seed

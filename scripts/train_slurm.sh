@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains with SLURM, one task a GPU. Before the time limit it asks to be queued again, and goes on from the last checkpoint.
+# Trains with SLURM, one task a GPU. Before the time limit it asks to be queued again, and resumes from the last checkpoint.
 #
 #   sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 scripts/train_slurm.sh DATA/bin --arch xmoe_transformer ...
 #

@@ -12,21 +12,23 @@ from .errors import UserError
 
 # By command: the module under this package, imported when the command runs, and a line for the help.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "info": ("info", "Parameters and FLOPs a token of an architecture."),
+    "info": ("commands.info", "Parameters and FLOPs per token of an architecture."),
     "checkpoint": (
-        "checkpoints.command",
+        "commands.checkpoint",
         "Says what a checkpoint holds; splits, joins, averages checkpoints; adds languages.",
     ),
-    "import": ("conversion.import_command", "Makes a checkpoint from an M2M-100 or NLLB-200 model of another toolkit."),
-    "export": ("conversion.export_command", "Makes a folder for transformers from a dense or GShard checkpoint."),
+    "import": ("commands.import_model", "Makes a checkpoint from an M2M-100 or NLLB-200 model of another toolkit."),
+    "export": ("commands.export_model", "Makes a folder for transformers from a dense or GShard checkpoint."),
+    "sparsify": ("commands.sparsify", "Cuts a dense model's feed-forward networks into experts."),
+    "prune": ("commands.prune", "Leaves out the experts that a model needs least, or joins similar ones."),
     "prepare": ("data_prep.prepare", "Prepares text: download, clean, vocabulary, binary files."),
-    "translate": ("evaluation.translate", "Translates a test set in all directions of a model, or in some."),
-    "score": ("evaluation.score_command", "Translates the test sets with a checkpoint and scores them."),
-    "compare": ("evaluation.compare_command", "Compares scored systems, with paired bootstrap."),
-    "sweep": ("evaluation.sweep_command", "Measures quality against computation at many thresholds."),
-    "analyze": ("analysis.command", "Says where the capacity goes: by language, layer, token and position."),
-    "study": ("study.command", "Trains models with several seeds, scores them, tests claims about them."),
-    "report": ("report.command", "One page on a run: curves, scores, where the capacity goes, shaded translations."),
+    "translate": ("commands.translate", "Translates a test set in all directions of a model, or in some."),
+    "score": ("commands.score", "Translates the test sets with a checkpoint and scores them."),
+    "compare": ("commands.compare", "Compares scored systems, with paired bootstrap."),
+    "sweep": ("commands.sweep", "Measures quality against computation at many thresholds."),
+    "analyze": ("commands.analyze", "Says where the capacity goes: by language, layer, token and position."),
+    "study": ("commands.study", "Trains models with several seeds, scores them, tests claims about them."),
+    "report": ("commands.report", "One page on a run: curves, scores, where the capacity goes, shaded translations."),
 }
 
 
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the words after ``xmoe``; by default the program's own.
 
     Raises:
-        UserError: the command is unknown, refuses its arguments, or cannot go on.
+        UserError: the command is unknown, refuses its arguments, or fails.
     """
     with guard.one_line():
         _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])

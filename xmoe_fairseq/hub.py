@@ -27,7 +27,7 @@ from torch import Tensor
 from .checkpoints import options, reading
 from .common.files import is_there
 from .errors import UserError
-from .evaluation.routing_counts import INPUTS, per_token, stack_of
+from .models.routing_recorder import INPUTS, per_token, stack_of
 from .tasks.decoding import languages_of, pairs
 
 SPM = "spm.model"
@@ -142,7 +142,7 @@ class Translator(hub_utils.GeneratorHubInterface):
         return [found[number] for number in range(len(sentences))]
 
     def experts(self, sentences: Any, translations: Any = None, **kwargs: Any) -> Any:
-        """Says how many experts each token takes.
+        """Returns how many experts each token takes.
 
         Args:
             sentences: plain text, one string or a list.
@@ -242,7 +242,7 @@ class Translator(hub_utils.GeneratorHubInterface):
         max_tokens: int | None = None,
         batch_size: int | None = None,
     ) -> Iterator[Iterator[Any]]:
-        """Gives batches of sentences with their translations, on the models' device.
+        """Yields batches of sentences with their translations, on the models' device.
 
         Raises:
             UserError: there are not as many translations as sentences.

@@ -16,7 +16,10 @@ from typing import Any, cast
 _PACKAGE = __name__.partition(".")[0]
 _PLUGIN = f"{_PACKAGE}.plugin"
 # Parts of this package that do not need fairseq.
-LIGHT = ("__main__", "cli", "errors", "guard", "imports", "moe", "plugin", "versions")
+LIGHT = (
+    *("__main__", "cli", "common", "data_prep", "errors", "imports", "metrics", "moe", "mt_benchmarks", "plugin"),
+    "versions",
+)
 
 
 class Watch(MetaPathFinder):
@@ -54,7 +57,7 @@ class _Imported:
         self.loader = cast(Any, module.__spec__).loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Gives the module."""
+        """Returns the module."""
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:

@@ -38,16 +38,16 @@ class Benchmark:
     Attributes:
         name: ``--benchmark NAME`` of ``data_prep/prepare.sh`` and ``--task multilingual_NAME``.
         languages: the languages beside English, in the order that fixes their token ids;
-            empty where the data folder decides.
+            empty if the data folder decides.
         vocab_size: SentencePiece pieces, the 256 byte pieces included.
         sampling_temperature: a pair with n of N training lines is drawn with a weight of (n / N) ** (1 / T).
-        sizes: lines a pair in train, valid and test, where the project generates the text.
+        sizes: lines per pair in train, valid and test, where the project generates the text.
         english: the code of English.
-        groups: languages by the amount of their training text; empty where groups.tsv of the data decides.
+        groups: languages by the amount of their training text; empty if groups.tsv of the data decides.
         valid_lines: lines of each development set that validation reads; 0 for all.
         beam: beam size for translation.
         lenpen: length penalty for translation.
-        sources: where its text can come from, the default first; empty where it is generated or the user's.
+        sources: where its text can come from, the default first; empty if it is generated or the user's.
     """
 
     name: str
@@ -146,7 +146,7 @@ NLLB_SOURCES = (
         "https://drive.usercontent.google.com/download?id=1tT2urUunXLNEPZxxV2nK-YmC_N6P_48m&export=download&confirm=t",
         "m15.zip",
         "train, valid and test of the benchmark's authors",
-        "yes, but the vocabulary is learned anew",
+        "yes, but the vocabulary is learned again",
     ),
     Source(
         "opus",

@@ -13,8 +13,13 @@ from fairseq.data import Dictionary
 from fairseq.data.encoders import register_bpe
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 
+from .common.files import is_there
+from .common.schema import read_json
 from .errors import UserError
 
+# Beside spm.model of an imported model: whether it has byte pieces.
+VOCABULARY_RECORD = "vocabulary.json"
+MODEL, DICTIONARY = "spm.model", "dict.txt"
 # SentencePiece writes a space as this character, so it would read the character itself as a space.
 META_SPACE = "\u2581"
 # fairseq's <unk>, the last of its four special symbols.
@@ -34,23 +39,27 @@ def byte_pieces(character: str) -> list[str]:
 class Subword:
     """A SentencePiece model for which ``decode_pieces(encode_pieces(line)) == line`` holds for any line.
 
-    A model that ``data_prep/prepare.sh`` did not learn may normalise text, as SentencePiece does by default.
+    A model that ``data_prep/prepare.sh`` did not learn may normalise text, as SentencePiece does by default. The model
+    of another toolkit may lack byte pieces; then characters that it lacks become ``<unk>``.
 
     Args:
         model: the file ``spm.model`` that ``data_prep/prepare.sh`` wrote.
         dictionary: the ``dict.txt`` that goes with it, for the ids; by default one that has the pieces in the model's
             order.
-        byte_fallback: whether a model without byte pieces is refused, which loses characters; those of other toolkits
-            have none.
+        byte_fallback: whether a model without byte pieces is refused; by default unless `VOCABULARY_RECORD` beside
+            it, which ``xmoe import`` writes, says that it has none.
 
     Attributes:
         ids: what each piece of the model has in the dictionary.
+        byte_fallback: whether the model has byte pieces.
 
     Raises:
         UserError: where the file is missing, no SentencePiece model, or one without byte pieces.
     """
 
-    def __init__(self, model: str | Path, dictionary: str | Path | None = None, byte_fallback: bool = True) -> None:
+    def __init__(
+        self, model: str | Path, dictionary: str | Path | None = None, byte_fallback: bool | None = None
+    ) -> None:
         if not Path(model).is_file():
             raise UserError(f"SentencePiece model {model}: no such file; give the spm.model of the prepared data")
         try:
@@ -61,7 +70,9 @@ class Subword:
             raise UserError(f"cannot read {model}: {error.strerror}") from error
         except (RuntimeError, ValueError) as error:  # of its own messages, some are not UTF-8
             raise UserError(f"{model} is not a SentencePiece model, or is damaged: prepare the data again") from error
-        if byte_fallback and not self.processor.is_byte(self.processor.piece_to_id("<0x00>")):
+        self.byte_fallback: bool = self.processor.is_byte(self.processor.piece_to_id("<0x00>"))
+        needed = records_bytes(Path(model)) if byte_fallback is None else byte_fallback
+        if needed and not self.byte_fallback:
             raise UserError(
                 f"{model} was trained without byte_fallback and would lose characters: "
                 "use the spm.model of the prepared data, or --bpe sentencepiece"
@@ -79,14 +90,17 @@ class Subword:
         """Splits a line into pieces, none of which holds white space.
 
         Args:
-            line: any text; what the vocabulary lacks becomes byte pieces.
+            line: any text; what the vocabulary lacks becomes byte pieces, or stays for the dictionary to be
+                ``<unk>``.
             enable_sampling: leave out merges at random (BPE dropout).
             alpha: how many merges to leave out, 0 to 1; SentencePiece's own value if not given.
         """
-        stand_in = self._stand_in(line) if META_SPACE in line else META_SPACE
+        stand_in = self._stand_in(line) if self.byte_fallback and META_SPACE in line else META_SPACE
         pieces = self.processor.encode(
             line.replace(META_SPACE, stand_in), out_type=str, enable_sampling=enable_sampling, alpha=alpha
         )
+        if not self.byte_fallback:
+            return [piece if piece.split() == [piece] else "<unk>" for piece in pieces]
         return pieces if stand_in == META_SPACE else _replace(pieces, byte_pieces(stand_in), byte_pieces(META_SPACE))
 
     def encode_ids(self, lines: Sequence[str]) -> list[list[int]]:
@@ -127,6 +141,28 @@ class Subword:
         unknown = self.processor.unk_id()
         candidates = map(chr, chain(range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)))
         return next(c for c in candidates if c not in line and self.processor.piece_to_id(c) == unknown)
+
+
+def vocabulary_files(folder: Path) -> tuple[str, ...]:
+    """Names the files of a folder that make up its vocabulary, without the languages."""
+    return (MODEL, DICTIONARY, *([VOCABULARY_RECORD] if is_there(folder / VOCABULARY_RECORD) else []))
+
+
+def records_bytes(model: Path) -> bool:
+    """Returns whether a SentencePiece model must have byte pieces: unless the record of an import says that it has
+    none.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    record = model.with_name(VOCABULARY_RECORD)
+    if not is_there(record):
+        return True
+    values = read_json(record, "import the model again")
+    known = values.get("byte_fallback") if isinstance(values, dict) else None
+    if not isinstance(known, bool):
+        raise UserError(f"{record} must say whether byte_fallback is true or false: import the model again")
+    return known
 
 
 def _replace(pieces: list[str], old: list[str], new: list[str]) -> list[str]:

@@ -38,7 +38,7 @@ _TRIED = {re.compile(pattern): reason for pattern, reason in NOT_TRIED.items()}
 
 
 def reason_not_tried(option: Option) -> str | None:
-    """Says why an option does not concern translation with this plugin, or None where it is tried."""
+    """Returns why an option does not concern translation with this plugin, or None if it is tried."""
     name = f"{option.command} {option.group} {option.name}"
     if option.command == "fairseq-train" and option.group == "distributed_training":
         name = option.name

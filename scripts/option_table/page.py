@@ -56,7 +56,7 @@ class State(NamedTuple):
 
 
 def state_of(row: Row, known: Mapping[str, Mapping[str, Outcome]]) -> State:
-    """Says what came of a row.
+    """Returns what came of a row.
 
     Args:
         row: of the table.

@@ -56,7 +56,7 @@ class Scene:
         return [re.sub(r"\{(\w+)\}", fill, word) for word in shlex.split(text)]
 
     def base(self, command: str) -> str:
-        """Gives the words with which a command works, to which a try adds an option."""
+        """Returns the words with which a command works, to which a try adds an option."""
         side = self.side
         task, plugin = _TASK[side], _PLUGIN[side]
         return {
@@ -72,7 +72,7 @@ class Scene:
         }[command]
 
     def line(self, command: str, words: str) -> list[str]:
-        """Gives the words of a try.
+        """Returns the words of a try.
 
         Args:
             command: of fairseq.
@@ -115,7 +115,7 @@ class Scene:
         )  # fmt: skip
 
     def preparations(self) -> dict[str, tuple[str, str]]:
-        """Gives the commands that make the models: folder, command, words."""
+        """Returns the commands that make the models: folder, command, words."""
         train = f"{self.base('fairseq-train')} --no-epoch-checkpoints"
         folder = str(self.folder)
         model = (

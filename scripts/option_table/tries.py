@@ -60,8 +60,8 @@ class Outcome(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        """Says whether it ended with a line that was written for it."""
-        return self.said.startswith(_ONE_LINE) and not re.search(r"cannot go on \(|fault of xmoe_fairseq", self.said)
+        """Returns whether it ended with a line that was written for it."""
+        return self.said.startswith(_ONE_LINE) and not re.search(r"cannot continue \(|fault of xmoe_fairseq", self.said)
 
 
 def import_commands() -> None:

@@ -382,7 +382,7 @@ def values_of(option: Option) -> list[str]:
 
 
 def needs_of(option: Option) -> str:
-    """Gives what else the command line needs for an option to mean something."""
+    """Returns what else the command line needs for an option to mean something."""
     kind, _, member = option.group.partition(" ")
     chosen = NEEDS.get(option.group, "")
     if kind in ("optimizer", "criterion"):

@@ -13,11 +13,11 @@ from helpers_routing import MODELS, sharpen
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from xmoe_fairseq.analysis import results
 from xmoe_fairseq.commands.analyze import main
+from xmoe_fairseq.common import outputs
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation import generate_output
 from xmoe_fairseq.evaluation.routing_usage import measure
+from xmoe_fairseq.render import analysis_folder
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_too_few_tokens_for_a_sentence(folder: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws one figure, for all of them take long."""
-    monkeypatch.setattr(results, "draw", lambda _: iter([("flops", Figure())]))
+    monkeypatch.setattr(analysis_folder, "draw", lambda _: iter([("flops", Figure())]))
 
 
 @pytest.mark.usefixtures("one_figure")
@@ -104,7 +104,7 @@ def test_a_read_only_place_is_named_before_the_model_is_read(tmp_path: Path, mon
     def read_only(**_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(generate_output.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", read_only)
     refused("cannot write to --out .*out: Read-only file system; give another", *words(tmp_path, tmp_path / "out"))
     (tmp_path / "loop").symlink_to("loop")
     refused("loop is a symlink that leads nowhere; give another", *words(tmp_path, tmp_path / "loop"))

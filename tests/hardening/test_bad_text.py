@@ -316,5 +316,5 @@ def test_interruption_is_one_line(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert said.rstrip().split("\n")[-1] == "xmoe_fairseq: interrupted: run the same command again to go on"
+    assert said.rstrip().split("\n")[-1] == "xmoe_fairseq: interrupted: run the same command again to resume"
     assert not (tmp_path / "out").exists()

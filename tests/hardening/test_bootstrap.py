@@ -11,9 +11,9 @@ from sacrebleu.significance import _bootstrap_resample
 
 from xmoe_fairseq.common.directions import Direction
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.bootstrap import corpus_score, draw_scores, read_seed, sentence_statistics
 from xmoe_fairseq.evaluation.compare import mean_of_draws
-from xmoe_fairseq.evaluation.score import build_metric
+from xmoe_fairseq.metrics.corpus import build_metric
+from xmoe_fairseq.metrics.sentences import corpus_score, draw_scores, read_seed, sentence_statistics
 
 METRICS = ("bleu", "chrf")
 WORDS = "aa bb ccc dd eee f g hh 中文 <b> |".split()
@@ -74,4 +74,4 @@ def test_memory_of_counts_and_draws_is_that_of_the_counts(name: str) -> None:
     draw_scores(metric, counted, 300, 1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * 2**10 * count  # sacreBLEU: 48 KiB a line for n-grams; 4 bytes a line, draw and statistic
+    assert peak < 2 * 2**10 * count  # sacreBLEU: 48 KiB a line for n-grams; 4 bytes per line, draw and statistic

@@ -76,7 +76,7 @@ def test_training_that_goes_on_with_other_tokens_says_so(caplog: pytest.LogCaptu
     assert not caplog.records
     warn_of_others(state, "last.pt", Namespace(**TRAINED | {"encoder_langtok": None}))
     (record,) = caplog.records
-    assert "last.pt was trained with --encoder-langtok src, training goes on with none" in record.getMessage()
+    assert "last.pt was trained with --encoder-langtok src, training resumes with none" in record.getMessage()
 
 
 @pytest.mark.parametrize("join", ["sentencepiece", "@@ ", "letter"])

@@ -1,4 +1,4 @@
-"""Memory of `xmoe score` and `xmoe compare`: 200,000 lines a direction take less than 2 GiB."""
+"""Memory of `xmoe score` and `xmoe compare`: 200,000 lines per direction take less than 2 GiB."""
 
 from __future__ import annotations
 

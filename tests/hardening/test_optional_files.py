@@ -13,9 +13,8 @@ from xmoe_fairseq.common.files import is_there
 from xmoe_fairseq.common.run_folder import seek_checkpoint
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.build_report import read_seconds
-from xmoe_fairseq.evaluation.generate_output import find_raw
 from xmoe_fairseq.evaluation.score_job import read_groups_of
-from xmoe_fairseq.evaluation.test_sets import MADE, read_made
+from xmoe_fairseq.evaluation.test_sets import MADE, find_raw, read_made
 from xmoe_fairseq.mt_benchmarks import BENCHMARKS
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {

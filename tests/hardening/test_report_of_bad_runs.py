@@ -12,12 +12,12 @@ import pytest
 
 from xmoe_fairseq.checkpoints.summary import Summary
 from xmoe_fairseq.commands import report as command
+from xmoe_fairseq.common import outputs
 from xmoe_fairseq.errors import UserError, printable
-from xmoe_fairseq.evaluation import generate_output
 from xmoe_fairseq.evaluation.build_report import Model
-from xmoe_fairseq.evaluation.routing_usage import LayerUsage
 from xmoe_fairseq.results.report import Sample, Token, TracedSample
 from xmoe_fairseq.results.settings import Settings
+from xmoe_fairseq.results.usage import LayerUsage
 
 EVIL = "<img src=x onerror=alert(1)>`*|$ </script>"
 ENDINGS = ("html", "md", "json", "png")
@@ -129,7 +129,7 @@ def fails(number: int, text: str) -> Callable[..., Any]:
 def test_where_nothing_can_be_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report(run, "--quiet")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setattr(generate_output.tempfile, "TemporaryFile", fails(30, "Read-only file system"))
+    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", fails(30, "Read-only file system"))
     with pytest.raises(UserError, match=r"cannot write to --out .*run: Read-only file system; give another"):
         report(run, "--quiet")
     monkeypatch.undo()

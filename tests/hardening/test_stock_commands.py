@@ -61,7 +61,7 @@ def test_who_is_to_blame_when_a_program_is_started_as_a_module() -> None:
     exec(code, program)
     with pytest.raises(UserError) as end, guard.one_line():
         program["f"]()
-    assert "fairseq cannot go on (AssertionError" in end.value.message
+    assert "fairseq cannot continue (AssertionError" in end.value.message
     assert "in fairseq_cli.score" in end.value.message and "fault" not in end.value.message
 
 
@@ -87,7 +87,7 @@ def test_a_last_checkpoint_that_is_no_file(kind: str, toy_data: Path, tmp_path: 
     parser = options.get_training_parser()
     words = [str(toy_data), *TRAIN_ARGS, "--arch", "xmoe_transformer_tiny", "--save-dir", str(tmp_path)]
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
-    with pytest.raises(UserError, match=r"checkpoint_last.pt, from which training would go on, is no file"):
+    with pytest.raises(UserError, match=r"checkpoint_last.pt, from which training would resume, is no file"):
         launch.check_files(cfg)
 
 

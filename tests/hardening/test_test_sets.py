@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.common.directions import Direction
+from xmoe_fairseq.common.files import read_lines, write_lines
 from xmoe_fairseq.data_prep import prepare
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.consistency import belongs
 from xmoe_fairseq.evaluation.direction_dataset import origin
-from xmoe_fairseq.evaluation.generate_output import read_lines, write_lines
 from xmoe_fairseq.evaluation.test_sets import check_binarised, texts_checksum
 
 

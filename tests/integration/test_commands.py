@@ -18,7 +18,8 @@ from helpers_commands import run, run_warm
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.routing_usage import LayerUsage, accumulate, make_batches, routings
+from xmoe_fairseq.evaluation.routing_usage import accumulate, make_batches, routings
+from xmoe_fairseq.results.usage import LayerUsage
 from xmoe_fairseq.subword import Subword
 
 MODEL = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--dropout", "0")

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_conversion import LONGEST, SENTENCES, TARGETS, Theirs, make
-from transformers import AutoModelForSeq2SeqLM
+from fairseq.data.indexed_dataset import MMapIndexedDataset
+from helpers_commands import run_warm
+from helpers_conversion import LONGEST, SENTENCES, TARGETS, Theirs, m2m, make
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from xmoe_fairseq import hub
 from xmoe_fairseq.cli import main
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.subword import VOCABULARY_RECORD
 
 KINDS = ("dense", "moe")
 
@@ -36,7 +39,7 @@ def imported(theirs: dict[str, Theirs], tmp_path_factory: pytest.TempPathFactory
 
 
 def load(folder: Path) -> Any:
-    return hub.from_pretrained(str(folder), "checkpoint.pt", str(folder / "bin"), bpe="sentencepiece").eval()
+    return hub.from_pretrained(str(folder), "checkpoint.pt", str(folder / "bin")).eval()
 
 
 def directions() -> Iterator[tuple[str, str]]:
@@ -89,6 +92,59 @@ def test_the_data_folder_has_their_numbers(theirs: dict[str, Theirs], imported: 
             ]
 
 
+@pytest.fixture(scope="module")
+def text(imported: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text of the user, prepared with the vocabulary of an imported model; some of its characters are new to it."""
+    root = tmp_path_factory.mktemp("text")
+    (root / "input").mkdir()
+    sides = {"eng_Latn": SENTENCES["eng_Latn"], "fra_Latn": ["bon dia ✓", "una casa", "casa\u00a0gran"]}
+    for split, times in (("train", 4), ("valid", 1), ("test", 1)):
+        for side, lines in sides.items():
+            path = root / "input" / f"{split}.eng_Latn-fra_Latn.{side}"
+            path.write_text("".join(f"{line}\n" for line in lines) * times)
+    words = ["--benchmark", "local", "--input", str(root / "input"), "--out", str(root / "data")]
+    main(["prepare", *words, "--vocabulary", str(imported["dense"])])
+    return root / "data"
+
+
+def test_prepared_text_has_the_vocabulary_of_the_model(text: Path, imported: dict[str, Path]) -> None:
+    for name in ("spm.model", "dict.txt", "langs.txt", VOCABULARY_RECORD):
+        assert (text / "bin" / name).read_bytes() == (imported["dense"] / "bin" / name).read_bytes()
+    prefix = str(text / "bin" / "test.eng_Latn-fra_Latn.fra_Latn")
+    assert 3 in MMapIndexedDataset(prefix)[0].tolist()  # <unk>
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_score_translates_as_transformers(
+    kind: str, theirs: dict[str, Theirs], imported: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    words = ["--checkpoint", str(imported[kind] / "checkpoint.pt"), "--out", str(tmp_path / "out"), "--quiet"]
+    words += ["--pairs", "eng_Latn-fra_Latn", "--beam", "1", "--max-len-b", str(LONGEST), "--lenpen", "0"]
+    main(["score", str(text), *words])
+    found = (tmp_path / "out" / "eng_Latn-fra_Latn" / "hyp.fra_Latn").read_text().splitlines()
+    tokens = theirs[kind].translations("eng_Latn", "fra_Latn", 1)
+    assert found == theirs[kind].tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def test_programs_of_fairseq_take_an_imported_model(imported: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """Fine-tuning, then ``fairseq-generate`` with what it wrote."""
+    kept = json.loads((imported["moe"] / "import.json").read_text())
+    common = (text / "bin", "--user-dir", "xmoe_fairseq", "--task", "multilingual_local", "--cpu")
+    model = (*kept["options"], "--encoder-langtok", "src", "--decoder-langtok", "--moe-capacity-factor", "0")
+    start = ("--finetune-from-model", imported["moe"] / "checkpoint.pt", "--save-dir", tmp_path / "run")
+    training = ("--optimizer", "adam", "--lr", "1e-12", "--max-tokens", "200", "--max-update", "1")
+    criterion = ("--criterion", "threshold_routing_cross_entropy", "--no-epoch-checkpoints", "--disable-validation")
+    run_warm("fairseq-train", *common, *model, *start, *training, *criterion)
+    search = ("--source-lang", "eng_Latn", "--target-lang", "fra_Latn", "--beam", "1", "--max-len-b", str(LONGEST))
+    bpe = ("--bpe", "sentencepiece_bytes", "--sentencepiece-model", text / "bin" / "spm.model")
+    path = ("--path", tmp_path / "run" / "checkpoint_last.pt")
+    said = run_warm("fairseq-generate", *common, *path, *search, *bpe).stdout
+    found = {line.split("\t")[0]: line.split("\t")[2] for line in said.splitlines() if line.startswith("D-")}
+    ours = load(imported["moe"])
+    options = {"source_lang": "eng_Latn", "target_lang": "fra_Latn", "beam": 1, "max_len_b": LONGEST}
+    assert [found[f"D-{number}"] for number in range(3)] == ours.translate(SENTENCES["eng_Latn"], **options)
+
+
 def test_shards_and_several_files_hold_the_same_model(
     theirs: dict[str, Theirs], imported: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -120,6 +176,52 @@ def test_export_is_the_way_back(
         again = Theirs(out, model, theirs[kind].tokenizer)
         for one, other in zip(again.logits(source, target), theirs[kind].logits(source, target), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def exported(imported: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "out"
+    main(["export", str(imported["dense"] / "checkpoint.pt"), "--data", str(imported["dense"]), "--out", str(out)])
+    return out
+
+
+def test_the_exported_tokenizer_has_the_same_numbers(theirs: dict[str, Theirs], exported: Path) -> None:
+    found, wanted = AutoTokenizer.from_pretrained(exported, use_fast=False), theirs["dense"].tokenizer
+    for source, sentences in SENTENCES.items():
+        found.src_lang = wanted.src_lang = source
+        assert found([*sentences, "the ✓ cat"])["input_ids"] == wanted([*sentences, "the ✓ cat"])["input_ids"]
+
+
+def test_a_vocabulary_of_m2m_there_and_back(tmp_path: Path) -> None:
+    """Pieces in another order than in the SentencePiece model, 100 languages with codes as `en`."""
+    wanted = m2m(tmp_path / "theirs")
+    main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")])
+    ours = load(tmp_path / "ours")
+    words = ["--data", str(tmp_path / "ours"), "--out", str(tmp_path / "back")]
+    main(["export", str(tmp_path / "ours" / "checkpoint.pt"), *words])
+    found = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert len(ours.task.langs) == 100
+    for source in ("en", "ca", "zu"):
+        found.src_lang = wanted.src_lang = source
+        for sentence in SENTENCES["eng_Latn"]:
+            ids = wanted(sentence)["input_ids"]
+            assert found(sentence)["input_ids"] == ids
+            assert [ours.task.source_dictionary.index(f"__{source}__"), *ours.encode(sentence).tolist()] == ids
+
+
+def test_ctranslate2_translates_what_was_exported(theirs: dict[str, Theirs], exported: Path, tmp_path: Path) -> None:
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    pytest.importorskip("google.protobuf")  # transformers needs it to read a SentencePiece model for CTranslate2
+    ctranslate2.converters.TransformersConverter(str(exported)).convert(str(tmp_path / "out"))
+    translator = ctranslate2.Translator(str(tmp_path / "out"), device="cpu", compute_type="float32")
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    for source, target in directions():
+        tokenizer.src_lang = source
+        sources = [tokenizer.convert_ids_to_tokens(tokenizer(one)["input_ids"]) for one in SENTENCES[source]]
+        options = {"beam_size": 1, "max_decoding_length": LONGEST + 1}
+        found = translator.translate_batch(sources, target_prefix=[[target]] * len(sources), **options)
+        ids = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
+        assert [[*one, 2] for one in ids] == theirs["dense"].translations(source, target, 1)
 
 
 def test_files_of_the_branch_hold_the_same_model(imported: dict[str, Path], tmp_path: Path) -> None:

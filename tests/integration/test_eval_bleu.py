@@ -16,8 +16,9 @@ from helpers_training import Run, assert_same, train
 
 from xmoe_fairseq.distributed import launch
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.decode import Decoding, Translator
-from xmoe_fairseq.results.scores import score_lines
+from xmoe_fairseq.evaluation.decode import Translator
+from xmoe_fairseq.evaluation.line_scores import score_lines
+from xmoe_fairseq.results.decoding import Decoding
 
 PAIRS = ("en-xx", "xx-en", "en-yy", "yy-en")
 # Learns to say something in so few updates.

@@ -80,7 +80,8 @@ def test_an_epoch_of_fewer_batches_begins_anew(whole: Run, toy_data: Path, tmp_p
     refused = train(toy_data, tmp_path, 11, *options, check=False)
     assert refused.wait() == 1
     line = refused.said.strip().split("\n")[-1]
-    assert "cannot go on after batch 9 of epoch 1, which has fewer batches now" in line and "--reset-dataloader" in line
+    assert "cannot resume after batch 9 of epoch 1, which has fewer batches now" in line
+    assert "--reset-dataloader" in line
     anew = train(toy_data, tmp_path, 11, *options, "--reset-dataloader")
     assert list(rates(anew)) == [10, 11]
 

@@ -56,7 +56,7 @@ def test_an_installed_package_goes_from_text_to_scores_in_any_folder(site: Path,
     run(xmoe, "score", "run", "--data", "data", "--pairs", "en-fr")
     [row] = json.loads((tmp_path / "run/scores/scores.json").read_text())["rows"]
     assert (row["source"], row["target"]) == ("en", "fr")
-    assert (site / "xmoe_fairseq/report/templates/page.html").is_file()  # data, not code
+    assert (site / "xmoe_fairseq/render/templates/page.html").is_file()  # data, not code
 
 
 @pytest.mark.slow

@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from xmoe_fairseq.moe import ROUTERS, RouterOptions
-from xmoe_fairseq.moe.ranking import Limits
-from xmoe_fairseq.moe.router_options import router_option
-from xmoe_fairseq.moe.routers import ProbabilityRouter
+from xmoe_fairseq.moe.routing.topk import Selection
+from xmoe_fairseq.moe.routing.options import router_option
+from xmoe_fairseq.moe.routing.routers import ProbabilityRouter
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class HalfRouter(ProbabilityRouter):
 
     Options = HalfOptions
 
-    def limits(self) -> Limits:
-        return Limits(self.options.half_most, 0.5)
+    def selection(self) -> Selection:
+        return Selection(self.options.half_most, 0.5)
 
 
 ROUTERS["half"] = HalfRouter

@@ -12,10 +12,11 @@ import torch
 from helpers import build
 from helpers_routing import MODELS, Naive, flattened, sharpen
 
-from xmoe_fairseq.analysis.results import analysis
 from xmoe_fairseq.analysis.tokens import text_tokens
-from xmoe_fairseq.evaluation.direction_dataset import Text, read
-from xmoe_fairseq.evaluation.routing_counts import INPUTS, collect, stack_of
+from xmoe_fairseq.evaluation.direction_dataset import DirectionDataset, read
+from xmoe_fairseq.evaluation.routing_counts import collect
+from xmoe_fairseq.models.routing_recorder import INPUTS, stack_of
+from xmoe_fairseq.render.analysis_folder import analysis
 
 MIN_COUNT, SHOWN = 4, 5
 
@@ -44,7 +45,9 @@ class Case:
                 for layer in naive.calls:
                     yield from self._of_layer(naive, text, layer, batch["net_input"][INPUTS[stack_of(layer)]])
 
-    def _of_layer(self, naive: Naive, text: Text, layer: str, tokens: torch.Tensor) -> Iterator[dict[str, Any]]:
+    def _of_layer(
+        self, naive: Naive, text: DirectionDataset, layer: str, tokens: torch.Tensor
+    ) -> Iterator[dict[str, Any]]:
         experts = self.counts.layers[layer].place.experts
         places = []
         for sentence in tokens.tolist():

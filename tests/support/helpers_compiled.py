@@ -16,7 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions
-from xmoe_fairseq.moe.routing import fp32_logits, routers
+from xmoe_fairseq.moe.routing import base, fp32_logits
 
 
 class _H100:
@@ -50,8 +50,8 @@ def main() -> None:
     with (
         patch.object(JITFunction, "run", compile_only),
         patch.object(tiled, "_check", lambda *_: None),
-        patch.object(routers, "routes_on_device", lambda *_: True),
-        patch.object(routers, "is_precise", lambda *_: True),
+        patch.object(base, "routes_on_device", lambda *_: True),
+        patch.object(base, "has_fp32_product", lambda *_: True),
         patch.object(fp32_logits, "product", product),
     ):
         for kind in ("threshold", "gshard"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import (
     M2M100Config,
     M2M100ForConditionalGeneration,
+    M2M100Tokenizer,
     NllbMoeConfig,
     NllbMoeForConditionalGeneration,
     NllbTokenizer,
@@ -27,7 +29,7 @@ TARGETS = ("fra_Latn", "zho_Hans")
 DIM, PIECES, LONGEST, UPDATES = 32, 60, 40, 60
 SIZES = {
     **{"d_model": DIM, "encoder_layers": 4, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40},
-    **{"encoder_attention_heads": 4, "decoder_attention_heads": 2, "max_position_embeddings": 64, "init_std": 0.3},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.3},
 }
 
 
@@ -107,7 +109,13 @@ def make(folder: Path, moe: bool) -> Theirs:
     entries = len(tokenizer) + 3
     model: Any = (
         NllbMoeForConditionalGeneration(
-            NllbMoeConfig(vocab_size=entries, **SIZES, num_experts=6, encoder_sparse_step=2, decoder_sparse_step=2)
+            NllbMoeConfig(
+                vocab_size=entries,
+                **SIZES | {"decoder_attention_heads": 2},
+                num_experts=6,
+                encoder_sparse_step=2,
+                decoder_sparse_step=2,
+            )
         )
         if moe
         else M2M100ForConditionalGeneration(M2M100Config(vocab_size=entries, **SIZES))
@@ -121,6 +129,21 @@ def make(folder: Path, moe: bool) -> Theirs:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return made
+
+
+def m2m(folder: Path) -> Any:
+    """Makes a model of random numbers with a tokenizer of M2M-100, and returns the tokenizer."""
+    folder.mkdir()
+    model = sentencepiece_model(folder / "learnt.model")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    pieces = [processor.id_to_piece(number) for number in reversed(range(3, PIECES))]
+    numbers = {piece: number for number, piece in enumerate(("<s>", "<pad>", "</s>", "<unk>", *pieces))}
+    (folder / "learnt.json").write_text(json.dumps(numbers))
+    tokenizer = M2M100Tokenizer(vocab_file=str(folder / "learnt.json"), spm_file=str(model))
+    entries = len(numbers) + 100 + 8
+    M2M100ForConditionalGeneration(M2M100Config(vocab_size=entries, **SIZES)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def _learn(made: Theirs) -> None:

@@ -27,7 +27,7 @@ LANGUAGES = ("ca", "sw", *(f"x{first}{second}" for first in "abcdefghij" for sec
 
 
 def lines(count: int, seed: int) -> list[str]:
-    """Gives lines of 10 to 30 words."""
+    """Returns lines of 10 to 30 words."""
     chosen = random.Random(seed)
     return [" ".join(chosen.choices(WORDS, k=chosen.randint(10, 30))) + "." for _ in range(count)]
 
@@ -51,7 +51,7 @@ def write_run(folder: Path, count: int, languages: Sequence[str]) -> tuple[Path,
 
 def write_systems(folder: Path, count: int, languages: Sequence[str]) -> list[Path]:
     """Writes what ``xmoe score`` would write of two systems, without scoring them."""
-    from xmoe_fairseq.results.scores import score_lines
+    from xmoe_fairseq.evaluation.line_scores import score_lines
 
     systems = []
     for number in (1, 2):

@@ -56,7 +56,7 @@ class Job:
         ]
 
     def wait(self) -> list[int]:
-        """Gives the exit codes."""
+        """Returns the exit codes."""
         return [run.wait() for run in self.runs]
 
 
@@ -69,7 +69,7 @@ def train_together(size: int, data: Path, save: Path, updates: int, *options: st
 
 
 def uneven_plan(size: int, updates: int, update_freq: int = 1, sentences: int = 80) -> Plan:
-    """Gives processes batches of very different sizes, and some none."""
+    """Returns processes batches of very different sizes, and some none."""
     rng = random.Random(7)
     plan: Plan = []
     for update in range(updates):

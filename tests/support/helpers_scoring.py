@@ -13,8 +13,8 @@ import pytest
 
 from xmoe_fairseq.checkpoints.summary import Summary
 from xmoe_fairseq.evaluation import score_job
-from xmoe_fairseq.evaluation.decode import Decoding, ModelSize, Translated
-from xmoe_fairseq.evaluation.routing_usage import LayerUsage
+from xmoe_fairseq.results.decoding import Decoding, ModelSize, Translated
+from xmoe_fairseq.results.usage import LayerUsage
 
 WORDS = "the a cat dog sees hears one two red green house tree and of in small big old new runs".split()
 PAIRS = ("en-ca", "ca-en", "en-sw", "sw-en")

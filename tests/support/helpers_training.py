@@ -40,7 +40,7 @@ class Run:
         self.process.start()
 
     def wait(self) -> int:
-        """Gives the exit code, negative for the signal that ended it."""
+        """Returns the exit code, negative for the signal that ended it."""
         self.process.join(300)
         assert self.process.exitcode is not None
         return self.process.exitcode

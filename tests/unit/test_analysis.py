@@ -16,14 +16,12 @@ from helpers_routing import MODELS, sharpen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmoe_fairseq.analysis import results, tables
+from xmoe_fairseq.analysis import tables
 from xmoe_fairseq.analysis.languages import language_load
-from xmoe_fairseq.analysis.results import analysis
 from xmoe_fairseq.analysis.tokens import text_tokens
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.direction_dataset import read
 from xmoe_fairseq.evaluation.routing_counts import (
-    INPUTS,
     POSITION_BINS,
     SUMS,
     Counts,
@@ -33,7 +31,10 @@ from xmoe_fairseq.evaluation.routing_counts import (
     places,
     power_of_two,
 )
+from xmoe_fairseq.models.routing_recorder import INPUTS
 from xmoe_fairseq.moe import TokenRouting
+from xmoe_fairseq.render import analysis_folder
+from xmoe_fairseq.render.analysis_folder import analysis
 
 
 @pytest.fixture(scope="module", params=["threshold", "smoe", "hash", "stack"])
@@ -180,7 +181,7 @@ def test_any_model_can_be_analysed_and_drawn(name: str, toy_data: Path) -> None:
     words = text_tokens(model.encoder.dictionary, ["en", "xx", "yy"])
     found = analysis(counts, {stack: words for stack in INPUTS}, 1, 3)
     assert found.varies == (name == "cmr")
-    names = [drawn for drawn, _ in results.draw(found)]
+    names = [drawn for drawn, _ in analysis_folder.draw(found)]
     assert ("directions" in names) == found.varies
     assert {"flops", "coselection", "language_similarity_decoder"} <= set(names)
     assert set(names) <= set(found.tables)

@@ -12,9 +12,9 @@ import pytest
 from helpers import build, save_checkpoint
 from helpers_routing import MODELS, sharpen
 
-from xmoe_fairseq.analysis import results
 from xmoe_fairseq.commands.analyze import main
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.render import analysis_folder
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_command_refuses_in_one_line(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results, "save", full)
+    monkeypatch.setattr(analysis_folder, "save", full)
     with pytest.raises(UserError, match="No space left"):
         main(["--checkpoint", model, "--data", str(toy_data), "--out", str(tmp_path / "out"), "--quiet"])
     assert not (tmp_path / "out").exists()

@@ -16,11 +16,12 @@ from helpers_analysis import Case, close
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from xmoe_fairseq.analysis import results, tables
-from xmoe_fairseq.analysis.results import Analysis, analysis
-from xmoe_fairseq.evaluation.routing_counts import INPUTS, Counts, LayerCounts, MoELayerSpec
+from xmoe_fairseq.analysis import tables
+from xmoe_fairseq.evaluation.routing_counts import Counts, LayerCounts, MoELayerSpec
+from xmoe_fairseq.models.routing_recorder import INPUTS
 from xmoe_fairseq.moe import TokenRouting
-from xmoe_fairseq.render import analysis_figures, analysis_heatmaps, style
+from xmoe_fairseq.render import analysis_figures, analysis_folder, analysis_heatmaps, style
+from xmoe_fairseq.render.analysis_folder import Analysis, analysis
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_heat_maps_are_drawn(threshold: Case) -> None:
 
 
 def many_languages(count: int = 94) -> Analysis:
-    """An analysis of random numbers: all languages of a large benchmark, three layers a stack."""
+    """An analysis of random numbers: all languages of a large benchmark, three layers per stack."""
     rng = np.random.default_rng(0)
     names = [f"l{number:02d}" for number in range(count)]
     directions = [pair for name in names for pair in (("en", name), (name, "en"))]
@@ -152,7 +153,7 @@ def overlaps(labels: list[Any], renderer: Any, horizontal: bool = False) -> int:
 def test_94_languages_are_legible() -> None:
     found = many_languages()
     with style.drawing():
-        for name, figure in results.draw(found):
+        for name, figure in analysis_folder.draw(found):
             renderer = FigureCanvasAgg(figure).get_renderer()
             figure.draw(renderer)
             for axes in figure.axes:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = "combine gradient multiply pairs settle spread take weight_gradients"
+PROGRAMS = "assignments combine gradient multiply settle spread take weight_gradients"
 
 
 @pytest.mark.slow

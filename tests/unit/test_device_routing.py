@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, StratifiedMoE
-from xmoe_fairseq.moe.routing import fp32_logits, routers
+from xmoe_fairseq.moe.routing import base, fp32_logits
 from xmoe_fairseq.moe.routing.plan import RoutingPlan
 
 OPTIONS = {
@@ -29,9 +29,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def both(route: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """What a function gives with the programs, and without."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routers, "routes_on_device", lambda *_: True)
+        patch.setattr(base, "routes_on_device", lambda *_: True)
         ours = route()
-        patch.setattr(routers, "routes_on_device", lambda *_: False)
+        patch.setattr(base, "routes_on_device", lambda *_: False)
         return ours, route()
 
 
@@ -148,10 +148,10 @@ def test_a_layer_whose_router_multiplies_in_its_programs_function_is_that_of_tor
         return [y.detach(), given_x.grad, *(p.grad for p in layer.parameters()), stats.first_dropped, stats.top1_prob]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routers, "routes_on_device", lambda *_: False)
+        patch.setattr(base, "routes_on_device", lambda *_: False)
         expected = run("reference")
-        patch.setattr(routers, "routes_on_device", lambda *_: True)
-        patch.setattr(routers, "is_precise", lambda x, weight: True)
+        patch.setattr(base, "routes_on_device", lambda *_: True)
+        patch.setattr(base, "has_fp32_product", lambda x, weight: True)
         patch.setattr(fp32_logits, "product", torch.mm)
         ours = run("triton")
     for one, other in zip(ours, expected, strict=True):

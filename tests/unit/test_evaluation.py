@@ -21,11 +21,15 @@ from helpers_translation import generated, sacrebleu_program, write_output
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xmoe_fairseq.common.files import read_lines, write_lines
+from xmoe_fairseq.common.outputs import replacing
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation import routing_usage, score
-from xmoe_fairseq.evaluation.generate_output import read_hypotheses, read_lines, replacing, write_lines
-from xmoe_fairseq.evaluation.routing_usage import accumulate, computation_saved
+from xmoe_fairseq.evaluation.generate_output import read_hypotheses
+from xmoe_fairseq.evaluation.routing_usage import accumulate
+from xmoe_fairseq.metrics import corpus
 from xmoe_fairseq.moe.routing.statistics import RouterSums, RoutingStats
+from xmoe_fairseq.results.usage import computation_saved
 
 REFERENCES = [
     "The cat sat on the mat.",
@@ -149,25 +153,25 @@ def test_figures_are_those_of_the_sacrebleu_program(
     ],
 )
 def test_tokenizer_follows_the_target_language(target: str, tokenizers: set[str]) -> None:
-    bleu, name = score.build_bleu(target)
+    bleu, name = corpus.build_bleu(target)
     assert name in tokenizers and bleu.tokenizer_signature.startswith(name)
-    assert score.build_bleu(target, "intl")[1] == "intl"
+    assert corpus.build_bleu(target, "intl")[1] == "intl"
 
 
 def test_tokenizer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(tokenize: str) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(score, "BLEU", refuse)
+    monkeypatch.setattr(corpus, "BLEU", refuse)
     with pytest.raises(UserError, match=r"'char': pip install 'sacrebleu\[ja,ko\]'"):
-        score.build_bleu("ja")
+        corpus.build_bleu("ja")
 
 
 def test_scores_need_as_many_references() -> None:
     with pytest.raises(UserError, match="1 hypotheses but 2 references into ca"):
-        score.score(["a"], ["a", "b"], "ca")
+        corpus.score(["a"], ["a", "b"], "ca")
     with pytest.raises(UserError, match="empty"):
-        score.score([], [], "ca")
+        corpus.score([], [], "ca")
 
 
 def test_score_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

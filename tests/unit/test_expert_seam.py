@@ -28,8 +28,9 @@ from xmoe_fairseq.analysis.tables import flops as flops_table
 from xmoe_fairseq.checkpoints import shards
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.direction_dataset import read
-from xmoe_fairseq.evaluation.routing_counts import collect, per_token, places
+from xmoe_fairseq.evaluation.routing_counts import collect, places
 from xmoe_fairseq.models.architectures import build_on_meta
+from xmoe_fairseq.models.routing_recorder import per_token
 from xmoe_fairseq.models.size import least_parameters
 from xmoe_fairseq.moe import (
     EXPERTS,
@@ -261,9 +262,10 @@ def test_kernels_say_what_they_compute() -> None:
         assert choose("auto", torch.empty(1, 8), one, 8, True, network) is KERNELS["reference"]
         assert [name for name, kernel in KERNELS.items() if kernel.computes(network)] == ["reference"]
     assert all(kernel.computes(Experts.network) for kernel in KERNELS.values())
-    for make_one in (lambda: GatedExperts(2, 8, 8, kernel="per_expert"), lambda: choose("decode", torch.empty(1, 8), one, 8,
+    for make_one in (lambda: GatedExperts(2, 8, 8, kernel="per_expert"),
+                     lambda: choose("decode", torch.empty(1, 8), one, 8,
                      True, GatedExperts.network)):  # fmt: skip
-        with pytest.raises(ValueError, match=r"does not compute gated networks; choose --moe-kernel auto, loop$"):
+        with pytest.raises(ValueError, match=r"does not compute gated networks; choose --moe-kernel auto, reference$"):
             make_one()
 
 
@@ -386,7 +388,7 @@ def test_options_are_declared_by_the_kinds() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--moe-expert", "glu", "--moe-kernel", "per_expert"), "fused does not compute gated networks; .* auto, loop"),
+        (("--moe-expert", "glu", "--moe-kernel", "fused"), "does not compute gated networks; .* auto, reference"),
         (("--moe-expert-sizes", "hybird"), "--moe-expert-sizes hybird is neither .*--encoder-ffn-embed-dim 256"),
         (("--moe-expert-sizes", "8-16"), "--moe-expert-sizes 8-16 has 2 sizes for 8 experts"),
         (("--moe-expert-sizes", "arithmetic", "--moe-num-experts", "11"), "or --moe-size-steps 11"),
@@ -506,10 +508,12 @@ def test_one_file_and_one_line_make_a_new_kind(toy_data: Path, tmp_path: Path) -
     """A copy of the package with the file of the toy, and its line, trains and translates with it."""
     moe = tmp_path / "xmoe_fairseq" / "moe"
     shutil.copytree(ROOT / "xmoe_fairseq", moe.parent, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "tests" / "support" / "helpers_toy_expert.py", moe / "maxout_experts.py")
-    kinds = (moe / "expert_kinds.py").read_text()
-    kinds = kinds.replace("from .sized", "from .maxout_experts import MaxoutExperts\nfrom .sized")
-    (moe / "expert_kinds.py").write_text(kinds.replace('"ffn": Experts,', '"ffn": Experts, "maxout": MaxoutExperts,'))
+    shutil.copy(ROOT / "tests" / "support" / "helpers_toy_expert.py", moe / "experts" / "maxout.py")
+    kinds = (moe / "experts" / "kinds.py").read_text()
+    kinds = kinds.replace("from .sized", "from .maxout import MaxoutExperts\nfrom .sized")
+    (moe / "experts" / "kinds.py").write_text(
+        kinds.replace('"ffn": Experts,', '"ffn": Experts, "maxout": MaxoutExperts,')
+    )
     script = SCRIPT.replace("*TRAIN_ARGS", f"*{TRAIN_ARGS!r}")
     words = [sys.executable, "-c", script, str(toy_data), str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

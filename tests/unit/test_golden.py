@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_golden import check_prune, check_selection, check_sparsify
 
 from xmoe_fairseq.moe import (
     EXPERTS,
@@ -218,6 +219,9 @@ def check_expert_sizes(golden: Golden) -> None:
 
 
 CHECKS: dict[str, Callable[..., None]] = {
+    "prune": check_prune,
+    "selection": check_selection,
+    "sparsify": check_sparsify,
     "expert_sizes": check_expert_sizes,
     "hmoe": check_hmoe,
     "xmoe_gate": check_xmoe_gate,
@@ -244,9 +248,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def read(file: Path) -> Golden:
-    """Reads a file; the second matrix of our experts is the transpose of the authors'."""
+    """Reads a file; the second matrices of our experts are the transposes of the authors'."""
     with np.load(file) as values:
-        return {name: np.swapaxes(v, 1, 2) if "fc2_weight" in name else v for name, v in values.items()}
+        return {name: np.swapaxes(v, 1, 2) if "fc2_weight" in name and v.ndim == 3 else v for name, v in values.items()}
 
 
 def test_golden(golden_file: Path) -> None:

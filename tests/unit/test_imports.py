@@ -14,6 +14,7 @@ from helpers import ROOT
 ORDERS = {
     "light parts load no fairseq and patch nothing": """
         import xmoe_fairseq.errors, xmoe_fairseq.cli, xmoe_fairseq.moe
+        import xmoe_fairseq.common.schema, xmoe_fairseq.data_prep.demo_corpus, xmoe_fairseq.metrics.corpus
         from xmoe_fairseq.moe import MoELayer
         assert not {"fairseq", "xmoe_fairseq.plugin"} & sys.modules.keys()
     """,
@@ -47,7 +48,7 @@ ORDERS = {
         import xmoe_fairseq.plugin
         assert "fairseq_cli.validate" not in sys.modules
         import fairseq_cli.validate, fairseq.benchmark
-        from xmoe_fairseq.literals import literal
+        from xmoe_fairseq.common.literals import literal
         assert fairseq_cli.validate.eval is fairseq.benchmark.eval is literal
         assert fairseq_cli.validate.__spec__.origin == fairseq_cli.validate.__file__
     """,
@@ -61,8 +62,8 @@ ORDERS = {
         check_registered()
     """,
     "a part that needs fairseq, alone": """
-        from xmoe_fairseq.config import RouterConfig
-        import xmoe_fairseq.config
+        from xmoe_fairseq.models.config import RouterConfig
+        import xmoe_fairseq.models.config
         assert sys.modules["xmoe_fairseq.models.config"] is xmoe_fairseq.models.config
         assert xmoe_fairseq.models.config.__spec__.loader is xmoe_fairseq.models.config.__loader__
         assert RouterConfig is xmoe_fairseq.models.config.RouterConfig

@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from xmoe_fairseq import cli
 from xmoe_fairseq.commands import info
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.routing_usage import LayerUsage
+from xmoe_fairseq.evaluation import model_costs
 from xmoe_fairseq.models.architectures import architectures, build_on_meta
 from xmoe_fairseq.models.presets import PRESETS
 from xmoe_fairseq.moe import StratifiedMoE
 from xmoe_fairseq.moe.flops import count_flops, count_parameters, expert_sites
+from xmoe_fairseq.results.usage import LayerUsage
 
 SHARED = "--share-all-embeddings"
 # Xu et al. 2023, tables 1 and 2: parameters in millions, and the hand count of the same model.
@@ -37,7 +38,7 @@ PUBLISHED_PARAMETERS = {
     "moe_transformer_m15_e32": (1770, 1770.5),
     "smoe_transformer_m15_4_4_4_4": (963, 964.7),
 }
-# The same tables: FLOPs a token in millions; for SMoE, those and the experts a token that they mean.
+# The same tables: FLOPs per token in millions; for SMoE, those and the experts per token that they mean.
 M4_FLOPS = {"_dense": 167, "": 192, "_switch": 167, "_eom": 192, "_cmr": 217, "_stack_2x4": 242}
 M15_FLOPS = {"_dense": 506, "": 606, "_switch": 506, "_eom": 606, "_cmr": 707, "_e32": 606}
 PUBLISHED_FLOPS = {f"moe_transformer_m4{row}": flops for row, flops in M4_FLOPS.items()} | {
@@ -166,10 +167,10 @@ def test_flops_are_those_that_pytorch_counts(words: tuple[str, ...], toy_data: P
         for one in stats
     ]
     widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
-    taken = info.measured(model, usage)
+    taken = model_costs.measured(model, usage)
     flops = count_flops(model, taken, model.decoder.output_projection, widths, length)
     # fairseq multiplies what the causal mask hides as well: twice the attention term.
-    # A whole number, in floating-point steps: experts a token are a fraction.
+    # A whole number, in floating-point steps: experts per token are a fraction.
     expected = round(sentences * length * (flops.total + flops.attention))
     # A token that skips strata skips their routers, whose products are all counted.
     strata = [module for module in model.modules() if isinstance(module, StratifiedMoE)]
@@ -207,7 +208,8 @@ def test_rows_of_a_table_differ_by_whole_experts(
         assert ours[row] - ours["_dense"] == pytest.approx(published[row] - published["_dense"], abs=1.1)
 
 
-# --- experts a token -------------------------------------------------------------------------------------------------
+# --- experts per token
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -267,7 +269,7 @@ def test_measured_experts(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 def test_stacked_layers_share_what_was_measured() -> None:
     model = build_on_meta("moe_transformer_tiny", 100, ("--moe-stack", "2"))
-    taken = info.measured(model, [used("encoder.2", 400, 16), used("decoder.2", 380, 16)])
+    taken = model_costs.measured(model, [used("encoder.2", 400, 16), used("decoder.2", 380, 16)])
     assert list(taken.values()) == [2.0, 2.0, 1.9, 1.9]
 
 

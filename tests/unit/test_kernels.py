@@ -236,9 +236,16 @@ def test_accumulated_gradients_are_the_sum() -> None:
     torch.testing.assert_close(experts.fc2_weight.grad, 2 * once)
 
 
-def test_unknown_kernels_are_refused_and_the_cpu_gets_the_fused_one() -> None:
+def test_kernels_are_known_by_their_names_of_earlier_versions() -> None:
+    one = draw([1, 0], 1)
+    for old, new in {"fused": "per_expert", "few": "decode", "loop": "reference"}.items():
+        assert choose(old, torch.empty(1, 8), one, 8) is KERNELS[new]
+        assert Experts(2, 8, 8, kernel=old).kernel == new
+
+
+def test_unknown_kernels_are_refused_and_a_cpu_computes_expert_by_expert() -> None:
     many, one = draw([40, 40], 40), draw([1, 0], 1)
-    with pytest.raises(ValueError, match=r"no kernel 'cutlass'.*fused"):
+    with pytest.raises(ValueError, match=r"no kernel 'cutlass'.*per_expert"):
         choose("cutlass", torch.empty(1, 8), one, 8)
     assert choose("auto", torch.empty(1, 8), one, 8) is KERNELS["per_expert"]
     with torch.no_grad():

@@ -16,8 +16,9 @@ from xmoe_fairseq import cli
 from xmoe_fairseq.checkpoints.shards import fingerprint
 from xmoe_fairseq.common.directions import Direction
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.model_directions import choose_directions, direction_sets, group_of, known_pairs
+from xmoe_fairseq.evaluation.model_directions import choose_directions, known_pairs
 from xmoe_fairseq.evaluation.test_sets import MADE
+from xmoe_fairseq.results.direction_sets import direction_sets, group_of
 
 
 def write_model(path: Path, pairs: str | None, recorded: tuple[str, ...] = ()) -> Path:

@@ -59,7 +59,7 @@ ROW = plan.Row(OPTION, "7", "", "--seed 7", None)
 SAME, OTHER = Outcome(0, "done", "a"), Outcome(0, "done", "b")
 LINE = Outcome(1, "xmoe_fairseq: error: --seed 7 is out of range", "c")
 TRACEBACK = Outcome(1, "KeyError: 'seed'", "d")
-GUARDED = Outcome(1, "xmoe_fairseq: error: fairseq cannot go on (KeyError: 'seed'): check", "e")
+GUARDED = Outcome(1, "xmoe_fairseq: error: fairseq cannot continue (KeyError: 'seed'): check", "e")
 
 
 @pytest.mark.parametrize(

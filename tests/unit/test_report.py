@@ -15,14 +15,14 @@ from matplotlib.image import imread
 from xmoe_fairseq import mt_benchmarks
 from xmoe_fairseq.checkpoints.summary import Summary
 from xmoe_fairseq.commands import report
+from xmoe_fairseq.common.files import write_lines
 from xmoe_fairseq.common.run_folder import find_checkpoint
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.build_report import Model, find_directions
-from xmoe_fairseq.evaluation.generate_output import write_lines
-from xmoe_fairseq.evaluation.routing_usage import LayerUsage
 from xmoe_fairseq.render.report_figure import DOTS_PER_INCH, WIDTH_INCHES
 from xmoe_fairseq.results.report import Sample, Token, TracedSample
 from xmoe_fairseq.results.settings import Settings
+from xmoe_fairseq.results.usage import LayerUsage
 
 TASK = "multilingual_demo4"
 XX, YY = mt_benchmarks.DEMO4[:2]

@@ -17,8 +17,8 @@ from helpers_translation import generated, write_output
 
 from xmoe_fairseq.commands import report as command
 from xmoe_fairseq.commands import score
+from xmoe_fairseq.common.files import read_lines, write_lines
 from xmoe_fairseq.data_prep import prepare
-from xmoe_fairseq.evaluation.generate_output import read_lines, write_lines
 from xmoe_fairseq.moe import Router
 from xmoe_fairseq.subword import Subword
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xmoe_fairseq.moe import Experts, MoELayer, RouterOptions, StackedMoE, StratifiedMoE
-from xmoe_fairseq.moe.routing import routers
+from xmoe_fairseq.moe.routing import base
+from xmoe_fairseq.moe.routing.base import LinearRouter, ProbabilityRouter
 from xmoe_fairseq.moe.routing.options import declared, router_option
 from xmoe_fairseq.moe.routing.plan import RoutingPlan, plan_of
-from xmoe_fairseq.moe.routing.routers import LinearRouter, ProbabilityRouter
 from xmoe_fairseq.moe.routing.statistics import RouterSums, pack, unpack
 from xmoe_fairseq.moe.routing.topk import Selection
 
@@ -117,7 +117,7 @@ def test_routers_that_only_set_limits_have_equal_plans_on_both_paths() -> None:
     plans = []
     for programs in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(routers, "routes_on_device", lambda *_, programs=programs: programs)
+            patch.setattr(base, "routes_on_device", lambda *_, programs=programs: programs)
             plans.append(router.plan(logits, torch.arange(40) > 35))
     ours, expected = plans
     for name in ("token", "group_sizes"):
@@ -127,8 +127,8 @@ def test_routers_that_only_set_limits_have_equal_plans_on_both_paths() -> None:
 
 
 def test_a_router_that_plans_by_itself_never_meets_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routers, "routes_on_device", lambda *_: True)
-    monkeypatch.setattr(routers, "plan_on_device", None)
+    monkeypatch.setattr(base, "routes_on_device", lambda *_: True)
+    monkeypatch.setattr(base, "plan_on_device", None)
     assert int(make_layer().router(torch.randn(4, 6, dtype=torch.double)).stats.tokens) == 4
 
 

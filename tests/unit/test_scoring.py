@@ -15,8 +15,8 @@ from helpers_scoring import PAIRS, FakeTranslator, fake_translator, sentence, sp
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation import language_id
-from xmoe_fairseq.evaluation.routing_usage import LayerUsage, add_up
-from xmoe_fairseq.evaluation.score import build_metric
+from xmoe_fairseq.metrics.corpus import build_metric
+from xmoe_fairseq.results.usage import LayerUsage, add_up
 
 
 @pytest.fixture

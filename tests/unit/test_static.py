@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions, StratifiedMoE
 
-# A bound is known by the number of experts a token, or by capacity.
+# A bound is known by the number of experts per token, or by capacity.
 BOUNDED = {
     "threshold": RouterOptions(threshold=0.7, capacity_factor=1.5),
     "topk": RouterOptions(top_k=2),

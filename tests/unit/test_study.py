@@ -277,11 +277,12 @@ def test_a_folder_in_which_a_program_still_works_is_waited_for(tmp_path: Path) -
     study.results.mkdir()
     run = Program(study, study.plan.rows[0], 1)
     started = run.folder / "started"
-    hold = f"import pathlib, time\nfrom xmoe_fairseq import locks\nwith locks.held({str(run.folder)!r}):\n"
+    hold = f"import pathlib, time\nfrom xmoe_fairseq.common import locks\nwith locks.held({str(run.folder)!r}):\n"
     hold += f" pathlib.Path({str(started)!r}).touch(); time.sleep(1.5)"
     begin = time.monotonic()
     orphan = subprocess.Popen([sys.executable, "-c", hold])
     while not started.exists():
+        assert orphan.poll() is None
         time.sleep(0.01)
     assert run_all([run], 1, lambda _: None) == []
     assert time.monotonic() - begin > 1.5 and orphan.wait() == 0 and run.finished()

@@ -18,7 +18,7 @@ from xmoe_fairseq.data_prep import learn_spm
 from xmoe_fairseq.data_prep.io_utils import write_pairs
 from xmoe_fairseq.data_prep.layout import centred
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.subword import Subword
+from xmoe_fairseq.subword import VOCABULARY_RECORD, Subword
 
 # What SentencePiece, fairseq or Python's str methods treat as something else than text.
 TRAPS = [
@@ -134,3 +134,25 @@ def test_unusable_model_is_one_line(tmp_path: Path, content: bytes | None, messa
         with pytest.raises(UserError, match=message) as caught:
             load(path)
         assert "\n" not in str(caught.value.code) and str(path) in str(caught.value.code)
+
+
+def test_a_record_admits_a_model_without_bytes(tmp_path: Path) -> None:
+    """As ``xmoe import`` writes it: what the model lacks is for the dictionary to be ``<unk>``."""
+    path = no_bytes_model(tmp_path / "spm.model")
+    record = path.with_name(VOCABULARY_RECORD)
+    record.write_text('{"byte_fallback": false}')
+    subword = Subword(path)
+    assert not subword.byte_fallback
+    assert subword.decode_pieces(subword.encode_pieces("the dog")) == "the dog"
+    for line in ("the ▁ dog", "a\u00a0✓", "the\u2028dog", "\n"):
+        pieces = subword.encode_pieces(line)
+        assert all(piece.split() == [piece] for piece in pieces)
+        assert subword.encode_ids([line]) == [[subword.ids[subword.processor.piece_to_id(one)] for one in pieces]]
+    assert bpe(path).decode("▁ <unk> d").split() == ["⁇", "d"]
+    record.write_text('{"byte_fallback": true}')
+    with pytest.raises(UserError, match="without byte_fallback"):
+        Subword(path)
+    for damaged in ("{}", "[]", '{"byte_fallback": 0}', "{"):
+        record.write_text(damaged)
+        with pytest.raises(UserError, match="import the model again"):
+            Subword(path)

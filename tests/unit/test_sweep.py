@@ -15,8 +15,9 @@ from matplotlib.image import imread
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.sweep import COSTS, Point, Sweep, pareto, read_thresholds
+from xmoe_fairseq.evaluation.sweep import read_thresholds
 from xmoe_fairseq.render.sweep_figure import draw_sweep
+from xmoe_fairseq.results.sweep import COSTS, Point, Sweep, pareto
 
 
 def point(threshold: float, bleu: float, flops: float, words: float, chrf: float = 50.0) -> Point:

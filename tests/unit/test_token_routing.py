@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stratified import DIM, make_block
 
-from xmoe_fairseq.evaluation.routing_counts import per_token
-from xmoe_fairseq.models.routing_recorder import observing
+from xmoe_fairseq.models.routing_recorder import observing, per_token
 from xmoe_fairseq.moe import ROUTERS
 
 

@@ -28,7 +28,9 @@ while True:
 
 def test_one_program_at_a_time_and_as_often_as_asked() -> None:
     commands = {name: [sys.executable, "-c", WORKER] for name in "ab"}
-    turns = take_turns(commands, "done", warm=1, rounds=3)
+    rounds: list[int] = []
+    turns = take_turns(commands, "done", 1, 3, lambda taken: rounds.append(len(taken["b"])))
+    assert rounds == [1, 2, 3]
     assert {name: len(of) for name, of in turns.items()} == {"a": 3, "b": 3}
     assert all(seconds > 0.04 for of in turns.values() for seconds, _ in of)
     work = sorted(tuple(map(float, line.split()[1:])) for of in turns.values() for _, line in of)

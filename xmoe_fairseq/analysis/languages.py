@@ -21,7 +21,7 @@ class LanguageLoad:
         languages: in the order of `links`: those that share experts are neighbours.
         experts: layer and number of each column; in each layer those used by the same languages are neighbours.
         load: (languages, experts) a language's computations of an expert, 1 being an equal share of the layer's.
-        similarity: (languages, languages) 1 - distance: 1 for the same load, 0 where no expert is shared. The
+        similarity: (languages, languages) 1 - distance: 1 for the same load, 0 if no expert is shared. The
             distance is the mean over layers of half the sum of absolute differences of the shares.
         links: of SciPy's `linkage` (average), for the order before sorting; none for one language.
         leaves: the place in `links` of each of `languages`.

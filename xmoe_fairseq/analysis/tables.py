@@ -1,4 +1,4 @@
-"""The numbers of the figures, from the sums of a pass: one table a file, which is what the figures draw."""
+"""The numbers of the figures, from the sums of a pass: one table per file, which is what the figures draw."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Table:
     Attributes:
         name: of the file and of the figure.
         columns: their names.
-        rows: one value a column; numbers, words, or nothing where there is no number.
+        rows: one value a column; numbers, words, or nothing if there is no number.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Table:
         return Table(self.name, self.columns, [row for row in self.rows if all(row[i] == v for i, v in places.items())])
 
     def as_tsv(self) -> str:
-        """Gives lines with tabs between the values, six digits a number; a token's own tab or line end is spelt."""
+        """Returns lines with tabs between the values, six digits a number; a token's own tab or line end is spelt."""
         lines = ["\t".join(self.columns), *("\t".join(map(_cell, row)) for row in self.rows)]
         return "".join(f"{line}\n" for line in lines)
 
@@ -64,7 +64,7 @@ def measure(counts: Counts) -> str:
 
 
 def means(sums: Tensor, layers: Sequence[LayerCounts]) -> tuple[Any, ...]:
-    """Gives `MEANS`: tokens; experts and passes a token; first choice's probability and entropy (nats) a pass.
+    """Gives `MEANS`: tokens; experts and passes per token; first choice's probability and entropy (nats) per pass.
 
     Args:
         sums: (S,) added up over tokens and layers.
@@ -88,7 +88,7 @@ def add(sums: Iterable[Tensor]) -> Tensor:
 
 
 def by_layer(counts: Counts) -> Table:
-    """Layers: means over all tokens, spread of the experts a token, and balance of the load.
+    """Layers: means over all tokens, spread of the experts per token, and balance of the load.
 
     ``load_cv`` is the coefficient of variation of the experts' computations: 0 is perfect balance.
     """

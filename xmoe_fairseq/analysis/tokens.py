@@ -16,7 +16,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def text_tokens(dictionary: Any, languages: Iterable[str]) -> Sequence[str | None]:
-    """Gives the token of each id of a fairseq dictionary; none for special symbols and tokens of languages."""
+    """Returns the token of each id of a fairseq dictionary; none for special symbols and tokens of languages."""
     special = {f"__{language}__" for language in languages}
     symbols = [None if symbol in special else symbol for symbol in dictionary.symbols]
     return [None] * dictionary.nspecial + symbols[dictionary.nspecial :]

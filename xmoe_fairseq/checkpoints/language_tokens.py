@@ -58,7 +58,7 @@ def adopt(parser: argparse.ArgumentParser, parsed: argparse.Namespace, words: Se
 
 
 def warn_of_others(state: Mapping[str, Any], path: str, task: argparse.Namespace) -> None:
-    """Says that training goes on with other options than it had before, which fine-tuning may want.
+    """Says that training resumes with other options than before, which fine-tuning may want.
 
     Args:
         state: of the checkpoint.
@@ -68,13 +68,13 @@ def warn_of_others(state: Mapping[str, Any], path: str, task: argparse.Namespace
     for name, value in _of_task(state).items():
         if hasattr(task, name) and getattr(task, name) != value:
             logger.warning(
-                f"{path} was trained with {_flag(name)} {_shown(value)}, training goes on with "
-                f"{_shown(getattr(task, name))}: the model has to learn anew what languages look like"
+                f"{path} was trained with {_flag(name)} {_shown(value)}, training resumes with "
+                f"{_shown(getattr(task, name))}: the model has to learn again what languages look like"
             )
 
 
 def _trained(path: str) -> Mapping[str, Any]:
-    """Gives the options of a checkpoint's task; none where fairseq will refuse the file."""
+    """Returns the options of a checkpoint's task; none where fairseq will refuse the file."""
     try:
         return _of_task(reading.peek(path))
     except UserError:
@@ -87,7 +87,7 @@ def _of_task(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _given(parser: argparse.ArgumentParser, parsed: argparse.Namespace, words: Sequence[str] | None) -> dict[str, Any]:
-    """Gives the options that are among the words, as `fairseq.options` finds them for fairseq-validate."""
+    """Returns the options that are among the words, as `fairseq.options` finds them for fairseq-validate."""
     without_defaults = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=[parser])
     without_defaults.set_defaults(**dict.fromkeys(vars(parsed)))
     known, _ = without_defaults.parse_known_args(words)

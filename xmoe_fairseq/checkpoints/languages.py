@@ -70,7 +70,7 @@ def add(state: dict[str, Any], path: str, data: str) -> tuple[str, ...]:
 
 
 def _check(trained: DataIdentity, new: DataIdentity, path: str) -> tuple[str, ...]:
-    """Gives the languages that are new to a model."""
+    """Returns the languages that are new to a model."""
     for what, one, two in identity.differences(trained, new):
         if what != "languages":
             raise UserError(
@@ -86,7 +86,7 @@ def _check(trained: DataIdentity, new: DataIdentity, path: str) -> tuple[str, ..
 
 
 def _task_of(state: dict[str, Any], path: str) -> Namespace:
-    """Gives the options of a model's task."""
+    """Returns the options of a model's task."""
     section = options.sections(state)["task"]
     if not isinstance(state.get("cfg"), dict) or section["_name"] not in {f"multilingual_{name}" for name in TASKS}:
         raise UserError(f"{path} was trained with --task {section['_name']}: only tasks multilingual_* can have more")

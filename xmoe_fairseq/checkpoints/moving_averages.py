@@ -34,7 +34,7 @@ def put_in_place(state: dict[str, Any], path: str, option: str = options.AVERAGE
 
 
 def is_version(name: str) -> bool:
-    """Says whether a buffer holds the version of a model's form."""
+    """Returns whether a buffer holds the version of a model's form."""
     return name.rpartition(".")[2] == "version"
 
 

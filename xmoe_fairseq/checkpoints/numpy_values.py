@@ -116,7 +116,7 @@ def allow() -> None:
 
 
 def plain_checkpoint(state: dict[str, Any]) -> dict[str, Any]:
-    """Gives the state of a checkpoint that any program reads by PyTorch's allow-list: see `plain_numbers`, and arrays
+    """Returns the state of a checkpoint that any program reads by PyTorch's allow-list: see `plain_numbers`, and arrays
     among the meters, such as BLEU's counts, become lists, to which NumPy adds as it does to arrays.
 
     Arrays elsewhere stay what they are: two lists of numbers have another sum than two arrays.
@@ -131,7 +131,7 @@ def plain_checkpoint(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_numbers(state: Any, arrays: bool = False) -> Any:
-    """Gives a state in which every scalar of NumPy is a number of Python, and shares the rest with the one given.
+    """Returns a state in which every scalar of NumPy is a number of Python, and shares the rest with the one given.
 
     Args:
         state: of any nesting.

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import UserError
-from ..models.config import check_sizes
+from ..models.config_checks import check_sizes
 
 # Stock tasks that read text; the others read speech, with options that name programs to run.
 _STOCK_TASKS = frozenset(
@@ -114,7 +114,7 @@ def _check_overridden_sizes(overrides: Mapping[Any, Any], by: str) -> None:
 
 
 def sections(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Gives the options of the task and of the model, as far as the file has them."""
+    """Returns the options of the task and of the model, as far as the file has them."""
     if state.get("args") is not None:
         values = _values(state["args"])
         found = {"task": {"_name": "translation", **_renamed(values, "task")}, "model": _renamed(values, "arch")}
@@ -200,7 +200,7 @@ def _read_literal(value: Any) -> Any:
 
 
 def _name(kind: str, section: Mapping[str, Any]) -> str:
-    """Gives the name of the task or model, which must be allowed."""
+    """Returns the name of the task or model, which must be allowed."""
     names = [section[key] for key in ("_name", "arch") if section.get(key) and (kind == "model" or key == "_name")]
     if not names:
         raise _Refused(f"cfg.{kind} does not name its {kind} (no _name)")

@@ -87,7 +87,7 @@ def _not_whole(path: str, wrong: str) -> UserError:
 
 
 def _wrong_form(state: dict[str, Any]) -> str:
-    """Says what of a checkpoint's parts has not the type that it has in fairseq's; nothing if all have."""
+    """Returns what of a checkpoint's parts has not the type that it has in fairseq's; nothing if all have."""
     model = state["model"]
     if not isinstance(model, dict) or not model:
         return f"its 'model' is {_kind(model)}, it must be parameters by name"
@@ -196,7 +196,7 @@ def _wrong_parameters(model: dict[Any, Any]) -> str:
 
 
 def read_shard(path: str) -> dict[str, Any] | None:
-    """Reads a file of experts without checking its sums; gives nothing where it is another kind of file.
+    """Reads a file of experts without checking its sums; gives nothing if it is another kind of file.
 
     Raises:
         DamagedCheckpoint: the file is truncated or damaged.
@@ -207,7 +207,7 @@ def read_shard(path: str) -> dict[str, Any] | None:
 
 
 def updates(state: dict[str, Any]) -> int:
-    """Gives the number of updates that a checkpoint was trained for."""
+    """Returns the number of updates that a checkpoint was trained for."""
     history = state.get("optimizer_history") or [{}]
     return int(history[-1].get("num_updates", 0))
 

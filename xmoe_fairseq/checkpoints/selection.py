@@ -92,7 +92,7 @@ def restore(cfg: Any, extra_state: Any) -> None:
 
     Args:
         cfg: the options of checkpoints.
-        extra_state: of the checkpoint that was read; none if there was none.
+        extra_state: of the checkpoint that was read; None if there was none.
     """
     from fairseq import checkpoint_utils
 
@@ -112,7 +112,7 @@ def restore(cfg: Any, extra_state: Any) -> None:
 
 
 def _early_stop() -> Any:
-    """Gives the function on which fairseq keeps what ``--patience`` counts."""
+    """Returns the function on which fairseq keeps what ``--patience`` counts."""
     from fairseq_cli import train
 
     return train.should_stop_early

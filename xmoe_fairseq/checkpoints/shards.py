@@ -85,7 +85,7 @@ def shard_path(path: str, number: int, shards: int) -> str:
 
 
 def fingerprint(path: str) -> str:
-    """Gives what tells one checkpoint from any other; a file that has not changed is read once in a process."""
+    """Returns what tells one checkpoint from any other; a file that has not changed is read once in a process."""
     now = os.stat(path)
     return _fingerprint(path, now.st_ino, now.st_size, now.st_mtime_ns)
 
@@ -167,7 +167,7 @@ def split(state: dict[str, Any], shards: int, name: str, source: str) -> Iterato
 
 
 def check_number(state: dict[str, Any], shards: int) -> int:
-    """Gives the experts of the layer that has fewest.
+    """Returns the experts of the layer that has fewest.
 
     Raises:
         UserError: they are fewer than the shards, or there are none.
@@ -217,7 +217,7 @@ def join(state: dict[str, Any], path: str, concatenate: Concatenate = torch.cat)
 
 
 def shard_set(state: dict[str, Any], path: str) -> ShardSet:
-    """Gives what ``NAME.pt`` says of its shards.
+    """Returns what ``NAME.pt`` says of its shards.
 
     Raises:
         DamagedCheckpoint: it is damaged.
@@ -260,7 +260,7 @@ def _read_one(path: str, number: int, wanted: ShardSet) -> Shard:
 
 
 def holder(state: dict[str, Any], place: Sequence[Any]) -> dict[Any, Any]:
-    """Gives the dictionary that holds what is in a place."""
+    """Returns the dictionary that holds what is in a place."""
     for key in place[:-1]:
         state = state[key]
     return state

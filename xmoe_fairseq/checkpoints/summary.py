@@ -19,12 +19,12 @@ class Summary:
     Attributes:
         arch: as given to ``--arch``.
         updates: it was trained for.
-        epoch: in which training goes on.
+        epoch: in which training resumes.
         parameters: each tied one once, experts included.
         expert_parameters: those of experts.
         experts: in each MoE layer.
         dtype: of the parameters.
-        optimizer: whether its state is there, so that training can go on as if it had not stopped.
+        optimizer: whether its state is there, so that training can resume as if it had not stopped.
         files: sizes in bytes by path; more than one where the experts are in shards.
     """
 
@@ -39,7 +39,7 @@ class Summary:
     files: dict[str, int]
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values."""
+        """Returns plain values."""
         return {**asdict(self), "shards": len(self.files) - 1, "bytes": sum(self.files.values())}
 
     def lines(self) -> Iterator[str]:

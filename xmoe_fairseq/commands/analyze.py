@@ -11,15 +11,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..analysis.results import Analysis, analysis, write
 from ..analysis.tokens import text_tokens
 from ..common import locks
+from ..common.command_line import CommandParser, bounded, comma_list, file_path
+from ..common.outputs import check_writable
 from ..common.schema import json_text
 from ..errors import UserError, printable
 from ..evaluation.direction_dataset import directions, load, origin, read
-from ..evaluation.generate_output import check_writable
-from ..evaluation.routing_counts import INPUTS, Counts, collect, places, total_sentences
-from .options import CommandParser, bounded, comma_list, file_path
+from ..evaluation.routing_counts import Counts, collect, places, total_sentences
+from ..models.routing_recorder import INPUTS
+from ..render.analysis_folder import Analysis, analysis, write
 
 _EPILOG = """\
 A token's capacity is the number of experts that it takes or, in stratified layers, of strata that it passes (RC). The
@@ -43,7 +44,7 @@ MOST_TOKENS = 1000
 
 
 def main(argv: Sequence[str]) -> None:
-    """Where the capacity goes: experts a token by language, layer, token and position.
+    """Where the capacity goes: experts per token by language, layer, token and position.
 
     Args:
         argv: the words after ``xmoe analyze``.
@@ -153,7 +154,7 @@ def _lines(found: Analysis) -> list[str]:
     for stack, row in found.summary().items():
         passes = f", {row['passes']:.2f} strata (RC)" if found.capacity == "passes" else ""
         lines.append(
-            f"{stack}: {row['experts']:.2f} experts a token{passes}; {row['saved_against_all']:.0%} of all experts' "
+            f"{stack}: {row['experts']:.2f} experts per token{passes}; {row['saved_against_all']:.0%} of all experts' "
             f"FLOPs saved, {1 - row['saved_against_dense']:.2f} times a dense network's ({row['tokens']:,} tokens)"
         )
     return [*lines, *found.notes]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from ..common.command_line import CommandParser, bounded, comma_list, file_path, quiet_libraries
 from ..common.schema import json_text
 from ..errors import UserError
 from ..evaluation.compare import compare, read_systems
 from ..render.compare_tables import RENDERERS
-from .options import CommandParser, bounded, comma_list, file_path, quiet_libraries
 
 _EPILOG = """\
 The folders are those that xmoe score wrote, of the same directions, test sets, metrics and tokenizers. Differences

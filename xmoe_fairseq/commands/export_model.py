@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,21 @@ from torch import Tensor
 
 from ..checkpoints import options, reading, shards
 from ..common import locks
+from ..common.command_line import CommandParser
 from ..common.identity import of_folder
 from ..common.schema import json_text
-from ..conversion import names, safetensors
+from ..conversion import names, safetensors, tokenizer_files
 from ..conversion.outputs import DTYPES, RECORD, check_free, whole_folder
 from ..conversion.source import SPECIAL
 from ..conversion.transformers_folder import ACTIVATIONS, DENSE, MOE
 from ..errors import UserError
 from ..tasks.data_folder import count_symbols
-from .options import CommandParser
 
 _EPILOG = """\
-Written into DIR: config.json, model.safetensors, vocab.json, sentencepiece.bpe.model, languages.json, export.json.
-AutoModelForSeq2SeqLM.from_pretrained(DIR) loads the model. A source is `__LANG__ pieces </s>`; a translation is forced
-to begin with the target's token (forced_bos_token_id, by languages.json).
+Written into DIR: config.json, model.safetensors, vocab.json, languages.json, export.json, and the files of a
+tokenizer, if one of transformers has the numbers of the data folder. AutoModelForSeq2SeqLM.from_pretrained(DIR) loads
+the model, AutoTokenizer the tokenizer. A source is `LANGUAGE pieces </s>`; a translation is forced to begin with the
+target's token (forced_bos_token_id, by languages.json).
 
 examples:
   xmoe export imported/nllb/checkpoint.pt --data imported/nllb --out exported/nllb
@@ -53,6 +53,7 @@ _NEEDED: tuple[tuple[str, Any, str], ...] = (
 _NEEDED_OF_EXPERTS: tuple[tuple[str, Any, str], ...] = (
     ("moe_router", "gshard", "transformers takes the two most probable experts and divides their weights by the sum"),
     ("moe_strata", "", "transformers has no strata"),
+    ("moe_layer_experts", "", "transformers has equally many experts in all layers"),
     ("moe_stack", 1, "transformers has one MoE layer per place"),
     ("moe_split_ratio", 1, "transformers has experts as large as its feed-forward networks"),
 )
@@ -71,7 +72,11 @@ def main(argv: Sequence[str]) -> None:
     check_free(args.out)
     with locks.held(args.out, file=True):
         record = _export(args)
-    print(json_text(record, RECORD), end="") if args.json else print(f"written: {args.out}")
+    if args.json:
+        print(json_text(record, RECORD), end="")
+    else:
+        lacking = "note: no tokenizer of transformers has these numbers; vocab.json has all symbols\n"
+        print(f"{'' if record['src_lang'] else lacking}written: {args.out}")
 
 
 def _parser() -> CommandParser:
@@ -101,13 +106,16 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     symbols, languages = _symbols(data, found["task"], config["vocab_size"])
     dtype = DTYPES[args.dtype] if args.dtype else None
     config["torch_dtype"] = str(dtype or tensors[names.EMBEDDINGS].dtype).removeprefix("torch.")
-    record = {"checkpoint": os.path.abspath(path), "kind": config["model_type"], "languages": list(languages)}
+    record: dict[str, Any] = {
+        "checkpoint": os.path.abspath(path),
+        "kind": config["model_type"],
+        "languages": list(languages),
+    }
     with whole_folder(args.out) as made:
         _write_json(made / "config.json", config)
         _write_json(made / "vocab.json", {symbol: number for number, symbol in enumerate(symbols)})
         _write_json(made / "languages.json", languages)
-        if (data / "spm.model").is_file():
-            shutil.copyfile(data / "spm.model", made / "sentencepiece.bpe.model")
+        record["src_lang"] = tokenizer_files.write(symbols, languages, data, made)
         renamed = dict(_renamed(tensors, config["model_type"] == MOE))
         with open(made / "model.safetensors", "wb") as file:
             safetensors.write(renamed, file, dtype)

@@ -12,26 +12,27 @@ from typing import Any
 
 from ..checkpoints import saving, shards
 from ..common import locks
+from ..common.command_line import CommandParser
 from ..common.identity import checksum
 from ..common.schema import json_text
 from ..conversion import branch_files, building, transformers_folder
 from ..conversion.outputs import DTYPES, RECORD, check_free, whole_folder
 from ..conversion.source import SPECIAL, Source, Vocabulary
 from ..errors import UserError
-from .options import CommandParser
+from ..subword import MODEL, VOCABULARY_RECORD, Subword
 
 CHECKPOINT = "checkpoint.pt"
 _EPILOG = """\
 Written into DIR:
   checkpoint.pt   the model; with --shards, beside it files of experts
-  bin/            the data folder: dict.txt, langs.txt, spm.model
+  bin/            the data folder: dict.txt, langs.txt, spm.model, and vocabulary.json: whether it has byte pieces
   import.json     what was read, and how
 
 examples:
   xmoe import models/nllb-200-distilled-600M --out imported/nllb
   fairseq-interactive imported/nllb/bin --user-dir xmoe_fairseq --task multilingual_local \\
       --path imported/nllb/checkpoint.pt --source-lang eng_Latn --target-lang cat_Latn \\
-      --bpe sentencepiece --sentencepiece-model imported/nllb/bin/spm.model
+      --bpe sentencepiece_bytes --sentencepiece-model imported/nllb/bin/spm.model
   xmoe import nllb/checkpoint-shared.pt --dictionary nllb/dict.txt --languages nllb/langs.txt \
       --sentencepiece nllb/spm.model --out imported/branch
   xmoe import models/nllb-moe-54b --out imported/nllb-moe --dtype bfloat16 --shards 16
@@ -128,7 +129,10 @@ def _write_data(vocabulary: Vocabulary, folder: Path) -> None:
     (folder / "dict.txt").write_text(lines, encoding="utf-8")
     (folder / "langs.txt").write_text("".join(f"{code}\n" for code in vocabulary.languages), encoding="utf-8")
     if vocabulary.sentencepiece is not None:
-        shutil.copyfile(vocabulary.sentencepiece, folder / "spm.model")
+        shutil.copyfile(vocabulary.sentencepiece, folder / MODEL)
+        has_bytes = Subword(folder / MODEL, byte_fallback=False).byte_fallback
+        words = {"byte_fallback": has_bytes, "imported_from": os.path.abspath(vocabulary.sentencepiece)}
+        (folder / VOCABULARY_RECORD).write_text(json_text(words, RECORD), encoding="utf-8")
 
 
 def _write_checkpoint(writer: building.Writer, path: Path, count: int | None) -> None:

@@ -1,26 +1,23 @@
-"""``xmoe info``: parameters and FLOPs a token of an architecture, from the model that fairseq would build."""
+"""``xmoe info``: parameters and FLOPs per token of an architecture, from the model that fairseq would build."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fairseq.modules import MultiheadAttention
 from torch import nn
 
+from ..common.command_line import CommandParser
 from ..errors import UserError
-from ..evaluation.routing_usage import LayerUsage, measure
+from ..evaluation.model_costs import CONTEXT, measured, model_flops
+from ..evaluation.routing_usage import measure
 from ..models.architectures import architectures, build_on_meta, describe
-from ..moe.flops import ExpertSite, Flops, Taken, count_flops, count_parameters, expert_sites, number_taken
+from ..moe.flops import ExpertSite, Flops, Taken, count_parameters, expert_sites, number_taken
 from ..render.info_text import Info, MoELayerInfo, columns, render
-from .options import CommandParser
-
-CONTEXT = 32
 
 _EPILOG = """\
 All other options are those of fairseq-train for the architecture, such as --moe-num-experts 8.
@@ -40,7 +37,7 @@ examples:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parameters and FLOPs a token of an architecture.
+    """Parameters and FLOPs per token of an architecture.
 
     Args:
         argv: the words after ``xmoe info``.
@@ -65,7 +62,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="xmoe info",
         usage="xmoe info --arch NAME --vocab ENTRIES [options] [model options]\n       xmoe info --list [--json]",
-        description="Parameters and FLOPs a token of an architecture, from the model that fairseq would build.",
+        description="Parameters and FLOPs per token of an architecture, from the model that fairseq would build.",
         epilog=_EPILOG,
     )
     parser.add_argument("--list", action="store_true", help="name all architectures, with a line on each, and stop")
@@ -95,7 +92,7 @@ def _parser() -> CommandParser:
         metavar="X",
         help="experts that a token takes in an MoE layer on average, where its router decides (default: the most)",
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="measure the experts a token of this model")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="measure the experts per token of this model")
     parser.add_argument("--data", type=Path, metavar="BIN", help="binarised data, on whose test set to measure")
     return parser
 
@@ -112,7 +109,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _experts_taken(model: nn.Module, args: argparse.Namespace) -> tuple[dict[str, Taken], str]:
-    """Gives by site the experts that a token takes on average, and where that is from."""
+    """Returns by site the experts that a token takes on average, and where that is from."""
     sites = expert_sites(model)
     if args.checkpoint is not None:
         return measured(model, measure(args.checkpoint, args.data)), f"measured on the test set of {args.data}"
@@ -138,49 +135,6 @@ def _given(sites: Sequence[ExpertSite], experts: float) -> dict[str, Taken]:
                 f"from {site.low} to {site.high} experts"
             )
     return {site.name: experts for site in sites}
-
-
-def measured(model: nn.Module, usage: Iterable[LayerUsage]) -> dict[str, Taken]:
-    """Returns by site the mean number of experts per token, by expert if their sizes differ.
-
-    Stacked MoE layers of equal experts, which are measured together, share them equally.
-
-    Args:
-        model: as built by `build_on_meta`.
-        usage: what `measure` found with a model of the same options.
-
-    Raises:
-        UserError: the measured model has other MoE layers.
-    """
-    names = [(path, module.moe_name) for path, module in model.named_modules() if hasattr(module, "moe_name")]
-    sites = {name: [site for site in expert_sites(model) if site.name.startswith(f"{path}.")] for path, name in names}
-    expected = {name: sum(site.num_experts for site in group) for name, group in sites.items()}
-    found = {use.layer: use for use in usage}
-    if expected != {name: use.experts for name, use in found.items()}:
-        raise UserError(
-            f"the checkpoint has other MoE layers ({_experts(found.values())}) than --arch with its options: "
-            "give those that it was trained with"
-        )
-    return {site.name: taken for name, group in sites.items() for site, taken in _shares(group, found[name])}
-
-
-def _shares(sites: Sequence[ExpertSite], use: LayerUsage) -> Iterator[tuple[ExpertSite, Taken]]:
-    """Divides what a layer did among its sets of experts, whose loads follow each other."""
-    loads = iter(use.expert_load)
-    for site in sites:
-        own = [load / use.tokens for load in islice(loads, site.num_experts)]
-        yield site, use.mean_experts / len(sites) if site.experts.equal else own
-
-
-def _experts(usage: Iterable[LayerUsage]) -> str:
-    return ", ".join(f"{use.layer} of {use.experts} experts" for use in usage) or "none"
-
-
-def model_flops(model: Any, taken: Mapping[str, Taken], context: float = CONTEXT) -> Flops:
-    """Counts the operations of a token in an encoder-decoder model; the arguments are those of `count_flops`."""
-    output = getattr(model.decoder, "output_projection", None)  # an adaptive softmax has none
-    widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
-    return count_flops(model, taken, output, widths, context)
 
 
 def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, Taken], assumption: str) -> Info:

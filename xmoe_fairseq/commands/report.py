@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..common import locks
+from ..common.command_line import CommandParser, bounded, file_path, quiet_libraries
 from ..common.files import read_file
+from ..common.outputs import check_no_folders, check_writable, finish_replacing, replacing_all
 from ..common.run_folder import find_checkpoint
 from ..common.schema import json_text
 from ..errors import UserError, printable
 from ..evaluation.build_report import Model, build_report
-from ..evaluation.generate_output import check_no_folders, check_writable, finish_replacing, replacing_all
 from ..render.report_figure import draw_report
 from ..render.report_html import render_html
 from ..render.report_markdown import render_page
 from ..results.report import Report
-from .options import CommandParser, bounded, file_path, quiet_libraries
 
 _EPILOG = """\
 RUN/report.html is one page that needs no network; RUN/report.md, .json and .png hold the same in short. Read are

@@ -11,17 +11,17 @@ from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
 from ..common import locks
+from ..common.command_line import CommandParser, bounded, comma_list, file_path, quiet_libraries
 from ..common.files import is_there
-from ..common.run_folder import generated_folder, scores_folder, seek_checkpoint
+from ..common.outputs import check_writable
+from ..common.run_folder import default_out, generated_folder, scores_folder, seek_checkpoint
 from ..common.schema import json_text
 from ..errors import UserError, printable
-from ..evaluation.decode import Decoding
-from ..evaluation.generate_output import check_writable
 from ..evaluation.model_directions import subset_name
-from ..evaluation.score import METRICS
 from ..evaluation.score_job import ScoreJob, read_benchmark
-from ..render.score_tables import render_markdown
-from .options import CommandParser, bounded, comma_list, file_path, quiet_libraries
+from ..metrics.corpus import METRICS
+from ..render.score_tables import PAGES, render_markdown
+from ..results.decoding import Decoding
 
 _EPILOG = """\
 DATA is a folder made by data_prep/prepare.sh: its test sets are translated with --checkpoint. RUN is the folder of a
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     out = args.out or out
     check_writable(out)
     with locks.held(out), tqdm(total=len(job.pairs), unit="direction", disable=args.quiet) as bar:
-        scores = job.run(out, bar)
+        scores = job.run(out, bar, PAGES)
     if args.json:
         print(json_text(scores.as_json(), "--json"), end="")
     else:
@@ -125,7 +125,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _job(args: argparse.Namespace) -> tuple[ScoreJob, Path]:
-    """Gives the job and where its results go unless told otherwise."""
+    """Returns the job and where its results go unless told otherwise."""
     unknown = [name for name in args.metrics if name not in METRICS]
     if unknown or not args.metrics:
         raise UserError(f"--metrics {','.join(args.metrics)} is refused: choose from {','.join(METRICS)}")
@@ -153,11 +153,6 @@ def _job(args: argparse.Namespace) -> tuple[ScoreJob, Path]:
     decoding = Decoding(subset=subset)
     job = ScoreJob(args.data, args.checkpoint, decoding, generated=generated, trained_by=trained_by, **common)
     return job, scores_folder(args.folder, subset)
-
-
-def default_out(checkpoint: Path, kind: str) -> Path:
-    """Names a folder beside a checkpoint, which no other checkpoint's results share."""
-    return checkpoint.with_name(f"{checkpoint.stem}-{kind}")
 
 
 def decoding_options(args: argparse.Namespace, data: Path) -> Decoding:

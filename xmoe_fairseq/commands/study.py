@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from ..common import locks
+from ..common.command_line import CommandParser, comma_list, quiet_libraries
 from ..common.files import is_there
+from ..common.outputs import replacing_set
 from ..common.schema import build
 from ..errors import UserError
-from ..evaluation.generate_output import replacing_set
 from ..render.study_figures import draw_curves, draw_experts, draw_quality
 from ..render.study_page import StudyResults, render_markdown, render_tsv
 from ..render.sweep_figure import save
 from ..results.folder import read_json, write_json
 from ..study.claims import test_claims
 from ..study.jobs import run_all
-from ..study.plan import read_plan, split
+from ..study.options import add_study_options, check_range, read_seeds, read_study
 from ..study.results import RowResults, read_results
 from ..study.runs import Study, runs_of
-from .options import CommandParser, comma_list, quiet_libraries
 
 # What benchmarks/study_speed.py writes into the folder of results.
 SPEED = "speed.json"
@@ -30,7 +29,7 @@ SPEED = "speed.json"
 _EPILOG = """\
 Written to --results: NAME-SEED.json for each run as it ends, then results.md, results.json, results.tsv and the
 pictures curves and quality (PNG and SVG) of all runs that are there. A run whose file is there is done. Killed at any
-moment, the same command goes on where it was.
+moment, the same command resumes.
 
 example:
   xmoe study --data runs/study/data --out runs/study --seeds 1,2,3 --jobs 2 --updates 12000
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     check_range("--jobs", args.jobs, 1000)
     study = read_study(args)
-    runs = runs_of(study, args.models, _seeds(args.seeds))
+    runs = runs_of(study, args.models, read_seeds(args.seeds))
     _ = study.data_checksum, _read(study)  # what cannot be read is said before anything is trained
     with locks.held(study.results):
         failures = run_all(runs, args.jobs, lambda _: write_page(study))
@@ -97,27 +96,6 @@ def _read_speed(path: Path) -> Mapping[str, Mapping[str, float]]:
     return build(_Speed, read_json(path, advice), str(path), advice).ratios
 
 
-def check_range(option: str, value: int, most: int) -> None:
-    """Refuses a number of what there must be some of, but not any number.
-
-    Raises:
-        UserError: it is less than 1, or more than ``most``.
-    """
-    if not 1 <= value <= most:
-        shown = str(value) if abs(value) < 10**30 else "with so many digits"
-        raise UserError(f"{option} {shown} is out of range: it must be in [1, {most}]")
-
-
-def _seeds(words: Sequence[str]) -> list[int]:
-    try:
-        seeds = [int(word) for word in words]
-    except ValueError as error:
-        raise UserError(f"--seeds {','.join(words)} is refused: give whole numbers, such as 1,2,3") from error
-    if len(set(seeds)) < len(seeds) or not seeds or min(seeds) < 0 or max(seeds) >= 2**32:  # NumPy takes no others
-        raise UserError(f"--seeds {','.join(words)[:100]} is refused: give each once, in [0, 2^32), such as 1,2,3")
-    return seeds
-
-
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="xmoe study",
@@ -130,37 +108,3 @@ def _parser() -> CommandParser:
     parser.add_argument("--seeds", type=comma_list, default=["1"], metavar="LIST", help="such as 1,2,3 (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     return parser
-
-
-def add_study_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what all runs of a study have in common."""
-    parser.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder made by data_prep/prepare.sh")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs: a folder for each row and seed")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="small results, tables, pictures (default: --out)")
-    parser.add_argument(
-        "--rows", type=Path, default=Path("configs/study/rows.yaml"), metavar="FILE", help="rows and claims"
-    )
-    parser.add_argument("--updates", type=int, required=True, metavar="N", help="training steps of a run")
-    parser.add_argument("--beam", type=int, default=4, metavar="N", help="hypotheses in the search (default: 4)")
-    parser.add_argument("--train", default="", metavar="WORDS", help="more words of fairseq-train, for all runs")
-
-
-def read_study(args: argparse.Namespace) -> Study:
-    """Gathers what all runs have in common.
-
-    Raises:
-        UserError: a number is out of range, or the rows are refused.
-    """
-    for name, most in (("updates", 10**9), ("beam", 1000)):
-        check_range(f"--{name}", getattr(args, name), most)
-    split(args.train, "--train")
-    return Study(
-        rows=args.rows,
-        plan=read_plan(args.rows),
-        data=args.data,
-        out=args.out,
-        results=args.results or args.out,
-        updates=args.updates,
-        beam=args.beam,
-        more=args.train,
-    )

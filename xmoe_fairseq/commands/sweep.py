@@ -9,18 +9,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..common import locks
+from ..common.command_line import CommandParser, bounded, file_path, quiet_libraries
+from ..common.outputs import check_no_folders, check_writable, replacing_all
+from ..common.run_folder import default_out
 from ..common.schema import json_text
 from ..errors import printable
 from ..evaluation.decode import Translator
-from ..evaluation.generate_output import check_no_folders, check_writable, replacing_all
-from ..evaluation.model_directions import ZERO_SHOT
-from ..evaluation.score import METRICS
 from ..evaluation.score_job import ScoreJob
-from ..evaluation.sweep import Sweep, make_point, read_thresholds, render_markdown, render_tsv
+from ..evaluation.sweep import make_point, read_thresholds
+from ..metrics.corpus import METRICS
+from ..render.score_tables import PAGES
 from ..render.sweep_figure import draw_sweep, save
-from ..results.scores import Scores
-from .options import CommandParser, bounded, file_path, quiet_libraries
-from .score import add_output_options, add_set_options, add_translating_options, decoding_options, default_out
+from ..render.sweep_tables import render_markdown, render_tsv
+from ..results.direction_sets import ZERO_SHOT
+from ..results.scores import SystemScores
+from ..results.sweep import Sweep
+from .score import add_output_options, add_set_options, add_translating_options, decoding_options
 
 _EPILOG = """\
 Nothing is trained: the routers get another threshold. Written to --out: sweep.json, sweep.tsv, sweep.md, the picture
@@ -106,21 +110,21 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _score(jobs: dict[float, ScoreJob], out: Path, quiet: bool) -> dict[float, Scores]:
+def _score(jobs: dict[float, ScoreJob], out: Path, quiet: bool) -> dict[float, SystemScores]:
     """Runs the jobs one after the other with one model, under one progress bar."""
-    found: dict[float, Scores] = {}
+    found: dict[float, SystemScores] = {}
     translator: Translator | None = None
     with tqdm(total=sum(len(job.pairs) for job in jobs.values()), unit="direction", disable=quiet) as bar:
         for threshold in list(jobs):
             bar.set_postfix(threshold=f"{threshold:g}")
             job = jobs.pop(threshold)
             job.take(translator)
-            found[threshold] = job.run(out / f"threshold-{threshold:g}", bar)
+            found[threshold] = job.run(out / f"threshold-{threshold:g}", bar, PAGES)
             translator = job.translator
     return found
 
 
-def _sweep(name: str, found: dict[float, Scores], lose: float, max_moe_flops: float | None) -> Sweep:
+def _sweep(name: str, found: dict[float, SystemScores], lose: float, max_moe_flops: float | None) -> Sweep:
     first = next(iter(found.values()))
     meant = [row for row in first.rows if row.zero_shot == (first.averages[0].name == ZERO_SHOT)]
     signatures = {

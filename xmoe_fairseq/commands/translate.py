@@ -13,22 +13,24 @@ from pathlib import Path
 
 from ..checkpoints.shards import fingerprint
 from ..common import locks
+from ..common.command_line import file_path
 from ..common.directions import Direction
+from ..common.outputs import writing
 from ..common.run_folder import find_checkpoint, generated_folder
 from ..errors import UserError
-from ..evaluation.generate_output import generate_file, writing
-from ..evaluation.model_directions import ZERO_SHOT, Chosen, choose_directions, subset_name
+from ..evaluation.model_directions import Chosen, choose_directions, subset_name
 from ..evaluation.score_job import read_benchmark
 from ..evaluation.test_sets import MADE, check_made, read_made
 from ..mt_benchmarks import Benchmark
+from ..results.direction_sets import ZERO_SHOT
 from ..results.folder import write_json
-from .options import file_path
+from ..stock_commands.generate import generate_file
 
 logger = logging.getLogger(__name__)
 
 HELP = """usage: xmoe translate DATA RUN [CHECKPOINT] [--subset SET] [--overwrite] [SRC-TGT ...] [-- OPTION ...]
 
-Translates a test set in all directions of a model, or in some. Run again, it goes on where it stopped.
+Translates a test set in all directions of a model, or in some. Run again, it resumes where it stopped.
 
   DATA         folder made by xmoe prepare
   RUN          folder of the run; RUN/generate/SRC-TGT is written for each direction
@@ -78,7 +80,7 @@ class Translation:
     overwrite: bool = False
 
     def words(self, pair: Direction, results: Path) -> list[str]:
-        """Gives the command for one direction."""
+        """Returns the command for one direction."""
         source, target = pair.split("-")
         return [
             *(sys.executable, "-m", "fairseq_cli.generate", str(self.data / "bin"), "--gen-subset", self.subset),
@@ -109,7 +111,7 @@ def translate(translation: Translation, directions: Chosen) -> None:
 
 
 def _finished(translation: Translation, pair: Direction) -> bool:
-    """Tells whether a direction is translated, by the same checkpoint with the same options."""
+    """Returns whether a direction is translated, by the same checkpoint with the same options."""
     folder = translation.out / pair
     if not folder.exists():
         return False
@@ -180,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _take(words: list[str], option: str, values: int) -> list[str] | None:
-    """Takes an option and its values out of the words; None where it is not among them."""
+    """Takes an option and its values out of the words; None if it is not among them."""
     if option not in words:
         return None
     place = words.index(option)

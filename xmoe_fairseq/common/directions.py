@@ -40,7 +40,7 @@ class Direction(str):
         return self
 
     def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
-        """Gives what a copy is made of."""
+        """Returns what a copy is made of."""
         return self.source, self.target
 
     def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
@@ -66,7 +66,7 @@ class Directions:
         languages: in the order that gives the language tokens their numbers; the pivot is first.
         trained: what a model learns unless it is told otherwise.
         zero_shot: directions that have valid or test text and are not trained.
-        pivot: English, or another language that the trained directions share; None where there is no such language.
+        pivot: English, or another language that the trained directions share; None if there is no such language.
     """
 
     languages: tuple[str, ...]
@@ -76,14 +76,14 @@ class Directions:
 
 
 def readings(name: str) -> list[Direction]:
-    """Gives all ways to take a name such as ``en-pt-BR`` apart into two codes."""
+    """Returns all ways to take a name such as ``en-pt-BR`` apart into two codes."""
     places = [place.start() for place in re.finditer("-", name)]
     codes = [(name[:place], name[place + 1 :]) for place in places]
     return [Direction(*pair) for pair in codes if all(re.fullmatch(CODE, code) for code in pair)]
 
 
 def read_direction(name: str, languages: Collection[str]) -> Direction | None:
-    """Finds the direction between two of the languages that has this name; None where there is none.
+    """Finds the direction between two of the languages that has this name; None if there is none.
 
     Raises:
         UserError: there are two.
@@ -96,7 +96,7 @@ def read_direction(name: str, languages: Collection[str]) -> Direction | None:
 
 
 def read_file(value: str) -> str:
-    """Gives what an option stands for whose value may name a file: its lines, with commas between them.
+    """Returns what an option stands for whose value may name a file: its lines, with commas between them.
 
     Raises:
         UserError: the file cannot be read.
@@ -145,7 +145,7 @@ def find_pivot(pairs: Sequence[Collection[str]]) -> str | None:
 
 
 def is_english(code: str) -> bool:
-    """Says whether a code, such as ``en``, ``eng_Latn`` or ``en-GB``, is one of English."""
+    """Returns whether a code, such as ``en``, ``eng_Latn`` or ``en-GB``, is one of English."""
     return re.split("[-_]", code)[0].lower() in _ENGLISH
 
 
@@ -181,3 +181,27 @@ def read_names(folder: str | Path, file: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: prepare the data again") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+_PAIR = re.compile(r"\w[\w.@+]*(-\w[\w.@+]*)+")
+
+
+def split_pair(name: str, where: str) -> tuple[str, str]:
+    """Returns source and target of a direction, ``SRC-TGT``, whose name is also that of a folder.
+
+    Args:
+        name: from a file or a folder.
+        where: names it in messages.
+
+    Raises:
+        UserError: the name is no such, or would lead to another folder.
+    """
+    if not is_pair(name) or not (isinstance(name, Direction) or name.count("-") == 1):
+        raise UserError(f"{where} holds {name[:60]!r}, which is no direction SRC-TGT, such as en-ca: make it again")
+    source, target = name.split("-")
+    return source, target
+
+
+def is_pair(name: str) -> bool:
+    """Returns whether a name is that of a direction."""
+    return _PAIR.fullmatch(name) is not None

@@ -7,6 +7,9 @@ import os
 import stat
 from pathlib import Path
 
+from ..errors import UserError
+from .outputs import replacing
+
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -24,7 +27,7 @@ def check_regular(path: str | Path) -> None:
 
 
 def is_there(path: str | Path) -> bool:
-    """Says whether a file that may be missing is there.
+    """Returns whether a file that may be missing is there.
 
     Raises:
         OSError: something else has its name: a folder, a named pipe, a symlink that leads nowhere.
@@ -43,3 +46,27 @@ def read_file(path: str | Path) -> bytes:
     """
     check_regular(path)
     return Path(path).read_bytes()
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    r"""Reads the lines of a UTF-8 file, which end at ``\n`` and nowhere else.
+
+    ``str.splitlines`` and text mode would also break at U+2028, U+0085 or ``\r``, all of which occur in real text.
+
+    Raises:
+        UserError: the file is missing, unreadable or not UTF-8; ``what`` names it.
+    """
+    try:
+        text = read_file(path).decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the {what} {path} is not UTF-8: {error}") from error
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    r"""Writes one line each, ended by ``\n``, and leaves either the whole file or what was there before."""
+    with replacing(path) as temporary:
+        temporary.write_bytes("".join(f"{line}\n" for line in lines).encode())

@@ -22,6 +22,7 @@ from ..errors import UserError
 # What a shell gives a program that Ctrl-C, or a reader that has gone, ended.
 INTERRUPTED, BROKEN_PIPE = 130, 141
 _SHOWN = 300
+_PACKAGE = __name__.partition(".")[0]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory")
 # Where torchrun lets a process that fails say why.
@@ -55,7 +56,8 @@ def _check_written() -> None:
 
 @contextlib.contextmanager
 def told_to_torchrun() -> Iterator[None]:
-    """Gives torchrun the line of a process that ends: torchrun's last words are a table of failures, with this line."""
+    """Hands torchrun the last line of a process: torchrun ends with a table of failures, which shows this
+    line."""
     try:
         yield
     except UserError as end:
@@ -83,7 +85,7 @@ def install() -> None:
 
 
 def ending(error: BaseException) -> SystemExit:
-    """Gives what ends the program instead of an exception.
+    """Returns what ends the program instead of an exception.
 
     Args:
         error: any but ``SystemExit``.
@@ -95,7 +97,7 @@ def ending(error: BaseException) -> SystemExit:
 
 
 def output_ending(error: OSError) -> SystemExit | None:
-    """Gives what ends the program if standard output could not be written; None for an error of something else."""
+    """Returns what ends the program if standard output could not be written; None for an error of something else."""
     if isinstance(error, BrokenPipeError) and _has_no_reader():
         _flush()
         return SystemExit(BROKEN_PIPE)
@@ -128,12 +130,12 @@ def _log_not_written(handler: logging.Handler, record: logging.LogRecord) -> Non
 
 
 def is_command() -> bool:
-    """Says whether this program is a command of fairseq or of this package, rather than, say, a notebook."""
+    """Returns whether this program is a command of fairseq or of this package, rather than, say, a notebook."""
     program = Path(sys.argv[0] if sys.argv else "")
     return (
         program.name.startswith(("fairseq-", "xmoe"))
         or program.parent.name == "fairseq_cli"
-        or Path(__file__).parent in program.absolute().parents
+        or Path(__file__).parents[1] in program.absolute().parents
     )
 
 
@@ -171,7 +173,7 @@ def _not_written(error: OSError) -> SystemExit:
 
 
 def _has_no_reader() -> bool:
-    """Says whether standard output is a pipe that nobody reads any more."""
+    """Returns whether standard output is a pipe that nobody reads any more."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -207,12 +209,12 @@ def _line(error: BaseException) -> str:
     log = _write_log(error)
     program, place = _program(error)
     if program in ("fairseq", "fairseq_cli"):
-        return f"fairseq cannot go on ({what}, in {place}): check the options and the data; {log} has the details"
+        return f"fairseq cannot continue ({what}, in {place}): check the options and the data; {log} has the details"
     return f"this is a fault of xmoe_fairseq ({what}): please report it with {log}, which has the traceback"
 
 
 def is_no_memory(error: BaseException) -> bool:
-    """Says whether there was no memory, of the machine or a GPU."""
+    """Returns whether there was no memory, of the machine or a GPU."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
@@ -232,7 +234,7 @@ def _program(error: BaseException) -> tuple[str, str]:
     """Names whose code, fairseq's or this package's, ran last, whatever library it called, and its module."""
     modules = [_module(frame) for frame, _ in _frames(error)]
     programs = [(module.partition(".")[0], module) for module in modules]
-    ours = [one for one in programs if one[0] in ("fairseq", "fairseq_cli", __package__)]
+    ours = [one for one in programs if one[0] in ("fairseq", "fairseq_cli", _PACKAGE)]
     return ours[-1] if ours else ("", "")
 
 
@@ -243,7 +245,7 @@ def _module(frame: FrameType) -> str:
 
 
 def _statement(error: BaseException) -> str:
-    """Gives the line of code that failed, for an error without words such as that of ``assert x > 0``."""
+    """Returns the line of code that failed, for an error without words such as that of ``assert x > 0``."""
     trace = traceback.extract_tb(error.__traceback__)
     return (trace[-1].line or "").strip()[:_SHOWN] if trace else ""
 

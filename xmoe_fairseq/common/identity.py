@@ -40,7 +40,7 @@ class DataIdentity:
         folder: where it was, for messages.
         dictionary: checksum of the pieces of ``dict.txt`` in their order, without the counts.
         languages: of ``langs.txt``, whose order gives the language tokens their numbers.
-        sentencepiece: checksum of ``spm.model``; None where the folder has none.
+        sentencepiece: checksum of ``spm.model``; None if the folder has none.
     """
 
     folder: str
@@ -49,7 +49,7 @@ class DataIdentity:
     sentencepiece: str | None
 
     def as_plain(self) -> dict[str, Any]:
-        """Gives plain values, for a file."""
+        """Returns plain values, for a file."""
         return {**asdict(self), "languages": list(self.languages)}
 
 
@@ -69,7 +69,7 @@ def of_folder(folder: str) -> DataIdentity:
 
 
 def of_model(path: str) -> str:
-    """Gives the checksum of a SentencePiece model: of its pieces and their scores, for the file also holds paths.
+    """Returns the checksum of a SentencePiece model: of its pieces and their scores, for the file also holds paths.
 
     Raises:
         UserError: the file is missing or no SentencePiece model.
@@ -83,7 +83,7 @@ def of_model(path: str) -> str:
 
 
 def checksum(lines: Iterable[bytes]) -> str:
-    """Gives the SHA-256 of lines, 16 digits."""
+    """Returns the SHA-256 of lines, 16 digits."""
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line + b"\n")
@@ -91,7 +91,7 @@ def checksum(lines: Iterable[bytes]) -> str:
 
 
 def of_split(folder: Path, split: str) -> str:
-    """Gives the checksum of the binary text of a split, all directions."""
+    """Returns the checksum of the binary text of a split, all directions."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob(f"{split}.*.bin")):
         check_regular(path)
@@ -136,7 +136,8 @@ def _advice(trained: DataIdentity, data: DataIdentity) -> str:
 
 
 def trained_pairs(state: Mapping[str, Any]) -> Sequence[Any]:
-    """Gives the directions that a checkpoint, a whole state, says to be trained on; none in files of older versions."""
+    """Returns the directions that a checkpoint, a whole state, says to be trained on; none in files of older
+    versions."""
     kept = state.get("task_state")
     pairs = kept.get(PAIRS) if isinstance(kept, dict) else None
     return pairs if isinstance(pairs, list | tuple) else ()
@@ -158,7 +159,7 @@ def check_same(states: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def recorded(state: Mapping[str, Any], path: str) -> DataIdentity | None:
-    """Gives what a checkpoint was trained on; None where an older version wrote it.
+    """Returns what a checkpoint was trained on; None if an older version wrote it.
 
     Raises:
         UserError: the entry is damaged.
@@ -170,7 +171,7 @@ def recorded(state: Mapping[str, Any], path: str) -> DataIdentity | None:
 
 
 def differences(one: DataIdentity, other: DataIdentity) -> Iterator[tuple[str, str, str]]:
-    """Gives what differs, and how: name, value of one, value of the other; what one does not know is no difference."""
+    """Yields what differs, and how: name, value of one, value of the other; what one does not know is no difference."""
     for name, what in (("dictionary", "dictionary"), ("languages", "languages"), ("sentencepiece", "spm.model")):
         old, new = getattr(one, name), getattr(other, name)
         if old != new and None not in (old, new):

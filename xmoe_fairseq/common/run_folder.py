@@ -22,7 +22,7 @@ def find_checkpoint(run: Path) -> Path:
 
 
 def seek_checkpoint(run: Path) -> Path | None:
-    """Does the same, but gives None where there is neither."""
+    """Does the same, but gives None if there is neither."""
     names = (folder / f"checkpoint_{kind}.pt" for kind in ("best", "last") for folder in checkpoint_folders(run))
     return next((path for path in names if is_there(path)), None)
 
@@ -40,3 +40,8 @@ def generated_folder(run: Path, subset: str) -> Path:
 def scores_folder(run: Path, subset: str) -> Path:
     """Names the folder of the scores of these translations."""
     return run / ("scores" if subset == "test" else f"scores-{subset}")
+
+
+def default_out(checkpoint: Path, kind: str) -> Path:
+    """Names a folder beside a checkpoint, which no other checkpoint's results share."""
+    return checkpoint.with_name(f"{checkpoint.stem}-{kind}")

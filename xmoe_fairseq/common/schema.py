@@ -79,7 +79,7 @@ def parse_json(text: str, where: str, advice: str) -> Any:
 
 
 def json_text(values: Any, where: str, indent: int = 1) -> str:
-    """Gives plain values as JSON that `parse_json` reads and that a terminal shows as it is.
+    """Returns plain values as JSON that `parse_json` reads and that a terminal shows as it is.
 
     Args:
         values: numbers, strings, lists and objects.

@@ -14,6 +14,12 @@ from .source import SPECIAL, Vocabulary
 
 _AGAIN = "get the folder again"
 _SENTENCEPIECE = "sentencepiece.bpe.model"
+# Of M2M-100, in the order of their tokens, which follow the pieces; not every folder lists them.
+M2M_LANGUAGES = tuple(
+    "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr ht hu hy "
+    "id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or pa pl ps pt ro ru "
+    "sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu".split()
+)
 # M2M-100 spells the token of a language like fairseq; NLLB-200 writes the code alone.
 _LANGUAGE = re.compile(r"__([A-Za-z][\w-]*)__|([a-z]{2,3}_[A-Z][a-z]{3})")
 
@@ -78,7 +84,7 @@ def _added(folder: Path, pieces: dict[int, str]) -> Iterator[tuple[int, str]]:
         folder: of the model.
         pieces: by number; after them begin the tokens that a file lists without numbers.
     """
-    lists = (*_lists(folder, len(pieces)), list(pieces.items()))
+    lists = (*_lists(folder, len(pieces)), list(pieces.items()), _m2m(folder, len(pieces)))
     found = next((listed for listed in lists if any(map(_is_language, listed))), None)
     if found is None:
         raise UserError(f"{folder}: no file of its tokenizer lists tokens of languages: {_AGAIN}")
@@ -102,6 +108,12 @@ def _lists(folder: Path, first: int) -> Iterator[list[tuple[Any, Any]]]:
         listed = holder.get("additional_special_tokens")
         if isinstance(listed, list):
             yield list(enumerate((_content(token) for token in listed), start=first))
+
+
+def _m2m(folder: Path, first: int) -> list[tuple[Any, Any]]:
+    """Returns the tokens that the tokenizer of M2M-100 has in its code; none for another tokenizer."""
+    named = _object(folder / "tokenizer_config.json").get("tokenizer_class") == "M2M100Tokenizer"
+    return list(enumerate((f"__{code}__" for code in M2M_LANGUAGES), start=first)) if named else []
 
 
 def _is_language(entry: tuple[Any, Any]) -> bool:

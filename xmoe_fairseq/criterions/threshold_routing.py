@@ -243,7 +243,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
 
 def _tell(parts: MoEParts, record: RoutingStats) -> None:
     """Tells the parts of a layer what they did."""
-    # None where routers have no auxiliary losses, such as those that go by token ids.
+    # None if routers have no auxiliary losses, such as those that go by token ids.
     for router, seen in zip(parts.routers, record.routers, strict=False):
         router.notice(seen)
     loads = record.expert_load.split([experts.num_experts for experts in parts.experts])

@@ -106,7 +106,7 @@ def _zip_members(archive: Path, choose: Choose) -> Iterator[tuple[str, int, IO[b
 
 
 def _checked(archive: Path, name: str) -> str:
-    """Gives a member's name without ``./`` before it."""
+    """Returns a member's name without ``./`` before it."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise UserError(f"{archive}: the name {name!r} leads out of the archive: do not use this archive")

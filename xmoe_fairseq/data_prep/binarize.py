@@ -19,13 +19,12 @@ from fairseq.data.indexed_dataset import (
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..subword import Subword
+from ..subword import Subword, vocabulary_files
 from . import parts
 from .io_utils import pair_name, read_lines
 from .layout import Layout, lists
 
 BATCH = 2_000
-VOCABULARY = ("spm.model", "dict.txt")
 
 
 class _Text:
@@ -77,7 +76,7 @@ def write(raw: Path, spm: Path, layout: Layout, max_pieces: int, cut: int, folde
     Raises:
         UserError: where no line of a pair is left.
     """
-    for name in (*VOCABULARY, *lists(layout.directions)):
+    for name in (*vocabulary_files(spm), *lists(layout.directions)):
         shutil.copyfile(spm / name, folder / name)
     for language in layout.languages:
         # fairseq wants a dictionary a language; all share one.

@@ -47,7 +47,7 @@ class Language:
     own: Mapping[str, Any]
 
     def section(self, *keys: str) -> Mapping[Any, Any]:
-        """Return the mapping of the language's own data under these keys, empty where it has none."""
+        """Return the mapping of the language's own data under these keys, empty if it has none."""
         found: Mapping[Any, Any] = self.own
         for key in keys:
             inner = found.get(key)
@@ -126,13 +126,13 @@ def plural_forms(locale: Locale) -> Mapping[str, int]:
 
 
 def own_name(section: str, language: Language, code: str) -> set[str]:
-    """Return the language's own name of a territory or language, empty where it has none but the code."""
+    """Return the language's own name of a territory or language, empty if it has none but the code."""
     name = language.section(section).get(code, "")
     return {name} if plain(name) and name != code else set()
 
 
 def currency_names(language: Language, code: str) -> set[str]:
-    """Return what the language calls amounts of a currency, empty where it has no name of its own."""
+    """Return what the language calls amounts of a currency, empty if it has no name of its own."""
     if not own_name("currency_names", language, code):
         return set()
     names = {get_currency_name(code, amount, language.locale) for amount in plural_forms(language.locale).values()}
@@ -140,7 +140,7 @@ def currency_names(language: Language, code: str) -> set[str]:
 
 
 def unit_words(language: Language, unit: str) -> tuple[UnitLength, set[str]]:
-    """Return the length to write a unit in and the language's own words for it then, empty where it has none.
+    """Return the length to write a unit in and the language's own words for it then, empty if it has none.
 
     CLDR leaves the long form out where it equals the short one.
     """
@@ -154,7 +154,7 @@ def unit_words(language: Language, unit: str) -> tuple[UnitLength, set[str]]:
 
 
 def unit_names(language: Language, unit: str) -> set[str]:
-    """Return what the language calls a unit, empty where it has only the international symbol, such as ``km``."""
+    """Return what the language calls a unit, empty if it has only the international symbol, such as ``km``."""
     _, words = unit_words(language, unit)
     symbols = map(bare, root_units().get(unit, {}).get("short", {}).values())
     return words if all(map(plain, words)) and words.isdisjoint(symbols) else set()

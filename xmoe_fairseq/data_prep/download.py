@@ -41,7 +41,7 @@ class _OnTheWeb(urllib.request.HTTPRedirectHandler):
     """Goes where a server sends on to, but not to addresses of other kinds, such as FTP."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        """Gives the next request."""
+        """Returns the next request."""
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
             raise urllib.error.HTTPError(req.full_url, code, f"{msg}: sent on to {newurl}", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -92,7 +92,7 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
         failures = 1 if _size(part) > before else failures + 1
         if failures >= ATTEMPTS:
             raise UserError(
-                f"{url}: {reason}, {failures} times in a row: run the same command again to go on, or {ADVICE}"
+                f"{url}: {reason}, {failures} times in a row: run the same command again to resume, or {ADVICE}"
             )
         time.sleep(WAIT * 2 ** (failures - 1))
     try:
@@ -106,7 +106,7 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
 
 
 def check(path: Path, size: int | None, sha256: str | None) -> dict[str, Any]:
-    """Gives size and sha256 of a file.
+    """Returns size and sha256 of a file.
 
     Raises:
         UserError: where they are not those expected.
@@ -165,7 +165,7 @@ def _continue(url: str, part: Path, name: str) -> None:
 
 
 def _start(response: http.client.HTTPResponse) -> int:
-    """Gives the position in the file of the first byte that the server sends."""
+    """Returns the position in the file of the first byte that the server sends."""
     if response.status != 206:
         return 0
     found = re.match(rf"bytes ({NUMBER})-", response.headers.get("Content-Range", ""))

@@ -40,7 +40,7 @@ class Filter:
     seen: set[bytes] = field(default_factory=set)
 
     def reason(self, english: tuple[str, str], foreign: tuple[str, str]) -> str | None:
-        """Says why a pair of lines is left out; ``None`` where it stays.
+        """Returns why a pair of lines is left out; ``None`` where it stays.
 
         Args:
             english: the language's code and the line.
@@ -70,7 +70,7 @@ class Filter:
 
 
 def digest(line: str) -> bytes:
-    """Gives a short fingerprint of a line, which takes less memory than the line."""
+    """Returns a short fingerprint of a line, which takes less memory than the line."""
     return blake2b(line.encode(), digest_size=8).digest()
 
 

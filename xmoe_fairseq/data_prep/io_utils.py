@@ -168,7 +168,7 @@ def write_pairs(prefix: Path, sides: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def fingerprint(path: Path) -> dict[str, int | str]:
-    """Gives a file's size and sha256; refuses what is no file, as `check_file`."""
+    """Returns a file's size and sha256; refuses what is no file, as `check_file`."""
     check_file(path)
     with open(path, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -177,7 +177,7 @@ def fingerprint(path: Path) -> dict[str, int | str]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty temporary folder that becomes ``folder`` when the block ends well and vanishes when it does not.
+    """Yields an empty temporary folder that becomes ``folder`` when the block ends well and vanishes when it does not.
 
     What a killed run left under the temporary name is removed first.
 

@@ -45,12 +45,12 @@ class Layout:
 
 
 def centred(english: str, languages: Sequence[str]) -> Layout:
-    """Gives the layout of a benchmark: English to and from each of the languages."""
+    """Returns the layout of a benchmark: English to and from each of the languages."""
     texts = {(split, english, language): (english, language) for language in languages for split in SPLITS}
     return Layout(Directions((english, *languages), tuple(directions(languages, english)), pivot=english), texts)
 
 
 def lists(of: Directions) -> dict[str, Sequence[str]]:
-    """Gives the lists of languages and directions, by the names of their files."""
+    """Returns the lists of languages and directions, by the names of their files."""
     every: dict[str, Sequence[str]] = {"langs.txt": of.languages, TRAINED: of.trained, ZERO_SHOT: of.zero_shot}
     return {name: lines for name, lines in every.items() if lines}

@@ -52,7 +52,7 @@ def plan(folder: Path, english: str | None, lang_pairs: str | None) -> tuple[Lay
 
 
 def _trained(folder: Path, texts: Sequence[LocalText], lang_pairs: str | None) -> list[Direction]:
-    """Gives the directions that are trained: the named ones, in their order, or both of each pair."""
+    """Returns the directions that are trained: the named ones, in their order, or both of each pair."""
     names = {text.pair: text.name for text in reversed(texts) if text.kind == "train"}
     if not names:
         lack = "no training text" if texts else "no parallel text"
@@ -76,7 +76,8 @@ def _languages(trained: Sequence[Direction], english: str | None) -> tuple[str, 
 
 
 def _place(direction: Direction, languages: Sequence[str]) -> tuple[int, int, int]:
-    """Gives the place of a direction: the pairs follow each other as their languages do, each with both directions."""
+    """Returns the place of a direction: the pairs follow each other as their languages do, each with both
+    directions."""
     source, target = (languages.index(code) for code in direction.split("-"))
     return min(source, target), max(source, target), source
 

@@ -80,7 +80,7 @@ RECORDS: dict[str, type[StageRecord]] = {"raw": RawRecord, "spm": SpmRecord, "bi
 
 
 def tool_versions() -> dict[str, str | None]:
-    """Gives the versions of what shapes the output, ``None`` for what is not installed."""
+    """Returns the versions of what shapes the output, ``None`` for what is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for tool in TOOLS:
         try:
@@ -93,7 +93,7 @@ def tool_versions() -> dict[str, str | None]:
 def finished_stage(
     out: Path, name: str, parameters: Mapping[str, Any], files: Collection[str]
 ) -> dict[str, Any] | None:
-    """Gives the record of a stage that an earlier run finished with the same parameters, ``None`` if there is none.
+    """Returns the record of a stage that an earlier run finished with the same parameters, ``None`` if there is none.
 
     Args:
         out: the folder of the whole preparation.
@@ -178,7 +178,7 @@ def write_manifest(out: Path, records: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    """Gives what a file holds, ``None`` where that is no JSON."""
+    """Returns what a file holds, ``None`` where that is no JSON."""
     check_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -213,7 +213,7 @@ def _check_parameters(out: Path, old: Mapping[str, Any], new: Mapping[str, Any])
             )
         raise UserError(
             f"{out} was prepared with {key} = {_brief(before)}, now it is {_brief(now)}: "
-            f"choose another --out, or delete {out} to prepare it anew"
+            f"choose another --out, or delete {out} to prepare it again"
         )
 
 

@@ -76,7 +76,7 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="the same seed gives the same files")
     for split in SPLITS:
-        parser.add_argument(f"--{split}", type=int, metavar="N", help=f"demos: lines a pair in {split}")
+        parser.add_argument(f"--{split}", type=int, metavar="N", help=f"demos: lines per pair in {split}")
     no_limit = "left out of train; 0, the default, leaves out none"
     parser.add_argument(
         "--max-chars", type=int, default=0, metavar="N", help=f"lines of more characters are {no_limit}"
@@ -191,7 +191,7 @@ def _check_meaning(parser: OneLineParser, given: argparse.Namespace, benchmark: 
 
 
 def _sources(parser: OneLineParser, given: argparse.Namespace, benchmark: Benchmark) -> tuple[tuple[Source, ...], bool]:
-    """Gives the published sources that were chosen, and whether there is text of the user."""
+    """Returns the published sources that were chosen, and whether there is text of the user."""
     if not benchmark.sources:
         return (), not benchmark.sizes
     known = {source.name: source for source in benchmark.sources}
@@ -242,7 +242,7 @@ def _read_replacements(parser: OneLineParser, given: argparse.Namespace, benchma
 
 
 def _problem(option: str, value: str) -> str | None:
-    """Says what is wrong with a value of ``--url``, ``--archive`` or ``--sha256``."""
+    """Returns what is wrong with a value of ``--url``, ``--archive`` or ``--sha256``."""
     if not value:
         return "nothing follows the equals sign"
     if option == "sha256" and not re.fullmatch("[0-9a-fA-F]{64}", value):

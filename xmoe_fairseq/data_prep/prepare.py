@@ -64,7 +64,7 @@ def prepare(given: argparse.Namespace) -> None:
 
 
 def arrange(given: argparse.Namespace, benchmark: Benchmark) -> tuple[Layout, Corpus]:
-    """Gives what is prepared, and the user's files.
+    """Returns what is prepared, and the user's files.
 
     Raises:
         UserError: where the input is not as it must be.
@@ -129,7 +129,7 @@ def run_stages(
         "bin": ({**every, "max_pieces": given.max_pieces, "parts": given.parts}, write_bin),
     }
     # All are checked before the first is made, so that a refused run changes nothing.
-    files = stage_files(whole, given.parts)
+    files = stage_files(whole, given.parts, taken.files if taken else vocabulary.FILES)
     finished = {name: finished_stage(out, name, decisive, files[name]) for name, (decisive, _) in stages.items()}
     # What is made now is made of what was finished then.
     made = [name for name, record in finished.items() if record is None]
@@ -142,22 +142,23 @@ def run_stages(
     return records
 
 
-def stage_files(layout: Layout, cut: int) -> dict[str, list[str]]:
+def stage_files(layout: Layout, cut: int, of_vocabulary: Sequence[str]) -> dict[str, list[str]]:
     """Names the files that each stage makes.
 
     Args:
         layout: what is made.
         cut: into how many parts train is cut; 0 for none.
+        of_vocabulary: the files of the vocabulary, without the lists of languages and directions.
     """
     texts = list(layout.files())
-    vocabulary = [*binarize.VOCABULARY, *lists(layout.directions)]
+    every = [*of_vocabulary, *lists(layout.directions)]
     binary = [f"{text}.{kind}" for text in texts for kind in ("bin", "idx")]
     train = [name for name in binary if name.startswith("train.")]
     dictionaries = [f"dict.{language}.txt" for language in layout.languages]
-    common = [*vocabulary, *dictionaries, *(name for name in binary if name not in train)]
+    common = [*every, *dictionaries, *(name for name in binary if name not in train)]
     return {
         "raw": texts,
-        "spm": [*vocabulary, "spm.vocab"],
+        "spm": [*every, "spm.vocab"],
         "bin": parts.files(common, train, cut),
     }
 
@@ -227,5 +228,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         advice = "; free some space and run the same command again" if error.errno in DISK_FULL else ""
         raise UserError(f"{error.filename or given.out}: {error.strerror or error}{advice}") from error
     except KeyboardInterrupt:
-        print("\nxmoe_fairseq: interrupted: run the same command again to go on", file=sys.stderr)
+        print("\nxmoe_fairseq: interrupted: run the same command again to resume", file=sys.stderr)
         raise SystemExit(guard.INTERRUPTED) from None

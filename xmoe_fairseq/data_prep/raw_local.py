@@ -63,7 +63,7 @@ class LocalText:
 
 
 def expected(english: str = "en", splits: Sequence[str] = SPLITS) -> str:
-    """Says how the files are named."""
+    """Returns how the files are named."""
     names = f"{{{','.join(splits)}}}" if len(splits) > 1 else splits[0]
     return f"{names}.xx-{english}.{{xx,{english}}}, with or without .gz"
 
@@ -124,7 +124,7 @@ def _misnamed(path: Path) -> UserError:
 
 
 def _read_pairs(matches: Iterable[re.Match[str]], known: Collection[str]) -> dict[str, Direction | None]:
-    """Takes the names of pairs apart; None where one cannot be.
+    """Takes the names of pairs apart; None if one cannot be.
 
     Raises:
         UserError: codes hold hyphens, and a name can be read in two ways.

@@ -34,7 +34,7 @@ OPUS_CORPORA = (
 
 
 def flores_code(language: str) -> str:
-    """Gives the code of a language in FLORES-200, NLLB-Seed and the mined text."""
+    """Returns the code of a language in FLORES-200, NLLB-Seed and the mined text."""
     return FLORES_CODES.get(language, f"{language}_Latn")
 
 

@@ -12,7 +12,7 @@ from ..mt_benchmarks import Source
 from .download import check, download
 from .io_utils import Side
 
-# (split, language, other language) -> the files of both, which follow each other; None where a test set has no text.
+# (split, language, other language) -> the files of both, which follow each other; None if a test set has no text.
 Corpus = dict[tuple[str, str, str], list[tuple[Side | None, Side | None]]]
 
 
@@ -44,7 +44,7 @@ class Store:
     record: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def get(self, source: Source, **places: str) -> Path:
-        """Gives one file of a source.
+        """Returns one file of a source.
 
         Args:
             source: one of the benchmark's.

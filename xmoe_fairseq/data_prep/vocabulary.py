@@ -13,12 +13,12 @@ import sentencepiece
 from ..common.directions import Directions
 from ..common.files import is_there
 from ..errors import UserError, printable
-from ..subword import UNKNOWN_ID, Subword
+from ..subword import DICTIONARY, MODEL, UNKNOWN_ID, Subword, vocabulary_files
 from ..tasks.data_folder import count_symbols
 from .io_utils import fingerprint, read_lines, write_lines
 from .layout import Layout, lists
 
-FILES = ("spm.model", "dict.txt")
+FILES = (MODEL, DICTIONARY)
 # Where a preparation has them, and last the folder itself.
 PLACES = ("bin", "spm", ".")
 
@@ -30,7 +30,7 @@ class Vocabulary:
     Attributes:
         folder: that holds ``spm.model`` and ``dict.txt``.
         pieces: of the model.
-        languages: of ``langs.txt``, and then those that are added; empty where there is no ``langs.txt``.
+        languages: of ``langs.txt``, and then those that are added; empty if there is no ``langs.txt``.
         added: the languages that ``langs.txt`` lacks.
     """
 
@@ -40,9 +40,14 @@ class Vocabulary:
     added: tuple[str, ...]
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The files that are copied."""
+        return vocabulary_files(self.folder)
+
+    @property
     def decisive(self) -> dict[str, Any]:
         """What decides the result; not where the vocabulary is."""
-        return {name: fingerprint(self.folder / name) for name in FILES} | {"languages": list(self.languages)}
+        return {name: fingerprint(self.folder / name) for name in self.files} | {"languages": list(self.languages)}
 
 
 def find(folder: Path, added: Sequence[str]) -> Vocabulary:
@@ -85,7 +90,7 @@ def _languages(place: Path) -> tuple[str, ...]:
 
 
 def join_languages(vocabulary: Vocabulary, layout: Layout, fixed: bool) -> Layout:
-    """Gives a layout the languages of the vocabulary, in their order.
+    """Returns a layout the languages of the vocabulary, in their order.
 
     Args:
         vocabulary: that is taken.
@@ -129,7 +134,7 @@ def write(vocabulary: Vocabulary, directions: Directions, folder: Path) -> dict[
     Returns:
         The number of pieces, and where they are from.
     """
-    for name in FILES:
+    for name in vocabulary.files:
         shutil.copyfile(vocabulary.folder / name, folder / name)
     processor = sentencepiece.SentencePieceProcessor(model_proto=(folder / "spm.model").read_bytes())
     ids = range(processor.get_piece_size())

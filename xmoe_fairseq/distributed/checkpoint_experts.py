@@ -75,7 +75,7 @@ def _replaced(state: Mapping[Any, Any], place: shards.Place, value: Any) -> dict
 
 
 def holds_parts(trainer: Any) -> bool:
-    """Says whether what the trainer would save now has some of the experts only."""
+    """Returns whether what the trainer would save now has some of the experts only."""
     return groups_of(trainer.get_model()) is not None and not hasattr(trainer, "whole_experts")
 
 

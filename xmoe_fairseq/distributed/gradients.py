@@ -15,7 +15,7 @@ from .groups import groups_of
 
 
 def is_expert(parameter: Tensor) -> bool:
-    """Says whether other processes hold other values of a parameter."""
+    """Returns whether other processes hold other values of a parameter."""
     return hasattr(parameter, "expert")
 
 

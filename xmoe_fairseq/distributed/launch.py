@@ -64,7 +64,7 @@ def _run(call_main: Callable[..., Any], cfg: Any, main: Callable[..., Any], **kw
             raise
         raise UserError(
             f"process {options.distributed_rank} cannot reach the others any more ({str(error).splitlines()[0]}): "
-            "the log of one that ended says why; start again, and training goes on from its last checkpoint"
+            "the log of one that ended says why; start again, and training resumes from its last checkpoint"
         ) from error
     finally:
         locks.release_all()
@@ -154,12 +154,12 @@ def check_files(cfg: Any) -> None:
     last = os.path.join(options.save_dir, LAST)
     if options.restore_file == LAST and os.path.lexists(last) and not os.path.isfile(last):
         raise UserError(
-            f"{last}, from which training would go on, is no file, or a symlink to none: bring it back, or remove it "
-            "to begin anew"
+            f"{last}, from which training would resume, is no file, or a symlink to none: bring it back, or remove it "
+            "to start again"
         )
     for option in ("finetune_from_model", "continue_once", "restore_file"):
         path = getattr(options, option, None)
-        # A run that goes on does not need what it started from, and may start without its own last checkpoint.
+        # A resumed run does not need what it started from, and may start without its own last checkpoint.
         if path not in (None, LAST) and not (option != "restore_file" and PathManager.exists(last)):
             _check_there(f"--{option.replace('_', '-')}", path, options.save_dir)
     if cfg.ema.store_ema and cfg.ema.ema_seed_model is not None:
@@ -174,7 +174,7 @@ def check_files(cfg: Any) -> None:
 
 
 def _is_unread(path: str) -> bool:
-    """Says whether a path is a named pipe that nobody reads: who opens it waits without an end."""
+    """Returns whether a path is a named pipe that nobody reads: who opens it waits without an end."""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
     except OSError as error:

@@ -9,24 +9,28 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import mt_benchmarks
-from ..commands.score import default_out
 from ..common import schema
 from ..common.directions import Direction
-from ..common.files import is_there
+from ..common.files import is_there, read_lines, write_lines
+from ..common.run_folder import default_out
 from ..errors import UserError
+from ..results.direction_sets import group_of, pivot_of
 from ..results.drawings import read_drawings
 from ..results.folder import read_scores, read_texts
 from ..results.report import Report, Sample, ScoredSet, TracedSample, pick_samples
-from ..results.scores import Row, Scores, average, score_lines
+from ..results.scores import DirectionScore, SystemScores, average
 from ..results.settings import Settings, read_settings
 from ..results.training_log import find_logs, read_training
+from ..results.usage import LayerUsage
 from ..results.versions import read_versions
+from ..stock_commands.generate import GENERATE_FILE
 from .consistency import belongs, check_scored, choose_scores
-from .generate_output import GENERATE_FILE, count_too_long, find_raw, read_hypotheses, read_lines, write_lines
-from .model_directions import choose_directions, group_of, known_direction, known_pairs, pivot_of, trained_pairs
-from .routing_usage import LayerUsage, measure
+from .generate_output import count_too_long, read_hypotheses
+from .line_scores import score_lines
+from .model_directions import choose_directions, known_direction, known_pairs, trained_pairs
+from .routing_usage import measure
 from .score_job import read_benchmark, read_groups_of
-from .test_sets import check_generated, check_made_alike
+from .test_sets import check_generated, check_made_alike, find_raw
 from .token_trace import trace
 
 TASK_PREFIX = "multilingual_"
@@ -49,7 +53,7 @@ class Model:
         return read_settings(self.checkpoint)
 
     def trained(self, translated: Sequence[Direction]) -> list[Direction]:
-        """Gives the directions that it was trained on, among them those of ``translated`` if it does not say."""
+        """Returns the directions that it was trained on, among them those of ``translated`` if it does not say."""
         named = is_there(self.data / "bin" / "lang_pairs.txt")
         return trained_pairs(self.checkpoint, self.data, known_pairs(self.data) if named else translated)
 
@@ -93,7 +97,7 @@ def find_directions(run: Path, task: str | None, data: Path) -> list[Direction]:
 
 
 def _directions_of(task: str) -> list[str]:
-    """The directions of a task; empty where its data folder decides."""
+    """The directions of a task; empty if its data folder decides."""
     tasks = {f"{TASK_PREFIX}{name}": benchmark for name, benchmark in mt_benchmarks.BENCHMARKS.items()}
     if task not in tasks:
         raise UserError(f"unknown --task {task!r}: choose from {', '.join(tasks)}")
@@ -105,7 +109,7 @@ def find_scores(run: Path, checkpoint: Path) -> Path | None:
     return choose_scores((run / "scores", default_out(checkpoint, "scores")), checkpoint)
 
 
-def read_scored(folder: Path, data: Path) -> tuple[Scores, list[ScoredSet]]:
+def read_scored(folder: Path, data: Path) -> tuple[SystemScores, list[ScoredSet]]:
     """Reads what ``xmoe score`` found and kept.
 
     Raises:
@@ -123,7 +127,7 @@ def read_scored(folder: Path, data: Path) -> tuple[Scores, list[ScoredSet]]:
 
 def score_generated(
     run: Path, data: Path, names: Sequence[Direction], untrained: Collection[str]
-) -> tuple[Scores, list[ScoredSet]]:
+) -> tuple[SystemScores, list[ScoredSet]]:
     """Scores what ``fairseq-generate`` wrote, and puts the translations beside it as plain text.
 
     Args:
@@ -145,7 +149,7 @@ def score_generated(
         row = replace(scored.row, group=group_of(name, groups, pivot), zero_shot=name in untrained)
         directions.append(replace(scored, row=row))
     rows = [direction.row for direction in directions]
-    scores = Scores(
+    scores = SystemScores(
         name=run.resolve().name,
         settings={},
         english=english,
@@ -173,7 +177,7 @@ def _score_direction(generated: Path, data: Path, source: str, target: str) -> S
     write_lines(plain, hypotheses)
     measured = score_lines(sources, references, hypotheses, target, METRICS, None, None)
     too_long = count_too_long(generated / GENERATE_FILE)
-    row = Row(source, target, "all", too_long=too_long, seconds=None, experts_per_token=None, **measured)
+    row = DirectionScore(source, target, "all", too_long=too_long, seconds=None, experts_per_token=None, **measured)
     return ScoredSet(row, reference_file, plain, sources, references, hypotheses)
 
 
@@ -238,8 +242,8 @@ def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path]
     )
 
 
-def _scored(run: Path, task: str | None, model: Model) -> tuple[Scores | None, list[ScoredSet]]:
-    """Gives what ``xmoe score`` found, or else the scores of what ``fairseq-generate`` wrote, or else nothing."""
+def _scored(run: Path, task: str | None, model: Model) -> tuple[SystemScores | None, list[ScoredSet]]:
+    """Returns what ``xmoe score`` found, or else the scores of what ``fairseq-generate`` wrote, or else nothing."""
     folder = find_scores(run, model.checkpoint)
     if folder is not None:
         return read_scored(folder, model.data)

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from ..common.directions import Direction
 from ..errors import UserError
+from ..metrics.corpus import METRICS, build_metric
+from ..metrics.sentences import corpus_score, draw_scores, read_seed, sentence_statistics
+from ..results.direction_sets import direction_sets
 from ..results.folder import read_scores, read_texts
-from ..results.scores import Scores
-from .bootstrap import corpus_score, draw_scores, read_seed, sentence_statistics
-from .model_directions import direction_sets
-from .score import METRICS, build_metric
+from ..results.scores import SystemScores
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class System:
     """One folder of results, and the directions that are compared."""
 
     name: str
-    scores: Scores
+    scores: SystemScores
     folder: Path
     pairs: Sequence[Direction]
 
@@ -86,7 +86,7 @@ class Comparison:
     samples: int
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values."""
+        """Returns plain values."""
         return {
             "systems": [_costs(system) for system in self.systems],
             "samples": self.samples,
@@ -108,7 +108,7 @@ def read_systems(folders: Sequence[Path], pairs: Sequence[str] = ()) -> list[Sys
 
     Args:
         folders: as ``xmoe score`` wrote them, at least two.
-        pairs: the directions to compare; all where none is named.
+        pairs: the directions to compare; all if none is named.
 
     Raises:
         UserError: a folder holds no scores, or scores of other directions, test sets, metrics or signatures.
@@ -199,7 +199,7 @@ def _compare(systems: Sequence[System], name: str, samples: int, seed: int, bar:
 
 
 def untrained(systems: Sequence[System]) -> list[Direction]:
-    """Gives the directions that are compared though one of the systems was not trained on them."""
+    """Returns the directions that are compared though one of the systems was not trained on them."""
     found = {row.name for system in systems for row in system.scores.rows if row.zero_shot}
     return [pair for pair in systems[0].pairs if pair in found]
 

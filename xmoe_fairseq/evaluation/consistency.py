@@ -8,14 +8,14 @@ from pathlib import Path
 
 from ..checkpoints.shards import fingerprint
 from ..common import schema
-from ..common.files import is_there
+from ..common.files import is_there, read_lines
+from ..common.outputs import check_replaced
 from ..errors import UserError
 from ..results.folder import SCORES, SETTINGS, read_scores
 from ..results.report import ScoredSet
-from ..results.scores import Scores
+from ..results.scores import SystemScores
 from .direction_dataset import origin
-from .generate_output import check_replaced, find_raw, read_lines
-from .test_sets import texts_checksum
+from .test_sets import find_raw, texts_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def choose_scores(folders: Sequence[Path], checkpoint: Path) -> Path | None:
         checkpoint: that the page is about.
 
     Returns:
-        The first such folder, or None where no folder has results on the test set.
+        The first such folder, or None if no folder has results on the test set.
 
     Raises:
         UserError: there are results, but of other checkpoints only.
@@ -64,7 +64,7 @@ def check_scored(folder: Path, directions: Sequence[ScoredSet], data: Path) -> N
 
 
 def belongs(folder: Path, checkpoint: Path, data: Path) -> bool:
-    """Tells whether the figures of ``xmoe analyze`` or ``xmoe sweep`` are of a checkpoint and data; warns if not.
+    """Returns whether the figures of ``xmoe analyze`` or ``xmoe sweep`` are of a checkpoint and data; warns if not.
 
     Args:
         folder: of the figures.
@@ -94,7 +94,7 @@ def belongs(folder: Path, checkpoint: Path, data: Path) -> bool:
 
 
 def _of_analysis(file: Path, checkpoint: Path, data: Path) -> str | None:
-    """Names what differs; empty where nothing does, None where that is not known."""
+    """Names what differs; empty if nothing does, None if that is not known."""
     about = schema.read_json(file, "run xmoe analyze again")
     kept = about.get("of") if isinstance(about, dict) else None
     if not isinstance(kept, Mapping):
@@ -103,7 +103,7 @@ def _of_analysis(file: Path, checkpoint: Path, data: Path) -> str | None:
     return next((name.replace("_", " ") for name in now if now[name] != kept.get(name)), "")
 
 
-def _of_scores(scores: Scores, checkpoint: Path, data: Path) -> str | None:
+def _of_scores(scores: SystemScores, checkpoint: Path, data: Path) -> str | None:
     kept = scores.settings
     if "test_set" not in kept:
         return None

@@ -13,6 +13,7 @@ from ..checkpoints.shards import fingerprint
 from ..common import identity
 from ..common.directions import readings
 from ..errors import UserError
+from ..models.routing_recorder import run_forced
 from ..tasks.data_folder import find_text, has_text
 from ..tasks.lengths import Fitting
 from .model_directions import Chosen, choose_directions
@@ -20,7 +21,7 @@ from .trained_model import TrainedModel, binarised
 
 
 @dataclass(frozen=True)
-class Text:
+class DirectionDataset:
     """The sentences of one direction.
 
     Attributes:
@@ -43,13 +44,13 @@ class Text:
         return sum(map(len, self.batches))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Gives fairseq's batches, whose ``net_input`` is what the model takes."""
+        """Yields fairseq's batches, whose ``net_input`` is what the model takes."""
         for batch in self.batches:
             yield self.dataset.collater([self.dataset[index] for index in batch])
 
 
 def directions(checkpoint: Path, data: Path, split: str, pairs: Sequence[str] = ()) -> Chosen | None:
-    """Chooses the directions of a split, see `choose_directions`; None where the task of the checkpoint has to.
+    """Chooses the directions of a split, see `choose_directions`; None if the task of the checkpoint has to.
 
     Args:
         checkpoint, data: as `load` takes them.
@@ -94,7 +95,7 @@ def origin(checkpoint: Path, data: Path, split: str) -> dict[str, str]:
     return {"checkpoint": fingerprint(str(checkpoint)), "split": split, "text": text}
 
 
-def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int | None) -> list[Text]:
+def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int | None) -> list[DirectionDataset]:
     """Opens a split; fairseq maps the files into memory and reads a sentence when it is used.
 
     Args:
@@ -125,7 +126,7 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int 
             )
         lines = Fitting(dataset, split, [f"{source}-{target}"], "--max-tokens")
         batches = lines.batch_by_size(indices, max_tokens=max_tokens)
-        texts.append(Text(source, target, dataset, [list(map(int, batch)) for batch in batches]))
+        texts.append(DirectionDataset(source, target, dataset, [list(map(int, batch)) for batch in batches]))
     return texts
 
 
@@ -151,3 +152,21 @@ def _directions(task: Any, split: str) -> list[tuple[str, str, Any]]:
         return [(task.cfg.source_lang, task.cfg.target_lang, dataset)]
     names = [(one["src"], one["tgt"]) for one in task.data_manager.get_split_data_param_list(split, 1)]
     return [(*name, part) for name, part in zip(names, dataset.datasets, strict=True)]
+
+
+def read_through(
+    model: Any, texts: Sequence[DirectionDataset], progress: Any = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Runs a model over texts, for whoever watches it, and yields each batch with the number of its direction.
+
+    Args:
+        model: in evaluation.
+        texts: one per direction.
+        progress: of tqdm, counts sentences.
+    """
+    for direction, text in enumerate(texts):
+        for batch in text:
+            run_forced(model, batch["net_input"])
+            yield direction, batch
+            if progress is not None:
+                progress.update(len(batch["id"]))

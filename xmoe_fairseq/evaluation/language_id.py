@@ -36,9 +36,9 @@ class LanguageDetector:
         self._identifier.set_languages(sorted(set(self._labels.values())))
 
     def wrong_share(self, sentences: Sequence[str], language: str) -> float | None:
-        """Gives the share of the sentences in another language, of those that are not empty.
+        """Returns the share of the sentences in another language, of those that are not empty.
 
-        None where the detector does not know the language, or all are empty.
+        None if the detector does not know the language, or all are empty.
         """
         told = [sentence for sentence in sentences if sentence.strip()]
         if language not in self._labels or not told:
@@ -48,7 +48,7 @@ class LanguageDetector:
 
 
 def find_detector(languages: Iterable[str]) -> LanguageDetector | None:
-    """Makes a detector; None where none is installed."""
+    """Makes a detector; None if none is installed."""
     try:
         return LanguageDetector(languages)
     except ImportError:

@@ -7,18 +7,16 @@ where it is asked for by name, marked where it is shown, and in no mean over the
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints import options, reading
 from ..common import identity
-from ..common.directions import TRAINED, Direction, is_english, read_direction, readings
-from ..common.files import is_there
+from ..common.directions import TRAINED, Direction, read_direction, readings
+from ..common.files import is_there, read_lines
 from ..errors import UserError
-from .generate_output import read_lines
 
-ZERO_SHOT = "zero-shot"
 # What a set is called in the names of its files; fairseq numbers further ones.
 SUBSET = re.compile(r"(test|valid)\d*")
 _SET_FILE = re.compile(r"((?:test|valid|train)\d*)\.[^.]+\.[^.]+(\.idx)?")
@@ -98,7 +96,7 @@ def known_direction(name: str, data: Path, known: Sequence[Direction] = ()) -> D
 
 
 def trained_pairs(checkpoint: Path | None, data: Path, known: Sequence[Direction]) -> list[Direction]:
-    """Gives the directions that a model was trained on, in the order of the data.
+    """Returns the directions that a model was trained on, in the order of the data.
 
     Args:
         checkpoint: of the model; where it does not say (None, or a file that fairseq will refuse), they are all.
@@ -120,7 +118,7 @@ def trained_pairs(checkpoint: Path | None, data: Path, known: Sequence[Direction
 
 
 def has_set(data: Path, subset: str, pair: Direction) -> bool:
-    """Tells whether a data folder has sources of a direction in a set; references may be missing."""
+    """Returns whether a data folder has sources of a direction in a set; references may be missing."""
     stems = [f"{subset}.{one}.{pair.source}" for one in (pair, pair.reverse)]
     return any(is_there(data / "raw" / stem) or is_there(data / "bin" / f"{stem}.idx") for stem in stems)
 
@@ -146,36 +144,3 @@ def check_subset(data: Path, subset: str) -> None:
     sets = {match[1] for name in names if (match := _SET_FILE.fullmatch(name))}
     if sets and subset not in sets:
         raise UserError(f"{data} has no set {subset!r}: choose from {', '.join(sorted(sets))}")
-
-
-def pivot_of(pairs: Sequence[Direction], english: str) -> str | None:
-    """Finds the language that all directions are out of or into: English, or another one where it is the only one.
-
-    Args:
-        pairs: directions.
-        english: the code of English in the data.
-    """
-    shared = set.intersection(*(set(pair.pair) for pair in pairs)) if pairs else set()
-    of_english = {code for code in shared if code == english or is_english(code)}
-    return next(iter(of_english or shared)) if len(of_english or shared) == 1 else None
-
-
-def direction_sets(pairs: Sequence[Direction], untrained: Collection[str], english: str) -> dict[str, list[Direction]]:
-    """Gives the sets of directions that have a mean, by their names, the most important first.
-
-    ``all`` are those that were trained, ``en-xx`` and ``xx-en`` those out of and into the pivot of these, if there is
-    one, and ``zero-shot`` the others.
-    """
-    trained = [pair for pair in pairs if pair not in untrained]
-    sets = {"all": trained}
-    if (pivot := pivot_of(trained, english)) is not None:
-        sets[f"{pivot}-xx"] = [pair for pair in trained if pair.source == pivot]
-        sets[f"xx-{pivot}"] = [pair for pair in trained if pair.source != pivot]
-    sets[ZERO_SHOT] = [pair for pair in pairs if pair in untrained]
-    return {name: members for name, members in sets.items() if members}
-
-
-def group_of(pair: Direction, groups: Mapping[str, str], pivot: str | None) -> str:
-    """Names the group of a direction: of its language that is not the pivot, or of both; ``all`` if there is none."""
-    found = dict.fromkeys(groups[one] for one in pair.split("-") if one != pivot and one in groups)
-    return "-".join(found) or "all"

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fairseq import utils
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.routing_recorder import observing
+from ..models.routing_recorder import INPUTS, per_token, stack_of
 from ..moe import Router, TokenRouting
 from ..moe.flops import count_flops, expert_sites
-from .direction_dataset import Text
+from .direction_dataset import DirectionDataset
 
-# What each stack reads, by its name.
-INPUTS = {"encoder": "src_tokens", "decoder": "prev_output_tokens"}
 # What is added up over tokens; entropy and top-1 probability over a token's passes too.
 SUMS = ("tokens", "experts", "experts_squared", "passes", "top1_prob", "entropy")
 # Positions and ranks are binned by powers of two: 1, 2-3, 4-7, ...
@@ -57,11 +54,6 @@ class MoELayerSpec:
         return stack_of(self.name)
 
 
-def stack_of(layer: str) -> str:
-    """``encoder`` or ``decoder``, from a layer's name such as ``encoder.2``."""
-    return layer.partition(".")[0]
-
-
 def places(model: Any) -> list[MoELayerSpec]:
     """Finds the MoE layers of a model, in the order in which they run; none in a stock one."""
     return [_place(module, model.cfg) for module in model.modules() if hasattr(module, "moe_name")]
@@ -83,38 +75,6 @@ def _place(layer: Any, cfg: Any) -> MoELayerSpec:
         dense_flops=2 * 2 * size.embed_dim * size.ffn_embed_dim,
         flops_by_expert=None if all(site.experts.equal for site in sites) else tuple(costs),
     )
-
-
-def per_token(model: nn.Module, net_input: Mapping[str, Any]) -> dict[str, TokenRouting]:
-    """Runs a model once, by teacher forcing, and gives what each MoE layer did with each token.
-
-    The decoder's row at position i is about its *input* at i: the token before the i-th of the target, and
-    ``</s>`` at first.
-
-    Args:
-        model: of one of this plugin's architectures, in evaluation; a stock one gives nothing.
-        net_input: of one of fairseq's batches, on any device: ``src_tokens``, ``src_lengths`` and
-            ``prev_output_tokens``, (batch, length) ids, padding included.
-
-    Returns:
-        By layer, such as ``encoder.2``, in the order in which layers run: tensors (batch, length, ...) on the CPU,
-        aligned with the stack's tokens; zeros for padding.
-    """
-    seen: dict[str, TokenRouting] = {}
-    device = next(model.parameters()).device
-    net_input = utils.apply_to_sample(lambda tensor: tensor.to(device), dict(net_input))
-
-    def observer(layer: str, plan: Any) -> None:
-        batch, length = net_input[INPUTS[stack_of(layer)]].shape
-
-        def by_sentence(values: Tensor) -> Tensor:
-            return values.unflatten(0, (length, batch)).transpose(0, 1).cpu()  # layers see (length, batch)
-
-        seen[layer] = plan.token_routing.map(by_sentence)
-
-    with observing(model, observer), torch.inference_mode():
-        model(**net_input, features_only=True)  # without the product with the vocabulary
-    return seen
 
 
 class LayerCounts:
@@ -203,7 +163,7 @@ class Counts:
         return [name for name in INPUTS if self.stack(name)]
 
 
-def collect(model: Any, texts: Sequence[Text], padding: int, progress: Any = None) -> Counts:
+def collect(model: Any, texts: Sequence[DirectionDataset], padding: int, progress: Any = None) -> Counts:
     """Reads texts once, the references as decoder inputs, and adds up what every MoE layer does with every token.
 
     Memory does not grow with the text: each layer has one `LayerCounts`, and one batch is held at a time.
@@ -238,6 +198,6 @@ def _add(
         counts.layers[layer].add(direction, types, positions, routing.map(lambda values, keep=keep: values[keep]))
 
 
-def total_sentences(texts: Iterable[Text]) -> int:
+def total_sentences(texts: Iterable[DirectionDataset]) -> int:
     """Sentences that `collect` will read."""
     return sum(text.sentences for text in texts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +14,10 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..moe.routing.statistics import RoutingStats
+from ..results.usage import _SUMS, LayerUsage
 from .trained_model import TrainedModel
 
 Routing = Mapping[str, Sequence[RoutingStats]]
-
-
-@dataclass(frozen=True)
-class LayerUsage:
-    """What one MoE layer did over a whole test set; the fields are the sums of ``RoutingStats``."""
-
-    layer: str
-    tokens: int
-    wanted: int
-    received: int
-    first_dropped: int
-    top1_prob: float
-    expert_load: tuple[int, ...]
-    first_choices: tuple[int, ...]
-    passes: int
-
-    @property
-    def requested_capacity(self) -> float:
-        """Strata a token passes, on average: 1 in a layer that is not stratified (RC of Xu et al. 2023)."""
-        return self.passes / self.tokens
-
-    @property
-    def experts(self) -> int:
-        """Experts in the layer."""
-        return len(self.expert_load)
-
-    @property
-    def mean_experts(self) -> float:
-        """Experts computed for a token, on average."""
-        return self.received / self.tokens
-
-    @property
-    def computation_saved(self) -> float:
-        """Share of the layer's expert computation saved against giving every token to every expert."""
-        return computation_saved([self])
-
-
-_SUMS = tuple(field.name for field in fields(LayerUsage) if field.name != "layer")
-
-
-def computation_saved(layers: Iterable[LayerUsage]) -> float:
-    """Returns 1 - received pairs / possible pairs over the layers, where a layer has tokens * experts pairs."""
-    layers = list(layers)
-    return 1 - sum(use.received for use in layers) / sum(use.tokens * use.experts for use in layers)
 
 
 def accumulate(batches: Iterable[Routing]) -> list[LayerUsage]:
@@ -70,7 +26,7 @@ def accumulate(batches: Iterable[Routing]) -> list[LayerUsage]:
     The sums are float64 on the CPU: exact for counts below 2**53, where float32 stops counting at 2**24.
 
     Args:
-        batches: one mapping a forward pass, from ``encoder`` and ``decoder`` to one ``RoutingStats`` an MoE layer;
+        batches: one mapping per forward pass, from ``encoder`` and ``decoder`` to one ``RoutingStats`` an MoE layer;
             empty for a dense model.
 
     Returns:
@@ -88,22 +44,6 @@ def accumulate(batches: Iterable[Routing]) -> list[LayerUsage]:
             old = totals.get(stats.layer)
             totals[stats.layer] = new if old is None else {name: old[name] + new[name] for name in _SUMS}
     return [_layer_usage(layer, total) for layer, total in totals.items()]
-
-
-def add_up(usages: Iterable[Sequence[LayerUsage]]) -> list[LayerUsage]:
-    """Adds up what one model did on several sets, layer by layer; empty for a dense model."""
-    layers: dict[str, list[LayerUsage]] = {}
-    for use in (use for usage in usages for use in usage):
-        layers.setdefault(use.layer, []).append(use)
-    return [_sum(parts) for parts in layers.values()]
-
-
-def _sum(parts: Sequence[LayerUsage]) -> LayerUsage:
-    sums: dict[str, Any] = {}
-    for name in _SUMS:
-        values = [getattr(part, name) for part in parts]
-        sums[name] = tuple(map(sum, zip(*values, strict=True))) if isinstance(values[0], tuple) else sum(values)
-    return LayerUsage(layer=parts[0].layer, **sums)
 
 
 def _layer_usage(layer: str, total: Mapping[str, Tensor]) -> LayerUsage:
@@ -179,7 +119,7 @@ def enough_tokens(max_tokens: int) -> Iterator[None]:
 
 
 def routings(model: torch.nn.Module, batches: Iterable[dict]) -> Iterator[Routing]:
-    """Gives what the routers of a model did with each batch, references as decoder inputs."""
+    """Yields what the routers of a model did with each batch, references as decoder inputs."""
     device = next(model.parameters()).device
     for sample in batches:
         net_input = utils.apply_to_sample(lambda tensor: tensor.to(device), sample["net_input"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,21 +17,25 @@ from ..checkpoints.shards import fingerprint
 from ..checkpoints.summary import summarize
 from ..common import schema
 from ..common.directions import Direction
-from ..common.files import is_there
+from ..common.files import is_there, read_lines
+from ..common.outputs import check_no_folders, replacing_all
 from ..errors import UserError
+from ..metrics.corpus import build_metric
 from ..mt_benchmarks import BENCHMARKS, Benchmark
-from ..render.score_tables import render_markdown, render_tsv
+from ..results.decoding import Decoding, Translated
+from ..results.direction_sets import group_of, pivot_of
 from ..results.folder import SCORES, ResultFolder, read_json
-from ..results.scores import Row, Scores, average, score_lines, words_per_second
+from ..results.scores import DirectionScore, SystemScores, average, words_per_second
+from ..results.usage import LayerUsage, add_up
 from ..results.versions import read_versions
+from ..stock_commands.generate import generate_file
 from ..tasks.data_folder import read_groups
-from .decode import Decoding, Translated, Translator
-from .generate_output import check_no_folders, count_too_long, find_raw, generate_file, read_lines, replacing_all
+from .decode import Translator
+from .generate_output import count_too_long
 from .language_id import MISSING, LanguageDetector, find_detector
-from .model_directions import choose_directions, group_of, has_set, known_direction, known_pairs, pivot_of
-from .routing_usage import LayerUsage, add_up
-from .score import build_metric
-from .test_sets import check_binarised, check_made_alike, read_generated, texts_checksum
+from .line_scores import score_lines
+from .model_directions import choose_directions, has_set, known_direction, known_pairs
+from .test_sets import check_binarised, check_made_alike, find_raw, read_generated, texts_checksum
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class ScoreJob:
 
     Args:
         data: folder made by data_prep/prepare.sh.
-        checkpoint: to translate with; None where the translations are there.
+        checkpoint: to translate with; None if the translations are there.
         decoding: how to translate.
         pairs: directions, such as ``en-ca``; where there are none, those that the model was trained on, or that were
             translated.
@@ -108,17 +112,18 @@ class ScoreJob:
         """Translates with the model of another job, whose decoding differs in the threshold at most."""
         self._translator = translator and translator.at(self.decoding.moe_threshold)
 
-    def run(self, out: Path, bar: tqdm) -> Scores:
+    def run(self, out: Path, bar: tqdm, pages: Mapping[str, Callable[[SystemScores], str]]) -> SystemScores:
         """Translates what is not finished, scores everything and writes it to ``out``.
 
         Args:
             out: the folder of results.
             bar: a progress bar, advanced by one for each direction; one that is disabled also keeps hints back.
+            pages: what is written beside ``scores.json``, by the name of the file.
 
         Raises:
             UserError: a file is missing or refused, or ``out`` holds results of other settings.
         """
-        files = [out / name for name in ("scores.md", "scores.tsv", SCORES)]
+        files = [out / name for name in (*pages, SCORES)]
         check_no_folders(files)
         test_set = texts_checksum((pair, *self._texts(*pair.split("-"))) for pair in self.pairs)
         if self.checkpoint is not None:
@@ -129,7 +134,7 @@ class ScoreJob:
         if detector is None and not bar.disable:
             _say_once(MISSING)
         groups = read_groups_of(self.data, self.benchmark)
-        rows: list[Row] = []
+        rows: list[DirectionScore] = []
         usages: dict[bool, list[list[LayerUsage]]] = {False: [], True: []}
         for pair in self.pairs:
             bar.set_description(pair)
@@ -138,15 +143,15 @@ class ScoreJob:
             usages[row.zero_shot].append(usage)
             bar.update()
         scores = self._scores(out, rows, add_up(usages[False] or usages[True]), detector, test_set)
-        with replacing_all(files) as (page, table, data):
-            page.write_text(render_markdown(scores), encoding="utf-8")
-            table.write_text(render_tsv(scores), encoding="utf-8")
+        with replacing_all(files) as (*parts, data):
+            for part, render in zip(parts, pages.values(), strict=True):
+                part.write_text(render(scores), encoding="utf-8")
             data.write_text(schema.json_text(scores.as_json(), str(files[-1])), encoding="utf-8")
         return scores
 
     def _direction(
         self, folder: ResultFolder, pair: Direction, groups: dict[str, str], detector: LanguageDetector | None
-    ) -> tuple[Row, list[LayerUsage]]:
+    ) -> tuple[DirectionScore, list[LayerUsage]]:
         source, target = pair.split("-")
         sources, references = self._texts(source, target)
         if not folder.finished(pair):
@@ -156,7 +161,7 @@ class ScoreJob:
             raise UserError(f"{folder.path / pair} is of another test set than {self.data}: give another --out")
         if self.generated is not None and list(found.hypotheses) != self._generated(pair, sources):
             raise UserError(f"{folder.path / pair} holds other translations than {self.generated / pair}: remove it")
-        row = Row(
+        row = DirectionScore(
             source=source,
             target=target,
             group=group_of(pair, groups, self.pivot),
@@ -208,11 +213,11 @@ class ScoreJob:
     def _scores(
         self,
         out: Path,
-        rows: Sequence[Row],
+        rows: Sequence[DirectionScore],
         usage: Sequence[LayerUsage],
         detector: LanguageDetector | None,
         test_set: str,
-    ) -> Scores:
+    ) -> SystemScores:
         model = self.translator if self.checkpoint is not None else None
         about = summarize(str(self.checkpoint)) if self.checkpoint is not None else None
         settings = {
@@ -223,7 +228,7 @@ class ScoreJob:
             "test_set": test_set,
             **self.settings,
         }
-        return Scores(
+        return SystemScores(
             name=out.resolve().name,
             settings=settings,
             english=self.benchmark.english,
@@ -263,7 +268,7 @@ def read_benchmark(data: Path) -> Benchmark:
 
 
 def _generated_pairs(data: Path, generated: Path, subset: str, wanted: Sequence[str]) -> list[str]:
-    """Gives the directions that were translated, those of the data first, or the wanted ones of them."""
+    """Returns the directions that were translated, those of the data first, or the wanted ones of them."""
     known, file = known_pairs(data), generate_file(subset)
     names = sorted(path.parent.name for path in generated.glob(f"*/{file}"))
     there = [pair for name in names if (pair := known_direction(name, data, known)) is not None]
@@ -278,7 +283,7 @@ def _generated_pairs(data: Path, generated: Path, subset: str, wanted: Sequence[
 
 
 def read_groups_of(data: Path, benchmark: Benchmark) -> dict[str, str]:
-    """Gives the group of each language; none where the data names no groups."""
+    """Returns the group of each language; none where the data names no groups."""
     if not benchmark.groups and not is_there(data / "groups.tsv"):
         return {}
     groups = read_groups(str(data / "bin"), benchmark)

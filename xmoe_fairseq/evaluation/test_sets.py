@@ -16,12 +16,12 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset
 from ..checkpoints.shards import fingerprint
 from ..common import schema
 from ..common.directions import Direction
-from ..common.files import is_there
+from ..common.files import is_there, read_lines
 from ..common.identity import checksum
 from ..errors import UserError
 from ..subword import Subword
 from ..tasks.data_folder import check_split
-from .generate_output import read_hypotheses, read_lines
+from .generate_output import read_hypotheses
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Made:
 
 
 def texts_checksum(texts: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> str:
-    """Gives the checksum of a test set, from each direction's name, sources and references."""
+    """Returns the checksum of a test set, from each direction's name, sources and references."""
     sums = [(pair, *(checksum(map(str.encode, lines)) for lines in sides)) for pair, *sides in texts]
     return checksum(" ".join(one).encode() for one in sorted(sums))
 
@@ -143,13 +143,13 @@ def check_generated(output: Path, data: Path, sources: Sequence[str]) -> None:
 
 
 def _forms(subword: Subword, line: str) -> Iterator[str]:
-    """Gives a line, and what is left of it where the vocabulary, one from elsewhere, normalises what it encodes."""
+    """Yields a line, and what is left of it where the vocabulary, one from elsewhere, normalises what it encodes."""
     yield line
     yield subword.decode_pieces(subword.encode_pieces(line))
 
 
 def read_made(folder: Path) -> Made | None:
-    """Reads what the translations of a direction were made with; None where scripts/translate.sh did not make them.
+    """Reads what the translations of a direction were made with; None if scripts/translate.sh did not make them.
 
     Raises:
         UserError: the file is damaged.
@@ -244,3 +244,26 @@ def _brief(text: str) -> str:
 @cache
 def _warn_once(line: str) -> None:
     logger.warning(line)
+
+
+def find_raw(data: Path, subset: str, source: str, target: str) -> tuple[Path, Path]:
+    """Finds the raw source and reference of a direction, whose pair is stored once and serves both directions.
+
+    Args:
+        data: the folder made by data_prep/prepare.sh.
+        subset: ``test``, ``valid``, or a numbered one such as ``test1``.
+
+    Raises:
+        UserError: there is no such reference.
+    """
+    stems = [data / "raw" / f"{subset}.{pair}" for pair in (f"{source}-{target}", f"{target}-{source}")]
+    for stem in stems:
+        source_file, reference_file = (stem.with_name(f"{stem.name}.{side}") for side in (source, target))
+        if is_there(reference_file):
+            return source_file, reference_file
+    tried = " or ".join(f"{stem}.{target}" for stem in stems)
+    if any(stem.with_name(f"{stem.name}.{source}").is_file() for stem in stems):
+        advice = f"{subset} has no references of {source}-{target}, only scripts/translate.sh can take it"
+    else:
+        advice = "give the folder made by data_prep/prepare.sh"
+    raise UserError(f"no raw reference {tried}: {advice}")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..models.routing_recorder import INPUTS, per_token, stack_of
 from ..moe import TokenRouting
 from ..results.report import Sample, Token, TracedSample
 from ..subword import Subword
-from .direction_dataset import Text, load, read
-from .routing_counts import INPUTS, per_token, stack_of
+from .direction_dataset import DirectionDataset, load, read
 
 
 def trace(checkpoint: Path, data: Path, samples: Sequence[Sample]) -> list[TracedSample]:
@@ -50,8 +50,8 @@ def trace(checkpoint: Path, data: Path, samples: Sequence[Sample]) -> list[Trace
     return traced
 
 
-def _item(text: Text, sample: Sample, subword: Subword, dictionary: Any) -> dict[str, Any]:
-    """Gives the test sentence with the translation in the place of the reference."""
+def _item(text: DirectionDataset, sample: Sample, subword: Subword, dictionary: Any) -> dict[str, Any]:
+    """Returns the test sentence with the translation in the place of the reference."""
     item = text.dataset[sample.sentence]
     pieces = [dictionary.index(piece) for piece in subword.encode_pieces(sample.hypothesis)]
     # With --decoder-langtok the target starts with the language's token.
@@ -63,7 +63,7 @@ def _is_language(piece: str) -> bool:
     return piece.startswith("__") and piece.endswith("__")
 
 
-def _trace(model: nn.Module, task: Any, text: Text, sample: Sample, item: dict[str, Any]) -> TracedSample:
+def _trace(model: nn.Module, task: Any, text: DirectionDataset, sample: Sample, item: dict[str, Any]) -> TracedSample:
     net_input = text.dataset.collater([item])["net_input"]
     routings = per_token(model, net_input)
     dictionaries = {"encoder": task.source_dictionary, "decoder": task.target_dictionary}

@@ -7,26 +7,23 @@ command line, to YAML and to ``--model-overrides``.
 
 # No `from __future__ import annotations` here: fairseq wants the types of fields, not their names.
 import dataclasses
-import math
 import re
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any, List, Optional  # noqa: UP035
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
 
-from ..moe import EXPERTS, ROUTERS, ExpertOptions, Router, RouterOptions, StackedExperts
-from ..moe.expert_parallel.all_to_all import CHOICES as EXCHANGES
+from ..moe import EXPERTS, ROUTERS, ExpertOptions, Router, RouterOptions, StackedExperts, kernels
+from ..moe.expert_parallel.all_to_all import EXCHANGE_MODES, OLD_MODES
 from ..moe.experts.options import hidden_sizes
-from ..moe.kernels import CHOICES
-from ..moe.kernels import check as check_kernel
 from ..moe.options import declared
 
-_PREFIX = "moe_"
+PREFIX = "moe_"
+# A layer's name and the number of its experts.
+_LAYER_EXPERTS = re.compile(r"((?:encoder|decoder)\.[1-9]\d{0,3})=([1-9]\d{0,7})")
 _NESTED = ("encoder", "decoder", "quant_noise")
 # Unless told otherwise the decoder is as wide as the encoder, as in fairseq's own presets.
 _FOLLOW_ENCODER = {
@@ -36,22 +33,6 @@ _FOLLOW_ENCODER = {
     "decoder_attention_heads": "encoder_attention_heads",
     "decoder_input_dim": "decoder_embed_dim",
     "decoder_output_dim": "decoder_embed_dim",
-}
-# What sizes may be. Above the bounds a model could not even be described: a loop or a table would take all memory.
-_SIZES = {
-    f"{stack}_{size}": bounds
-    for stack in ("encoder", "decoder")
-    for size, bounds in (
-        ("layers", (0, 1000)),
-        ("attention_heads", (1, 2**16)),
-        ("embed_dim", (1, 2**20)),
-        ("ffn_embed_dim", (1, 2**24)),
-    )
-} | {
-    "max_source_positions": (1, 2**31),
-    "max_target_positions": (1, 2**31),
-    "moe_num_experts": (1, 2**24),
-    "moe_stack": (1, 1000),
 }
 
 
@@ -103,7 +84,7 @@ def _declared_fields(options: Iterable[type], what: str) -> Iterator[tuple[str, 
         told = one.metadata
         kind = ChoiceEnum(told["choices"]) if told["choices"] else kind
         yield (
-            _PREFIX + name,
+            PREFIX + name,
             kind,
             _option(one.default, told["help"], low=told["low"], high=told["high"], alias=told["alias"]),
         )
@@ -127,7 +108,14 @@ class MoETransformerConfig(ExpertConfig):
     )
     moe_num_experts: int = _option(64, "experts in each MoE layer", low=1, alias="--num-experts")
     moe_expert: ChoiceEnum(tuple(EXPERTS)) = _option(  # type: ignore[valid-type]
-        "ffn", "what an expert computes: ffn, a feed-forward network; glu, one with a gate on its hidden units"
+        "ffn",
+        "what an expert computes: ffn, a feed-forward network; glu, one with a gate on its hidden units; part, some "
+        "hidden units of a network that xmoe sparsify cut",
+    )
+    moe_layer_experts: str = _option(
+        "",
+        "experts of MoE layers that have another number than --moe-num-experts, as xmoe prune leaves them, such as "
+        "encoder.2=36,decoder.6=12",
     )
     moe_split_ratio: int = _option(
         2, "an expert's hidden size is the feed-forward size divided by this, exactly", low=1, alias="--ffn-split-ratio"
@@ -156,16 +144,17 @@ class MoETransformerConfig(ExpertConfig):
     moe_cmr_gate_dropout: float = _option(
         0.1, "cmr: probability that a token's gate is closed in training", low=0, high=1
     )
-    moe_kernel: ChoiceEnum(CHOICES) = _option(  # type: ignore[valid-type]
+    moe_kernel: ChoiceEnum((*kernels.KERNEL_NAMES, *kernels.OLD_NAMES)) = _option(  # type: ignore[valid-type]
         "auto", "how experts are computed; auto takes the fastest for the device and precision"
     )
     moe_expert_parallel: int = _option(
         1, "in training with several processes: how many share the experts of each layer", low=1
     )
-    moe_exchange: ChoiceEnum(EXCHANGES) = _option(  # type: ignore[valid-type]
+    moe_exchange: ChoiceEnum((*EXCHANGE_MODES, *OLD_MODES)) = _option(  # type: ignore[valid-type]
         "auto",
-        "how tokens reach experts of other processes; counted: sizes are exchanged first; static: buffers sized "
-        "by the capacity; auto: static on a GPU if there is a capacity, otherwise counted",
+        "how tokens reach experts of other processes; dynamic: split sizes are exchanged first; "
+        "fixed_capacity: buffers sized by the capacity; auto: fixed_capacity on a GPU if there is a capacity, "
+        "otherwise dynamic",
     )
 
 
@@ -192,7 +181,7 @@ def expert_options(cfg: Any) -> ExpertOptions:
 
 
 def _told(cfg: Any, kind: type) -> Any:
-    told = {name: getattr(cfg, _PREFIX + name) for name in declared([kind])}
+    told = {name: getattr(cfg, PREFIX + name) for name in declared([kind])}
     values: dict[str, Any] = {name: str(value) if isinstance(value, Enum) else value for name, value in told.items()}
     return kind(**values)
 
@@ -218,6 +207,43 @@ def strata(cfg: Any) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"--moe-strata {cfg.moe_strata} is no list of sizes: write it as 4-12 or 2-2-2-2")
     return tuple(int(part) for part in parts)
+
+
+def layer_experts(cfg: Any) -> dict[str, int]:
+    """Reads the numbers of experts of the layers that have a number of their own, by name.
+
+    Raises:
+        ValueError: the option is not a list of names and numbers.
+    """
+    numbers: dict[str, int] = {}
+    for part in cfg.moe_layer_experts.split(",") if cfg.moe_layer_experts else []:
+        match = _LAYER_EXPERTS.fullmatch(part.strip())
+        if match is None or match[1] in numbers:
+            raise ValueError(
+                f"--moe-layer-experts {cfg.moe_layer_experts[:60]} is no list of different layers with their experts: "
+                "write it as encoder.2=36,decoder.6=12"
+            )
+        numbers[match[1]] = int(match[2])
+    return numbers
+
+
+def experts_of(cfg: Any, layer: str) -> int:
+    """Returns the number of experts of an MoE layer; ``layer`` is its name as trained, such as ``encoder.2``."""
+    return layer_experts(cfg).get(layer, cfg.moe_num_experts)
+
+
+def moe_layer_names(cfg: Any) -> list[str]:
+    """Names the MoE layers of a flat configuration in their order, as trained."""
+    return [
+        f"{stack}.{number}"
+        for stack in placed(cfg)
+        for number in moe_layers(getattr(cfg, f"{stack}_layers"), cfg.moe_interval)
+    ]
+
+
+def fewest_experts(cfg: Any) -> int:
+    """Returns the number of experts of the MoE layer that has fewest; ``cfg`` is a resolved configuration."""
+    return min((experts_of(cfg, name) for name in moe_layer_names(cfg)), default=cfg.moe_num_experts)
 
 
 def moe_layers(num_layers: int, interval: int) -> list[int]:
@@ -260,134 +286,14 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def check_sizes(options: Mapping[Any, Any]) -> None:
-    """Refuses sizes that no model has, before anything is made of that size.
-
-    Args:
-        options: of any model, by name; those that are no whole numbers are not looked at.
-
-    Raises:
-        ValueError: names the option, its value and the values that work.
-    """
-    for name, (low, high) in _SIZES.items():
-        value = options.get(name)
-        if isinstance(value, int) and not low <= value <= high:
-            raise ValueError(f"{_flag(name)} {value} is out of range: it must be in [{low}, {high}]")
-
-
-def check(cfg: Namespace) -> None:
-    """Refuses options out of range or in contradiction.
-
-    Args:
-        cfg: a resolved configuration.
-
-    Raises:
-        ValueError: names the option, its value and the values that work.
-    """
-    for field in dataclasses.fields(MoETransformerConfig):
-        low, high = field.metadata.get("low"), field.metadata.get("high")
-        value = getattr(cfg, field.name)
-        if (low is not None and not low <= value < math.inf) or (high is not None and not value <= high):
-            allowed = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
-            raise ValueError(f"{_flag(field.name)} {value} is out of range: it must be {allowed}")
-    check_sizes(vars(cfg))
-    for stack in ("encoder", "decoder"):
-        dim, heads = getattr(cfg, f"{stack}_embed_dim"), getattr(cfg, f"{stack}_attention_heads")
-        if dim % heads:
-            raise ValueError(f"--{stack}-attention-heads {heads} does not divide --{stack}-embed-dim {dim}")
-        kept_layers(getattr(cfg, f"{stack}_layers_to_keep"), getattr(cfg, f"{stack}_layers"))
-    for stack in placed(cfg):
-        layers, size = getattr(cfg, f"{stack}_layers"), getattr(cfg, f"{stack}_ffn_embed_dim")
-        if cfg.moe_interval > layers:
-            raise ValueError(
-                f"--moe-interval {cfg.moe_interval} is beyond the {layers} layers of the {stack}, which would have no "
-                f"MoE layer: use at most {layers}, or --moe-placement for the other stack only"
-            )
-        if size % cfg.moe_split_ratio:
-            raise ValueError(
-                f"--moe-split-ratio {cfg.moe_split_ratio} does not divide --{stack}-ffn-embed-dim {size}: "
-                f"experts of {size / cfg.moe_split_ratio:.1f} hidden units cannot be built"
-            )
-    _check_router(cfg, cfg.moe_num_experts, f"--moe-num-experts {cfg.moe_num_experts}")
-    _check_experts(cfg)
-    _check_strata(cfg)
-    if cfg.moe_regularizer == "cmr" and (cfg.encoder_layerdrop or cfg.decoder_layerdrop):
-        raise ValueError("--moe-regularizer cmr does not work with LayerDrop: its budget counts all layers' gates")
-    for name in ("quant_noise_pq", "quant_noise_scalar", "base_layers"):
-        if getattr(cfg, name):
-            raise ValueError(f"{_flag(name)} {getattr(cfg, name)} does not work with MoE layers: leave it out")
-
-
-def _check_router(cfg: Namespace, num_experts: int, where: str) -> None:
-    router = router_class(cfg)
-    with _named_as_flags(router.Options, where):
-        router.check(router_options(cfg), num_experts)
-
-
-@contextmanager
-def _named_as_flags(options: type, where: str) -> Iterator[None]:
-    """Names options in an error as the command line does.
-
-    Raises:
-        ValueError: as it was raised, with the place added.
-    """
-    try:
-        yield
-    except ValueError as error:
-        names = re.compile(rf"\b({'|'.join(declared([options]))})\b")
-        reason = names.sub(lambda name: _flag(_PREFIX + name[0]), str(error))
-        raise ValueError(f"{reason} ({where})") from error
-
-
-def _check_experts(cfg: Namespace) -> None:
-    kind, options = expert_class(cfg), expert_options(cfg)
-    check_kernel(str(cfg.moe_kernel), kind.network)
-    for stack in placed(cfg):
-        size = f"{stack}_ffn_embed_dim"
-        with _named_as_flags(kind.Options, f"{_flag(size)} {getattr(cfg, size)}"):
-            kind.check_options(options)
-            sizes = expert_sizes(cfg, stack)
-        if sizes is not None:
-            _check_sizes_of_experts(cfg, sizes)
-
-
-def _check_sizes_of_experts(cfg: Namespace, sizes: tuple[int, ...]) -> None:
-    given = f"--moe-expert-sizes {cfg.moe_expert_sizes}"
-    if cfg.moe_strata:
-        raise ValueError(f"{given} does not work with --moe-strata {cfg.moe_strata}: leave one of them out")
-    size, number = min(Counter(sizes).items(), key=lambda one: one[1])
-    if number < cfg.moe_expert_parallel:
-        raise ValueError(
-            f"--moe-expert-parallel {cfg.moe_expert_parallel} does not work with {given}: each process must hold an "
-            f"expert of every size, and there are {number} of {size} hidden units"
-        )
-
-
-def _check_strata(cfg: Namespace) -> None:
-    sizes = strata(cfg)
-    if not sizes:
-        return
-    if sum(sizes) != cfg.moe_num_experts:
-        raise ValueError(
-            f"--moe-strata {cfg.moe_strata} has {sum(sizes)} experts, but --moe-num-experts is {cfg.moe_num_experts}: "
-            "the two must be equal"
-        )
-    if cfg.moe_stack > 1:
-        raise ValueError(f"--moe-stack {cfg.moe_stack} does not work with --moe-strata: strata are stacked already")
-    _check_router(cfg, sizes[-1], f"the last stratum of --moe-strata {cfg.moe_strata}")
-    for stack in placed(cfg):
-        if not getattr(cfg, f"{stack}_normalize_before"):
-            raise ValueError(f"--moe-strata needs --{stack}-normalize-before: strata normalise their own input")
-
-
 def placed(cfg: Namespace) -> tuple[str, ...]:
     """Names the stacks that have MoE layers."""
     stacks = {"both": ("encoder", "decoder"), "none": ()}
     return stacks.get(str(cfg.moe_placement), (str(cfg.moe_placement),))
 
 
-def has_experts(cfg: TransformerConfig, stack: str, number: int) -> bool:
-    """Says whether a layer of a stack is an MoE layer; which layers are does not change where others are left out.
+def trained_number(cfg: TransformerConfig, stack: str, number: int) -> int:
+    """Returns the number that a layer had in training, counted from 1; layers that are left out do not change it.
 
     Args:
         cfg: a nested configuration.
@@ -395,8 +301,12 @@ def has_experts(cfg: TransformerConfig, stack: str, number: int) -> bool:
         number: of the layer among those that are kept, counted from 1.
     """
     names = getattr(cfg, stack).layers_to_keep
-    trained = sorted(int(name) + 1 for name in names.split(","))[number - 1] if names else number
-    return stack in placed(cfg) and trained % cfg.moe_interval == 0
+    return sorted(int(name) + 1 for name in names.split(","))[number - 1] if names else number
+
+
+def has_experts(cfg: TransformerConfig, stack: str, number: int) -> bool:
+    """Returns whether a layer of a stack is an MoE layer; the arguments are those of `trained_number`."""
+    return stack in placed(cfg) and trained_number(cfg, stack, number) % cfg.moe_interval == 0
 
 
 def transformer_config(cfg: Namespace) -> TransformerConfig:
@@ -404,5 +314,6 @@ def transformer_config(cfg: Namespace) -> TransformerConfig:
     return TransformerConfig.from_namespace(cfg)
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Returns the command-line option of a field."""
     return "--" + name.replace("_", "-")

@@ -16,7 +16,8 @@ from ..distributed.gradients import is_expert
 from ..distributed.groups import parallel_groups
 from ..errors import UserError
 from ..moe import ExpertGroup
-from .config import check, kept_layers, placed, resolve, transformer_config
+from .config import kept_layers, placed, resolve, transformer_config
+from .config_checks import check
 from .encoder_decoder import MoETransformerDecoder, MoETransformerEncoder
 from .size import check_memory
 
@@ -116,7 +117,7 @@ class MoETransformerModel(TransformerModelBase):
         return super().load_state_dict(state_dict, strict)
 
     def _of_kept_layers(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Leaves out the parameters of layers that are not kept, and numbers the others anew.
+        """Leaves out the parameters of layers that are not kept, and renumbers the others.
 
         A checkpoint that was written without these layers is taken as it is.
         """

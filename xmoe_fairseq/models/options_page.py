@@ -15,7 +15,8 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from omegaconf import MISSING
 
 from ..criterions.threshold_routing import ThresholdRoutingCrossEntropyConfig
-from ..moe import ROUTERS, Router, RouterOptions
+from ..moe import ROUTERS, Router, RouterOptions, kernels
+from ..moe.expert_parallel.all_to_all import OLD_MODES
 from ..moe.routing.options import declared
 from ..tasks.multilingual import MultilingualConfig, StockOptions
 from .config import FlatTransformerConfig, MoETransformerConfig
@@ -46,6 +47,8 @@ TASK = """## Task
 `--task multilingual_*`, beside the options of stock `translation_multi_simple_epoch`: [training.md](training.md),
 [validation.md](validation.md).
 """
+# Values that options had in earlier versions, and still accept.
+_OLD_NAMES = {**kernels.OLD_NAMES, **OLD_MODES}
 _RANGE = re.compile(r"; (?P<range>from \S+ to \S+|\S+ or more)$")
 
 
@@ -86,7 +89,7 @@ def _row(field: dataclasses.Field[Any]) -> str:
     name = f"`{_flag(field.name)}`"
     if alias := field.metadata.get("argparse_alias"):
         name += f" (`{alias}`)"
-    choices = [f"`{choice.value}`" for choice in _choices(field)]
+    choices = [f"`{choice.value}`" for choice in _choices(field) if choice.value not in _OLD_NAMES]
     values = ", ".join(choices) or (found["range"] if found else "")
     return _line(name, _shown(field.default), values, _RANGE.sub("", text))
 

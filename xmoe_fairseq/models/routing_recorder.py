@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from fairseq import utils
 from torch import Tensor, nn
 
-from ..moe import RoutingPlan, RoutingStats, StratifiedPlan
+from ..moe import RoutingPlan, RoutingStats, StratifiedPlan, TokenRouting
 
 Observer = Callable[[str, RoutingPlan | StratifiedPlan], None]
 
@@ -33,7 +34,7 @@ class RoutingRecorder:
 
     @contextmanager
     def recording(self, tokens: Tensor, listen: bool = True) -> Iterator[list[RoutingStats]]:
-        """Gives the list that fills up, in the order in which layers run, until the block ends.
+        """Yields the list that fills up, in the order in which layers run, until the block ends.
 
         Args:
             tokens: (batch, length) ids of the tokens in the stack, for routers that go by them.
@@ -73,3 +74,50 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     finally:
         for recorder in recorders:
             recorder.observer = None
+
+
+# What each stack reads, by its name.
+INPUTS = {"encoder": "src_tokens", "decoder": "prev_output_tokens"}
+
+
+def stack_of(layer: str) -> str:
+    """``encoder`` or ``decoder``, from a layer's name such as ``encoder.2``."""
+    return layer.partition(".")[0]
+
+
+def per_token(model: nn.Module, net_input: Mapping[str, Any]) -> dict[str, TokenRouting]:
+    """Runs a model once, by teacher forcing, and gives what each MoE layer did with each token.
+
+    The decoder's row at position i is about its *input* at i: the token before the i-th of the target, and
+    ``</s>`` at first.
+
+    Args:
+        model: of one of this plugin's architectures, in evaluation; a stock one gives nothing.
+        net_input: of one of fairseq's batches, on any device: ``src_tokens``, ``src_lengths`` and
+            ``prev_output_tokens``, (batch, length) ids, padding included.
+
+    Returns:
+        By layer, such as ``encoder.2``, in the order in which layers run: tensors (batch, length, ...) on the CPU,
+        aligned with the stack's tokens; zeros for padding.
+    """
+    seen: dict[str, TokenRouting] = {}
+
+    def observer(layer: str, plan: Any) -> None:
+        batch, length = net_input[INPUTS[stack_of(layer)]].shape
+
+        def by_sentence(values: Tensor) -> Tensor:
+            return values.unflatten(0, (length, batch)).transpose(0, 1).cpu()  # layers see (length, batch)
+
+        seen[layer] = plan.token_routing.map(by_sentence)
+
+    with observing(model, observer):
+        run_forced(model, net_input)
+    return seen
+
+
+def run_forced(model: nn.Module, net_input: Mapping[str, Any]) -> None:
+    """Runs a model once, by teacher forcing, for whoever watches it; ``net_input`` as in `per_token`."""
+    device = next(model.parameters()).device
+    moved = utils.apply_to_sample(lambda tensor: tensor.to(device), dict(net_input))
+    with torch.inference_mode():
+        model(**moved, features_only=True)  # without the product with the vocabulary

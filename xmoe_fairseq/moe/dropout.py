@@ -20,7 +20,7 @@ class Dropout(nn.Dropout):
 
     @property
     def rate(self) -> float:
-        """The probability that holds now: p, or 0 where nothing is dropped."""
+        """The probability that holds now: p, or 0 if nothing is dropped."""
         return self.p if self.training or self.kept else 0.0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .experts.stacked import ExpertSet
 from .layer import MoELayer
-from .routing.routers import Router
+from .routing.base import Router
 from .stratified import StratifiedMoE
 
 # Experts per token on average: their number, if all experts are taken equally often or cost the same; else (E,), the
@@ -167,7 +167,7 @@ def count_flops(
 
 
 def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Gives what a token is multiplied with outside of experts; a matrix shared by two modules comes twice."""
+    """Yields what a token is multiplied with outside of experts; a matrix shared by two modules comes twice."""
     for module in model.modules():
         if not isinstance(module, (nn.Embedding, ExpertSet)):
             yield from (p for p in module.parameters(recurse=False) if p.dim() >= 2)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from .experts.stacked import ExpertSet
-from .routing.plan import RoutingPlan
-from .routing.routers import Router
+from .routing.base import Router
+from .routing.plan import RoutingPlan, real_tokens
 
 
 class MoELayer(nn.Module):
     """Replaces a feed-forward network; its work is proportional to the chosen (token, expert) assignments.
+
+    The way of T rows, and the file of each step:
+
+    1. scores ``W x`` in float32, (T, E): `LinearRouter.logits` in ``routing/base.py``;
+    2. choice: experts in the order of their probabilities, up to the router's `Selection`: ``routing/topk.py``;
+    3. plan: R assignments sorted by expert, without those above a capacity: ``routing/plan.py``. On a GPU steps 2 and 3
+       are Triton programs with the same plans: ``routing/triton_routing.py``;
+    4. with expert parallelism, rows travel to the ranks that hold their experts: ``expert_parallel/all_to_all.py``;
+    5. outputs: a kernel computes ``p_r FFN_e(x_t)`` of every assignment and adds them up by token: ``kernels/``, where
+       ``reference.py`` defines the result, and a CPU takes ``per_expert.py`` and a GPU ``triton_mm.py``;
+    6. the regularizer.
 
     In evaluation nothing is dropped and no noise is added, so a token's output depends on that token alone.
 
@@ -54,6 +66,30 @@ def _with_hidden_units(plan: RoutingPlan, experts: ExpertSet) -> RoutingPlan:
     if experts.equal:
         return plan
     return replace(plan, count=lambda: replace(plan.stats, hidden=experts.hidden_units(plan.group_sizes)))
+
+
+class SharedBias(nn.Module):
+    """Adds a vector to the output of an MoE layer, once per token, whichever experts the token takes.
+
+    Args:
+        moe: the layer.
+        dim: d.
+    """
+
+    def __init__(self, moe: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.moe = moe
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None
+    ) -> tuple[Tensor, RoutingPlan]:
+        """Computes the layer; arguments and results are those of `MoELayer`."""
+        y, plan = self.moe(x, padding_mask, tokens)
+        if padding_mask is None:
+            return y + self.bias.to(y.dtype), plan
+        keep = real_tokens(flat(padding_mask), y).view(*y.shape[:-1], 1)
+        return y + self.bias.to(y.dtype) * keep, plan
 
 
 def flat(values: Tensor | None) -> Tensor | None:

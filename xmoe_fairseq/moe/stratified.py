@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from .experts.stacked import ExpertSet
 from .layer import flat
 from .routing.assignments import Assignments
+from .routing.base import Router
 from .routing.plan import RoutingPlan, real_tokens
-from .routing.routers import Router
 from .routing.statistics import RoutingStats, TokenRouting, add_up, merge
 
 
@@ -160,7 +160,7 @@ class StratifiedMoE(nn.Module):
     def _token_routing(
         self, plans: Sequence[RoutingPlan], entered: Sequence[Tensor | None], tokens: int
     ) -> TokenRouting:
-        """Adds up the strata; entered: the rows that each plan is about, none for all."""
+        """Adds up the strata; entered: the rows that each plan is about, None for all."""
 
         def over_tokens(rows: Tensor | None, values: Tensor) -> Tensor:
             return values if rows is None else values.new_zeros(tokens, *values.shape[1:]).index_copy(0, rows, values)

@@ -80,7 +80,7 @@ class MoEAdam(FairseqAdam):
         self._optimizer.__dict__[_FACTOR] = self._optimizer.__dict__.get(_FACTOR, 1.0) * c
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Gives the norm of the gradient, (), and keeps the factor that clips until the step.
+        """Returns the norm of the gradient, (), and keeps the factor that clips until the step.
 
         Args:
             max_norm: the largest norm; 0 for none.
@@ -105,20 +105,20 @@ class MoEAdam(FairseqAdam):
         self._optimizer.__dict__.pop(_FACTOR, None)
 
 
-# fairseq goes on from a checkpoint only with an optimizer of the same class name. The state is the same, so either
-# goes on from the other.
+# fairseq resumes from a checkpoint only with an optimizer of the same class name. The state is the same, so either
+# resumes from the other.
 MoEAdam.__name__ = FairseqAdam.__name__
 
 
 def _takes(optimizer: Any) -> bool:
-    """Says whether an optimizer is one whose step is made here."""
+    """Returns whether an optimizer is one whose step is made here."""
     if not isinstance(optimizer, OnePassAdam):
         return False
     return all(_fits(parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _fits(parameter: Tensor) -> bool:
-    """Says whether torch's fused step takes a parameter."""
+    """Returns whether torch's fused step takes a parameter."""
     dense = parameter.grad is None or not parameter.grad.is_sparse
     return parameter.dtype == torch.float32 and parameter.device.type in ("cpu", "cuda") and dense
 

@@ -16,7 +16,7 @@ in checkpoints gets `argparse.Namespace` and plain values of NumPy.
 
 
 def whole_page() -> str:
-    """Gives the text of docs/patches.md."""
+    """Returns the text of docs/patches.md."""
     return INTRODUCTION + page(ALL)
 
 

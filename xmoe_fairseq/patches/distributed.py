@@ -44,7 +44,7 @@ def _prepare_sample(stock: Any, trainer: Any, sample: Any, is_dummy: bool = Fals
     """A dummy batch, of a process without data, contributes nothing to our criterion; stock, with `--update-freq`, also
     forgets the size and metrics of the other batches of the update."""
     prepared, dummy = stock(trainer, sample, is_dummy)
-    if dummy and getattr(trainer.get_criterion(), "knows_dummies", False):
+    if dummy and getattr(trainer.get_criterion(), "counts_dummy_batches", False):
         return {**prepared, stats_reduce.DUMMY_BATCH: True}, False
     return prepared, dummy
 
@@ -57,7 +57,7 @@ def _log_oom(stock: Any, trainer: Any, exc: Exception) -> None:
     if trainer.data_parallel_world_size > 1:
         raise UserError(
             f"process {trainer.data_parallel_rank} is out of memory, and the others cannot go on without it: lower "
-            "--max-tokens and raise --update-freq; training goes on from its last checkpoint"
+            "--max-tokens and raise --update-freq; training resumes from its last checkpoint"
         ) from exc
 
 

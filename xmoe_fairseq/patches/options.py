@@ -21,13 +21,12 @@ from fairseq_cli import train
 from hydra.core.hydra_config import HydraConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from .. import required
 from ..common import guard
 from ..common.literals import literal
 from ..errors import UserError
 from ..imports import around, found_by_others
 from ..mt_benchmarks import BY_TASK
-from ..stock_commands import arguments
+from ..stock_commands import arguments, required
 from .registry import ABSENT, Group, Replacement
 
 logger = logging.getLogger(__name__)

@@ -63,7 +63,7 @@ def count_updates(
 
 @GROUP.patch(Trainer, "load_checkpoint", _LOAD)
 def name_other_options(stock: Any, trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
-    """Stock ends in one of many tracebacks where training goes on with other options than the file's, and takes
+    """Stock ends in one of many tracebacks when training resumes with other options than the file's, and takes
     parameters that are NaN or infinite."""
     try:
         extra_state = stock(trainer, filename, *args, **kwargs)
@@ -75,7 +75,7 @@ def name_other_options(stock: Any, trainer: Any, filename: str, *args: Any, **kw
         reason = " ".join(str(cause).split())[:300]
         reason = f"{type(cause).__name__}: {reason}" if isinstance(cause, KeyError) else reason or type(cause).__name__
         raise UserError(
-            f"training cannot go on from {filename} with these options ({reason}): give the --arch, --optimizer, "
+            f"training cannot resume from {filename} with these options ({reason}): give the --arch, --optimizer, "
             "--lr-scheduler, --criterion and precision that it was trained with, or --reset-optimizer to keep the "
             "parameters only"
         ) from error
@@ -165,8 +165,8 @@ def restore_epoch_position(stock: Any, iterator: Any, state_dict: dict[str, Any]
             raise
         made, epoch = state_dict["iterations_in_epoch"], state_dict["epoch"]
         raise UserError(
-            f"training cannot go on after batch {made} of epoch {epoch}, which has fewer batches now: give the "
-            "--max-tokens, --batch-size and data of before, or --reset-dataloader, which begins with the data anew"
+            f"training cannot resume after batch {made} of epoch {epoch}, which has fewer batches now: give the "
+            "--max-tokens, --batch-size and data as before, or --reset-dataloader, which starts the data again"
         ) from error
 
 

@@ -18,7 +18,7 @@ from ..analysis.tables import Table
 from .style import COLOURS, GREY, MARKS, PALE, WIDTH_INCHES, grid_rows, visible
 
 # What capacity is called, by the column that holds it.
-CAPACITY = {"experts": "experts a token", "passes": "strata a token (RC)"}
+CAPACITY = {"experts": "experts per token", "passes": "strata per token (RC)"}
 _ROWS = 48  # of languages, before another column begins
 _ROW_INCHES = 0.155
 _HALO = [withStroke(linewidth=2, foreground="white")]
@@ -26,7 +26,7 @@ _STEPS = [1, 2, 5, 10]  # between the ticks of an axis, times a power of ten
 
 
 def directions(table: Table, value: str) -> Figure:
-    """Capacity by direction: a row a direction, out of and into the common language apart.
+    """Capacity by direction: a row per direction, out of and into the common language apart.
 
     Args:
         table: of `tables.by_direction`; its rows of single layers are not drawn.
@@ -73,7 +73,7 @@ def _direction_groups(table: Table, value: str) -> list[tuple[str, list[tuple[st
 
 
 def layers(table: Table, value: str) -> Figure:
-    """Capacity by layer: the mean of the directions, and a thin line a direction.
+    """Capacity by layer: the mean of the directions, and a thin line per direction.
 
     Args:
         table: of `tables.by_direction`.
@@ -171,7 +171,7 @@ def flops(table: Table) -> Figure:
     axes.set_xticklabels([f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(2 ** (low - 0.3), 2 ** (high + 0.3))
-    axes.set_xlabel("FLOPs a token, in multiples of a dense feed-forward network")
+    axes.set_xlabel("FLOPs per token, in multiples of a dense feed-forward network")
     for offset, head, column in ((70, "saved against\nall experts", "saved_against_all"),
                                  (132, "saved against\ndense", "saved_against_dense")):  # fmt: skip
         place = axes.get_yaxis_transform()
@@ -228,7 +228,7 @@ def frequency(ranks: Table, extreme: Table, value: str) -> Figure:
 
 
 def positions(table: Table, value: str) -> Figure:
-    """Capacity by the token's place in the sentence, a line a layer.
+    """Capacity by the token's place in the sentence, a line per layer.
 
     Args:
         table: of `tables.by_position`.

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from ..errors import printable
 from ..evaluation.compare import Comparison, MetricComparison, Result, untrained
-from ..evaluation.model_directions import ZERO_SHOT
-from ..evaluation.score import METRICS
+from ..metrics.corpus import METRICS
+from ..results.direction_sets import ZERO_SHOT
 from .tables import NONE, code, latex, markdown, number, plain, short
 
 Table = tuple[list[str], list[list[str]]]
@@ -32,7 +32,7 @@ def render_latex(comparison: Comparison) -> str:
 
 def summary_table(comparison: Comparison) -> Table:
     """Lays out what each system costs and its means over all directions."""
-    header = ["system", "parameters", "active", "FLOPs a token", "experts a token", "words/s"]
+    header = ["system", "parameters", "active", "FLOPs per token", "experts per token", "words/s"]
     for name in comparison.metrics:
         header += [METRICS[name], "±", "Δ", "p", "wins"]
     rows = []
@@ -71,7 +71,7 @@ def metric_table(comparison: Comparison, one: MetricComparison) -> Table:
 
 
 def notes(comparison: Comparison, write: Callable[[str], str]) -> list[str]:
-    """Says how to read the tables, and what is not comparable in them.
+    """Returns how to read the tables, and what is not comparable in them.
 
     Args:
         comparison: of the systems.

@@ -52,7 +52,7 @@ class Info:
         return sum(layer.taken for layer in self.layers) / max(len(self.layers), 1)
 
     def as_json(self) -> dict[str, Any]:
-        """Gives the document of ``--json``; FLOPs are whole numbers."""
+        """Returns the document of ``--json``; FLOPs are whole numbers."""
         return asdict(self) | {
             "experts_per_token": self.experts_per_token,
             "flops_per_token": round(self.flops.total),
@@ -71,10 +71,10 @@ def render(info: Info) -> str:
         f"parameters, with {info.vocab:,} embedding rows",
         *columns((name, f"{value:>15,}  {_short(value)}") for name, value in asdict(count).items()),
         "",
-        f"experts a token: {info.assumption}",
+        f"experts per token: {info.assumption}",
         *columns((layer.name, _layer(layer)) for layer in info.layers),
         "",
-        "FLOPs a token, forward: 2 N + 2 n sum_a d_a  (Kaplan et al. 2020, eq. 2.2)",
+        "FLOPs per token, forward: 2 N + 2 n sum_a d_a  (Kaplan et al. 2020, eq. 2.2)",
         *columns(
             (name, f"{round(value):>15,}  {_short(value)}")
             for name, value in (

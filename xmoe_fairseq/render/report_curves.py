@@ -134,7 +134,7 @@ def _figure(kind: Kind, training: Training) -> Figure | None:
 
 
 def _courses(kind: Kind, training: Training) -> Iterator[tuple[str, str, dict[int, float]]]:
-    """Gives the label, the style and the values by update of each line."""
+    """Yields the label, the style and the values by update of each line."""
     for number_, metric in enumerate(kind.metrics):
         label = "training" if len(kind.metrics) == 1 else ("encoder", "decoder")[number_]
         yield label, f"line{number_}", _select(training.train, metric, kind.log)

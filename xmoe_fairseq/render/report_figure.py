@@ -39,7 +39,7 @@ STYLE = {
 def draw_report(report: Report, path: Path) -> None:
     """Draws the report as a PNG, 1600 pixels wide, as high as its directions and layers need.
 
-    The left half shows BLEU and chrF++, the right half experts a token; what there is nothing to show of is left out.
+    The left half shows BLEU and chrF++, the right half experts per token; what there is nothing to show of is left out.
     """
     rows = max(len(report.directions), len(report.layers), _FEWEST_ROWS)
     with style.context(["default", STYLE]):
@@ -83,7 +83,7 @@ def _draw_layers(half: SubFigure, rows: int, report: Report) -> None:
     mean_bars = axes.barh(places, means, height=_BAR, color=_GREEN)
     axes.set_xlim(0, max(experts))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    _add_legend(axes, [mean_bars, all_bars], ["experts a token", "all experts"])
+    _add_legend(axes, [mean_bars, all_bars], ["experts per token", "all experts"])
     _write_column(axes, 66, "experts", [f"{mean:.2f} / {total}" for mean, total in zip(means, experts, strict=True)])
     _write_column(axes, 106, "saved", [f"{use.computation_saved:.0%}" for use in report.layers])
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..evaluation.routing_usage import LayerUsage
-from ..evaluation.score import METRICS, sacrebleu_command
+from ..evaluation.score import sacrebleu_command
+from ..metrics.corpus import METRICS
 from ..results.report import Report, Sample, Token, duration
+from ..results.usage import LayerUsage
 from ..subword import FAIRSEQ_SYMBOL, META_SPACE
 from . import report_curves
 from .score_tables import averages, directions
@@ -61,7 +62,7 @@ class ShownSample:
 def render_html(report: Report) -> str:
     """Renders the page. All text that comes from files is escaped by jinja2."""
     environment = Environment(
-        loader=PackageLoader("xmoe_fairseq.report"),
+        loader=PackageLoader("xmoe_fairseq.render"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -103,7 +104,7 @@ def _tokens(report: Report, stack: str) -> Iterator[Token]:
 
 
 def _choices(report: Report, stack: str) -> list[Choice]:
-    """Lists what a stack's tokens can be shaded by, the mean first; empty where it has no MoE layers."""
+    """Lists what a stack's tokens can be shaded by, the mean first; empty if it has no MoE layers."""
     names = [use.layer for use in report.layers if use.layer.startswith(stack)]
     counts = [token.experts for token in _tokens(report, stack)]
     if not names or not counts:
@@ -116,7 +117,7 @@ def _choices(report: Report, stack: str) -> list[Choice]:
 
 
 def _shown(report: Report, choices: dict[str, list[Choice]]) -> Iterable[ShownSample]:
-    """Gives the samples that were traced; those without their tokens where none was."""
+    """Returns the samples that were traced; those without their tokens where none was."""
     if not report.traced:
         return [ShownSample(sample, [], []) for sample in report.samples()]
     return [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..evaluation.score import METRICS, sacrebleu_command
+from ..evaluation.score import sacrebleu_command
+from ..metrics.corpus import METRICS
 from ..results.report import Report, Sample, arrow, duration
 from .tables import block, code, plain
 
@@ -80,7 +81,7 @@ def _experts(report: Report) -> list[str]:
     ]  # fmt: skip
     rows.append(("**all**", "", "", "", f"**{report.computation_saved:.1%}**", "", ""))
     header = (
-        *("layer", "experts", "experts a token", "strata a token (RC)"),
+        *("layer", "experts", "experts per token", "strata per token (RC)"),
         *("computation saved", "first choice dropped", "busiest expert"),
     )
     return [

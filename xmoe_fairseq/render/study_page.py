@@ -19,7 +19,7 @@ class StudyResults:
         rows: those of which at least one seed is finished.
         claims: those of which both sides are.
         speed: by row, training and decoding speed as a ratio to the dense row, as ``benchmarks/study_speed.py`` wrote
-            it; empty where it was not measured.
+            it; empty if it was not measured.
     """
 
     rows: Sequence[RowResults]
@@ -27,7 +27,7 @@ class StudyResults:
     speed: Mapping[str, Mapping[str, float]]
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values: ``rows`` and ``claims``."""
+        """Returns plain values: ``rows`` and ``claims``."""
         rows = [row.as_json() | {"speed": self.speed.get(row.row.name)} for row in self.rows]
         return {"rows": rows, "claims": [claim.as_json() for claim in self.claims]}
 

@@ -97,7 +97,7 @@ def _preference(name: str) -> tuple[int, str]:
 
 
 def visible(token: str) -> str:
-    """Gives a token as a label: legible, and a mark that combines with a letter on a dotted circle."""
+    """Returns a token as a label: legible, and a mark that combines with a letter on a dotted circle."""
     alone = token and unicodedata.category(token[0]) in ("Mn", "Mc", "Me")
     return legible(("◌" if alone else "") + token)
 

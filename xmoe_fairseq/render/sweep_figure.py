@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from ..evaluation.score import METRICS
-from ..evaluation.sweep import COSTS, Point, Sweep, pareto
+from ..metrics.corpus import METRICS
+from ..results.sweep import COSTS, Point, Sweep, pareto
 from .report_figure import STYLE
 
 WIDTH_INCHES, ROW_INCHES, DOTS_PER_INCH = 8.0, 2.9, 90
@@ -21,8 +21,8 @@ _POINT, _CHOSEN = "#0072B2", "#D55E00"
 # Where labels go in turn, in points from their mark, so that those of neighbours stay apart.
 _LABELS = (((4, -9), "left"), ((-4, 5), "right"), ((4, 5), "left"))
 _X_AXES: dict[str, tuple[str, Callable[[Point], float]]] = {
-    "moe_flops": ("FLOPs a token in experts", lambda point: point.moe_flops),
-    "time": ("source words a second", lambda point: point.words_per_second),
+    "moe_flops": ("FLOPs per token in experts", lambda point: point.moe_flops),
+    "time": ("source words per second", lambda point: point.words_per_second),
 }
 
 

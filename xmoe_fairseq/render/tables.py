@@ -39,7 +39,7 @@ def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def tsv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Writes a line of names and a line a row; absent cells are empty."""
+    """Writes a line of names and a line per row; absent cells are empty."""
     lines = [header, *([("" if cell == NONE else printable(cell)) for cell in row] for row in rows)]
     return "".join("\t".join(line) + "\n" for line in lines)
 
@@ -69,17 +69,17 @@ def _longest(text: str) -> int:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """Writes a number, or a dash where there is none."""
+    """Writes a number, or a dash if there is none."""
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
 def percent(value: float | None) -> str:
-    """Writes a share, or a dash where there is none."""
+    """Writes a share, or a dash if there is none."""
     return NONE if value is None else f"{value:.1%}"
 
 
 def short(value: float | None) -> str:
-    """Writes a large number with K, M or G, or a dash where there is none."""
+    """Writes a large number with K, M or G, or a dash if there is none."""
     if value is None:
         return NONE
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):

@@ -19,13 +19,15 @@ from typing import Any
 from sacrebleu.metrics import BLEU
 
 from ..common import schema
+from ..common.directions import split_pair
+from ..common.files import read_lines, write_lines
 from ..common.locks import LOCK
+from ..common.outputs import check_replaced, replacing, writing
 from ..errors import UserError
-from ..evaluation.decode import Translated
-from ..evaluation.generate_output import check_replaced, read_lines, replacing, split_pair, write_lines, writing
-from ..evaluation.routing_usage import LayerUsage
-from ..evaluation.score import METRICS
-from .scores import Scores
+from ..metrics.corpus import METRICS
+from .decoding import Translated
+from .scores import SystemScores
+from .usage import LayerUsage
 
 SETTINGS, SCORES, ABOUT = "settings.json", "scores.json", "about.json"
 
@@ -61,7 +63,7 @@ class ResultFolder:
             raise UserError(f"{path} is there already and holds no results: give another --out")
 
     def finished(self, name: str) -> bool:
-        """Tells whether a direction is finished: a folder under its name is complete."""
+        """Returns whether a direction is finished: a folder under its name is complete."""
         return (self.path / name).is_dir()
 
     def keep(self, name: str, sources: Sequence[str], references: Sequence[str], found: Translated) -> None:
@@ -116,7 +118,7 @@ def read_texts(folder: Path, name: str) -> tuple[list[str], list[str], list[str]
     return sources, references, hypotheses
 
 
-def read_scores(folder: Path) -> Scores:
+def read_scores(folder: Path) -> SystemScores:
     """Reads what ``xmoe score`` wrote.
 
     Raises:
@@ -127,13 +129,13 @@ def read_scores(folder: Path) -> Scores:
         raise UserError(f"{folder} holds no {SCORES}: make it with xmoe score")
     check_replaced(file, "xmoe score")
     advice = "it is not as this version writes it, run xmoe score again"
-    scores = schema.build(Scores, read_json(file, advice), str(file), advice)
+    scores = schema.build(SystemScores, read_json(file, advice), str(file), advice)
     _check_scores(scores, file, advice)
     return scores
 
 
-def _check_scores(scores: Scores, file: Path, advice: str) -> None:
-    """Checks what the types of `Scores` do not say."""
+def _check_scores(scores: SystemScores, file: Path, advice: str) -> None:
+    """Checks what the types of `SystemScores` do not say."""
     if not scores.rows or not scores.averages:
         raise UserError(f"{file} has no directions; {advice}")
     for row in scores.rows:

@@ -9,20 +9,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..evaluation.model_directions import ZERO_SHOT
-from ..evaluation.routing_usage import LayerUsage, computation_saved
-from ..evaluation.score import Score, score
+from ..metrics.corpus import CorpusScore, score
+from .direction_sets import ZERO_SHOT
 from .drawings import Drawing
-from .scores import Row, Scores
+from .scores import DirectionScore, SystemScores
 from .settings import Settings
 from .training_log import Training
+from .usage import LayerUsage, computation_saved
 
 
 @dataclass(frozen=True)
 class ScoredSet:
     """One translated test set: its figures, its files and its lines, all in the order of the test set."""
 
-    row: Row
+    row: DirectionScore
     reference_file: Path
     hypothesis_file: Path
     sources: Sequence[str]
@@ -43,14 +43,14 @@ class ScoredSet:
         return arrow(self.source, self.target) + f" ({ZERO_SHOT})" * self.row.zero_shot
 
     @cached_property
-    def score(self) -> Score:
+    def score(self) -> CorpusScore:
         """BLEU and chrF++, computed where ``xmoe score`` was asked for other metrics."""
         scores, signatures = self.row.scores, self.row.signatures
         if not {"bleu", "chrf"} <= scores.keys():
             return score(self.hypotheses, self.references, self.target)
         tokenizer = signatures["bleu"].partition("tok:")[2].partition("|")[0]
         figures = scores["bleu"], scores["chrf"], signatures["bleu"], signatures["chrf"]
-        return Score(*figures, tokenizer, self.row.sentences)
+        return CorpusScore(*figures, tokenizer, self.row.sentences)
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,18 @@ class Report:
     Attributes:
         name: the task, or the folder of the run.
         scores: all that is known of the directions; none where nothing was translated.
-        directions: empty where nothing was translated.
+        directions: empty if nothing was translated.
         layers: the MoE layers in the order of the model; empty for a dense model.
-        drawings: of ``xmoe analyze`` and ``xmoe sweep``; empty where they were not run.
-        traced: samples token by token; empty where nothing was translated and for a dense model.
-        training: from the logs; none without a log.
+        drawings: of ``xmoe analyze`` and ``xmoe sweep``; empty if they were not run.
+        traced: samples token by token; empty if nothing was translated and for a dense model.
+        training: from the logs; None without a log.
         settings: of the checkpoint.
-        seconds: wall-clock seconds by stage; empty where they were not recorded.
+        seconds: wall-clock seconds by stage; empty if they were not recorded.
         versions: of Python and the packages used, by name.
     """
 
     name: str
-    scores: Scores | None
+    scores: SystemScores | None
     directions: Sequence[ScoredSet]
     layers: Sequence[LayerUsage]
     drawings: Sequence[Drawing]
@@ -113,7 +113,7 @@ class Report:
     @property
     def mean_bleu(self) -> float | None:
         """BLEU averaged over the directions that were trained, or over all if none was, each with the same weight;
-        None where nothing was translated."""
+        None if nothing was translated."""
         return fmean(direction.score.bleu for direction in self._meant) if self.directions else None
 
     @property
@@ -135,7 +135,7 @@ class Report:
         return pick_samples(self.directions, count)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns what ``report.json`` holds; what is missing is null, or empty where it is a list."""
+        """Returns what ``report.json`` holds; what is missing is null, or empty if it is a list."""
         return {
             "name": self.name,
             **self.settings.as_json(),

@@ -9,15 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from ..common.directions import Direction
-from ..evaluation.bootstrap import corpus_score, sentence_statistics
-from ..evaluation.decode import ModelSize
-from ..evaluation.language_id import LanguageDetector
-from ..evaluation.model_directions import ZERO_SHOT, direction_sets
-from ..evaluation.score import build_bleu, build_metric
+from .decoding import ModelSize
+from .direction_sets import ZERO_SHOT, direction_sets
 
 
 @dataclass(frozen=True)
-class Row:
+class DirectionScore:
     """One direction.
 
     Attributes:
@@ -29,12 +26,12 @@ class Row:
         length_ratio: words of the translations a word of the references, as BLEU counts words in this language.
         empty: empty translations.
         copies: translations that are the source.
-        too_long: sources that are too long for the model, whose translations are empty; None where unknown.
-        wrong_language: share of the translations in another language; None where no detector knows the language.
+        too_long: sources that are too long for the model, whose translations are empty; None if unknown.
+        wrong_language: share of the translations in another language; None if no detector knows the language.
         wrong_references: the same for the references, hence the detector's own mistakes.
         source_words: of the sources, as white space separates them.
-        seconds: that the search took; None where it was not run by this command.
-        experts_per_token: in an MoE layer; None where it was not measured, 0 for a dense model.
+        seconds: that the search took; None if it was not run by this command.
+        experts_per_token: in an MoE layer; None if it was not measured, 0 for a dense model.
         zero_shot: whether the model was not trained on this direction.
     """
 
@@ -79,7 +76,7 @@ class Average:
 
 
 @dataclass(frozen=True)
-class Scores:
+class SystemScores:
     """Everything in ``scores.json``.
 
     Attributes:
@@ -89,10 +86,10 @@ class Scores:
         tokenize: BLEU's tokenizer for every language; None for each language's own.
         rows: the directions.
         averages: see `average`.
-        model: what the model costs; None where translations were scored without it.
-        words_per_second: source words over all directions by the time of the search; None where unknown.
-        device: the search ran on; None where unknown.
-        detector: of languages; None where there is none.
+        model: what the model costs; None if translations were scored without it.
+        words_per_second: source words over all directions by the time of the search; None if unknown.
+        device: the search ran on; None if unknown.
+        detector: of languages; None if there is none.
         versions: of Python and the packages used, by name.
     """
 
@@ -100,7 +97,7 @@ class Scores:
     settings: Mapping[str, Any]
     english: str
     tokenize: str | None
-    rows: Sequence[Row]
+    rows: Sequence[DirectionScore]
     averages: Sequence[Average]
     model: ModelSize | None
     words_per_second: float | None
@@ -124,40 +121,11 @@ class Scores:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values."""
+        """Returns plain values."""
         return asdict(self)
 
 
-def score_lines(
-    sources: Sequence[str],
-    references: Sequence[str],
-    hypotheses: Sequence[str],
-    target: str,
-    metrics: Iterable[str],
-    tokenizer: str | None,
-    detector: LanguageDetector | None,
-) -> dict[str, Any]:
-    """Computes what a `Row` says of the texts themselves; all three have one line for each sentence."""
-    built = {name: build_metric(name, target, tokenizer) for name in metrics}
-    counted = {name: sentence_statistics(metric, references, hypotheses) for name, metric in built.items()}
-    words = counted.get("bleu")
-    if words is None:
-        words = sentence_statistics(build_bleu(target, tokenizer)[0], references, hypotheses)
-    of_hypotheses, of_references = words[:, :2].sum(0, dtype=int).tolist()
-    return {
-        "sentences": len(references),
-        "scores": {name: corpus_score(metric, [counted[name]]) for name, metric in built.items()},
-        "signatures": {name: str(metric.get_signature()) for name, metric in built.items()},
-        "length_ratio": of_hypotheses / of_references if of_references else 0.0,
-        "empty": sum(not text.strip() for text in hypotheses),
-        "copies": sum(text.strip() == source.strip() != "" for text, source in zip(hypotheses, sources, strict=True)),
-        "wrong_language": detector.wrong_share(hypotheses, target) if detector else None,
-        "wrong_references": detector.wrong_share(references, target) if detector else None,
-        "source_words": sum(len(source.split()) for source in sources),
-    }
-
-
-def average(rows: Sequence[Row], english: str) -> list[Average]:
+def average(rows: Sequence[DirectionScore], english: str) -> list[Average]:
     """Averages over the sets of `direction_sets`, and the trained ones of each group where there are several groups."""
     by_name = {row.name: row for row in rows}
     sets = direction_sets(list(by_name), {row.name for row in rows if row.zero_shot}, english)
@@ -171,13 +139,13 @@ def average(rows: Sequence[Row], english: str) -> list[Average]:
     return [_average(name, [by_name[pair] for pair in pairs]) for name, pairs in {**sets, **grouped}.items()]
 
 
-def _average(name: str, rows: Sequence[Row]) -> Average:
+def _average(name: str, rows: Sequence[DirectionScore]) -> Average:
     scores = {metric: fmean(row.scores[metric] for row in rows) for metric in rows[0].scores}
     return Average(name, len(rows), scores, fmean(row.length_ratio for row in rows))
 
 
-def words_per_second(rows: Iterable[Row]) -> float | None:
-    """Gives source words by seconds of search over all directions; None where a direction's time is unknown."""
+def words_per_second(rows: Iterable[DirectionScore]) -> float | None:
+    """Returns source words by seconds of search over all directions; None if a direction's time is unknown."""
     words, seconds = 0, 0.0
     for row in rows:
         if row.seconds is None:

@@ -23,7 +23,7 @@ class Settings:
     options: Mapping[str, Mapping[str, str]]
 
     def as_json(self) -> dict[str, Any]:
-        """Gives the architecture and its size."""
+        """Returns the architecture and its size."""
         return {name: getattr(self.summary, name) for name in ("arch", "updates", "parameters", "expert_parameters")}
 
 

@@ -79,7 +79,7 @@ class Training:
         return max(max(points) for points in self.subsets.values())
 
     def as_json(self) -> dict[str, Any]:
-        """Gives the last figures of each subset, and where training was started again."""
+        """Returns the last figures of each subset, and where training was started again."""
         last = {
             name: {"update": (update := max(points)), **{key: _plain(one) for key, one in points[update].items()}}
             for name, points in self.subsets.items()
@@ -99,7 +99,7 @@ def find_logs(run: Path) -> list[Path]:
 
 
 def read_training(paths: Sequence[Path]) -> Training | None:
-    """Reads the logs of one training; none where there are no logs.
+    """Reads the logs of one training; None if there are no logs.
 
     The order of the paths does not matter: a log comes after those that start at an earlier update. Where training
     was started again from a checkpoint, what had been logged beyond it was thrown away, and so it is here.
@@ -138,7 +138,7 @@ def _records(path: Path) -> Iterator[Record]:
 
 
 def _record(text: str) -> Record | None:
-    """Reads a line, without its date and logger; none where it is no line of figures."""
+    """Reads a line, without its date and logger; None if it is no line of figures."""
     if text.startswith('{"epoch"'):
         return _from_json(text)
     if text.startswith(_START):
@@ -153,7 +153,7 @@ def _record(text: str) -> Record | None:
 
 
 def _in_bar(text: str) -> list[str]:
-    """Gives the figures of a progress bar, which follow the time in its last brackets; none where it was cut off."""
+    """Returns the figures of a progress bar, which follow the time in its last brackets; None if it was cut off."""
     inside = text[text.rfind("[") + 1 :]
     _, *parts = inside.removesuffix("]").split(", ")
     first = next((number for number, part in enumerate(parts) if _NAMED.match(part)), len(parts))
@@ -161,7 +161,7 @@ def _in_bar(text: str) -> list[str]:
 
 
 def _pairs(parts: Sequence[str], between: str) -> list[tuple[str, str]]:
-    """Splits names from values; none where a part is no such pair."""
+    """Splits names from values; None if a part is no such pair."""
     pairs = []
     for part in parts:
         name, _, value = part.partition(between)

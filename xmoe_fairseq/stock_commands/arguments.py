@@ -16,8 +16,8 @@ from ..checkpoints import reading
 from ..common.directions import read_file
 from ..errors import UserError
 from ..mt_benchmarks import BY_TASK
-from ..required import MISSING, check_given
 from .numbers import check_numbers
+from .required import MISSING, check_given
 
 _CHOICE = re.compile(r"argument (?P<option>[^:]+): invalid choice: '?(?P<value>.*?)'? \(choose from (?P<choices>.*)\)")
 # Values of --post-process that leave no space between pieces.
@@ -84,14 +84,15 @@ def _check_results_path(parsed: argparse.Namespace) -> None:
     folder = getattr(parsed, "results_path", None)
     subset = getattr(parsed, "gen_subset", None)  # fairseq-validate writes nothing there
     if folder and subset:
-        from ..evaluation.generate_output import check_no_folders, check_writable, generate_file
+        from ..common.outputs import check_no_folders, check_writable
+        from .generate import generate_file
 
         check_writable(Path(folder), "--results-path")
         check_no_folders([Path(folder) / generate_file(subset)])
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Says what is wrong with a command line, with the name that was probably meant.
+    """Returns what is wrong with a command line, with the name that was probably meant.
 
     Raises:
         UserError: always.
@@ -196,7 +197,7 @@ def _check_known(place: str, values: Any, known: Collection[str]) -> None:
 
 
 def recipe_ending(error: BaseException, recipe: Path) -> UserError | None:
-    """Gives what ends ``fairseq-hydra-train`` where hydra refuses a recipe, before fairseq imports the plugin.
+    """Returns what ends ``fairseq-hydra-train`` where hydra refuses a recipe, before fairseq imports the plugin.
 
     Args:
         error: what hydra, or fairseq, raised.
@@ -227,7 +228,7 @@ def _short(error: BaseException) -> str:
 
 
 def yaml_line(error: Any) -> str:
-    """Says what is wrong with a name or a value in YAML: the option, the value, and what it may be."""
+    """Returns what is wrong with a name or a value in YAML: the option, the value, and what it may be."""
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
     text = str(error).split("\n")[0]

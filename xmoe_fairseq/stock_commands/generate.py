@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..evaluation.generate_output import replacing
+from ..common.outputs import replacing
 
 
 @contextmanager
@@ -15,3 +15,11 @@ def open_whole(path: str, mode: str, **options: Any) -> Iterator[TextIO]:
     """Opens a file as ``open`` does; what was there stays until all is written."""
     with replacing(Path(path)) as temporary, open(temporary, mode, **options) as file:
         yield file
+
+
+def generate_file(subset: str) -> str:
+    """Names what ``fairseq-generate`` writes to its ``--results-path``."""
+    return f"generate-{subset}.txt"
+
+
+GENERATE_FILE = generate_file("test")

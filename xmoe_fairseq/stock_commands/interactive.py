@@ -22,7 +22,7 @@ _SOFT = "\0"
 
 
 def running(command: str) -> Iterator[Any]:
-    """Gives the module of a command of fairseq, which has another name under ``python -m``."""
+    """Yields the module of a command of fairseq, which has another name under ``python -m``."""
     for name in (command, "__main__"):
         module = sys.modules.get(name)
         if module is not None and getattr(module.__spec__, "name", None) == command:

@@ -27,7 +27,7 @@ class Tested:
         difference: mean BLEU of the system minus the baseline's, over seeds and directions.
         low, high: its 95% confidence interval.
         p: probability of a difference from the claim's margin as large as this one, if there were none.
-        moe_flops: of a token, the system's by the baseline's; None where the baseline has no experts.
+        moe_flops: of a token, the system's by the baseline's; None if the baseline has no experts.
         verdict: ``seen`` where the whole interval is above minus the margin, ``not seen`` where it is below,
             ``undecided`` otherwise, and wherever either side has one seed only.
     """
@@ -42,7 +42,7 @@ class Tested:
     verdict: str
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values; ``claim`` is the sentence, the rest of the claim beside it."""
+        """Returns plain values; ``claim`` is the sentence, the rest of the claim beside it."""
         return {**asdict(self.claim), **asdict(self), "claim": self.claim.claim}
 
 

@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..commands.info import model_flops
-from ..commands.options import CommandParser, quiet_libraries
-from ..commands.study import add_study_options, read_study
+from ..common.command_line import CommandParser, quiet_libraries
 from ..evaluation.compare import mean_of_draws
-from ..evaluation.decode import Decoding
-from ..evaluation.routing_usage import LayerUsage, add_up
+from ..evaluation.model_costs import model_flops
 from ..evaluation.score_job import ScoreJob
-from ..evaluation.sweep import choose, make_point, read_thresholds
+from ..evaluation.sweep import make_point, read_thresholds
 from ..models.architectures import build_on_meta
 from ..moe.flops import expert_sites
+from ..render.score_tables import PAGES
+from ..results.decoding import Decoding
 from ..results.folder import ResultFolder, read_texts, write_json
+from ..results.sweep import choose
 from ..results.training_log import Values, read_training
+from ..results.usage import LayerUsage, add_up
 from ..results.versions import read_versions
+from .options import add_study_options, read_study
 from .plan import SweepPlan
 from .runs import Run
 
@@ -63,7 +65,7 @@ def measure(run: Run) -> None:
 
 
 def plateau(points: Mapping[int, Values]) -> float:
-    """Gives the relative fall of the validation loss over the last fifth of the updates."""
+    """Returns the relative fall of the validation loss over the last fifth of the updates."""
     end = max(points)
     start = min(points, key=lambda update: abs(update - 0.8 * end))
     return 1 - points[end]["loss"] / points[start]["loss"]
@@ -97,7 +99,7 @@ def _system(run: Run, folder: str, decoding: Decoding) -> dict[str, Any]:
     job = _job(run, decoding)
     out = run.folder / folder
     with tqdm(total=len(job.pairs), unit="direction", desc=folder) as bar:
-        scores = job.run(out, bar)
+        scores = job.run(out, bar, PAGES)
     assert scores.model is not None
     results = ResultFolder(out, job.settings)
     usage = add_up(list(results.read(pair)[2].usage) for pair in job.pairs)
@@ -115,7 +117,7 @@ def _system(run: Run, folder: str, decoding: Decoding) -> dict[str, Any]:
 
 
 def _stacks(usage: Sequence[LayerUsage]) -> dict[str, dict[str, float]]:
-    """Gives experts and strata per token of encoder and decoder; empty for a dense model."""
+    """Returns experts and strata per token of encoder and decoder; empty for a dense model."""
     stacks: dict[str, list[LayerUsage]] = {}
     for layer in usage:
         stacks.setdefault(layer.layer.split(".")[0], []).append(layer)
@@ -129,7 +131,7 @@ def _stacks(usage: Sequence[LayerUsage]) -> dict[str, dict[str, float]]:
 
 
 def _swept(run: Run) -> dict[str, Any]:
-    """Chooses a threshold on the development set and scores the model at it; nothing where none can be chosen."""
+    """Chooses a threshold on the development set and scores the model at it; nothing if none can be chosen."""
     sweep = run.study.plan.sweep
     if sweep is None or not _has_threshold(run):
         return {"sweep": None, "chosen": None}
@@ -137,7 +139,7 @@ def _swept(run: Run) -> dict[str, Any]:
     for threshold in read_thresholds(sweep.thresholds):
         job = _job(run, _at(run, threshold, subset="valid", lines=sweep.lines), metrics=("bleu",))
         with tqdm(total=len(job.pairs), unit="direction", desc=f"threshold {threshold:g}") as bar:
-            points[threshold] = make_point(threshold, job.run(run.folder / f"valid-{threshold:g}", bar))
+            points[threshold] = make_point(threshold, job.run(run.folder / f"valid-{threshold:g}", bar, PAGES))
     most = _budget(run, sweep)
     best = choose(list(points.values()), lose=0.0, max_moe_flops=most)
     chosen = best.threshold if best is not None else None
@@ -158,13 +160,13 @@ def _at(run: Run, threshold: float, **more: Any) -> Decoding:
 
 
 def _has_threshold(run: Run) -> bool:
-    """Tells whether a threshold decides the experts of a token."""
+    """Returns whether a threshold decides the experts of a token."""
     model: Any = build_on_meta(run.row.arch, _ANY_VOCABULARY, run.words)
     return str(model.cfg.moe_router) == "threshold" and bool(expert_sites(model))
 
 
 def _budget(run: Run, sweep: SweepPlan) -> float:
-    """Gives half of the FLOPs of all experts, or half of those of the row that is compared with, if that is less."""
+    """Returns half of the FLOPs of all experts, or half of those of the row that is compared with, if that is less."""
     study = run.study
     own = build_on_meta(run.row.arch, _ANY_VOCABULARY, run.words)
     other = study.plan.row(sweep.than)

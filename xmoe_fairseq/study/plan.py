@@ -50,7 +50,7 @@ class Claim:
         source: who published it, with the published figures.
         system, baseline: names of rows.
         at: ``trained``, the model as it was trained, or ``chosen``, at the threshold that was chosen for it.
-        margin: BLEU that the system may lose; 0 where it is claimed to be better.
+        margin: BLEU that the system may lose; 0 if it is claimed to be better.
     """
 
     claim: str
@@ -84,7 +84,7 @@ class StudyPlan:
         train: words of ``fairseq-train`` that all rows share; ``{updates}`` stands for the number of updates.
         rows: in the order of the table.
         claims: in the order of the page.
-        sweep: None where no threshold is chosen.
+        sweep: None if no threshold is chosen.
     """
 
     train: str
@@ -93,7 +93,7 @@ class StudyPlan:
     sweep: SweepPlan | None = None
 
     def train_words(self, row: StudyRow, updates: int, more: str = "") -> list[str]:
-        """Gives a row's words of ``fairseq-train``, those of the row after the shared ones.
+        """Returns a row's words of ``fairseq-train``, those of the row after the shared ones.
 
         Args:
             row: of this plan.

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..common.schema import build
 from ..errors import UserError
-from ..evaluation.decode import ModelSize
+from ..results.decoding import ModelSize
 from ..results.folder import read_json
 from .plan import StudyRow
 from .runs import Run, Study
@@ -29,7 +29,7 @@ class SystemResult:
         directions: by direction, the scores by metric.
         signatures: sacreBLEU's, by metric.
         sentences: translated.
-        words_per_second: source words by the time of the search; None where it was not measured.
+        words_per_second: source words by the time of the search; None if it was not measured.
         model: what it costs.
         stacks: by stack, experts and strata per token; empty for a dense model.
         bleu_draws: mean BLEU of the directions on each draw of sentences; the same draws for every system.
@@ -52,7 +52,7 @@ class SweepResult:
     Attributes:
         thresholds, bleu, moe_flops, experts: of each.
         at_most: FLOPs of a token in experts that the chosen one may take.
-        threshold: the one that was chosen; None where all take more.
+        threshold: the one that was chosen; None if all take more.
     """
 
     thresholds: Sequence[float]
@@ -76,8 +76,8 @@ class RunResult:
         valid, train: courses by the name of the metric, and ``updates``.
         plateau: relative fall of the validation loss over the last fifth of the updates.
         trained: the model as it was trained.
-        sweep: None where no threshold decides the experts.
-        chosen: the model at the threshold that the sweep chose; None where there is none.
+        sweep: None if no threshold decides the experts.
+        chosen: the model at the threshold that the sweep chose; None if there is none.
     """
 
     row: str
@@ -106,7 +106,7 @@ class RowResults:
         return [result.seed for result in self.results]
 
     def spread(self, value: Callable[[RunResult], float | None]) -> Spread | None:
-        """Gives mean and standard deviation of a figure over the seeds; None where the row has no such figure."""
+        """Returns mean and standard deviation of a figure over the seeds; None if the row has no such figure."""
         values = [value(result) for result in self.results]
         known = [one for one in values if one is not None]
         if len(known) < len(values):
@@ -114,23 +114,23 @@ class RowResults:
         return {"mean": fmean(known), "sd": stdev(known) if len(known) > 1 else None}
 
     def score(self, metric: str, directions: str = "all") -> Spread | None:
-        """Gives a metric, the mean of all directions, or of ``en-xx`` or ``xx-en``."""
+        """Returns a metric, the mean of all directions, or of ``en-xx`` or ``xx-en``."""
         return self.spread(lambda result: result.trained.averages.get(directions, {}).get(metric))
 
     def cost(self, name: str) -> Spread | None:
-        """Gives a figure of `ModelSize`."""
+        """Returns a figure of `ModelSize`."""
         return self.spread(lambda result: getattr(result.trained.model, name))
 
     def experts(self, stack: str) -> Spread | None:
-        """Gives the experts per token that were measured in a stack; None without experts."""
+        """Returns the experts per token that were measured in a stack; None without experts."""
         return self.spread(lambda result: result.trained.stacks.get(stack, {}).get("experts"))
 
     def strata(self, stack: str) -> Spread | None:
-        """Gives the strata per token (requested capacity) in a stack; None without experts."""
+        """Returns the strata per token (requested capacity) in a stack; None without experts."""
         return self.spread(lambda result: result.trained.stacks.get(stack, {}).get("strata"))
 
     def as_json(self) -> dict[str, Any]:
-        """Gives plain values; ``flops`` and ``moe_flops`` are of a token's forward pass."""
+        """Returns plain values; ``flops`` and ``moe_flops`` are of a token's forward pass."""
         return {
             "name": self.row.name,
             "why": self.row.why,

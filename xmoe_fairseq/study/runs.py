@@ -1,4 +1,4 @@
-"""One run of a study: a model trained with one seed and measured, in steps that go on where they were stopped.
+"""One run of a study: a model trained with one seed and measured, in steps that resume where they were stopped.
 
 Everything large is in ``STUDY/NAME-SEED/``; the small result that is kept is ``RESULTS/NAME-SEED.json``.
 """
@@ -116,7 +116,7 @@ class Run:
         }
 
     def finished(self) -> bool:
-        """Tells whether the result is there.
+        """Returns whether the result is there.
 
         Raises:
             UserError: it is there, with other settings.
@@ -131,7 +131,7 @@ class Run:
         return True
 
     def check_started(self) -> None:
-        """Makes sure that a training which was stopped goes on with its own options.
+        """Makes sure that a stopped training resumes with its own options.
 
         Raises:
             UserError: the folder holds a training with others.
@@ -153,7 +153,7 @@ class Run:
         return {name: self.settings[name] for name in ("train", "updates", "data")}
 
     def steps(self) -> list[tuple[str, list[str]]]:
-        """Gives the commands of the run, each with its name; each goes on where it was stopped."""
+        """Returns the commands of the run, each with its name; each resumes where it was stopped."""
         return [("train", self._train()), ("measure", self._measure())]
 
     def _train(self) -> list[str]:
@@ -178,7 +178,7 @@ class Run:
         ]
 
     def progress(self) -> float:
-        """Gives the share of the updates that the log has seen."""
+        """Returns the share of the updates that the log has seen."""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - _TAIL))
@@ -195,7 +195,7 @@ def runs_of(study: Study, names: Sequence[str], seeds: Sequence[int]) -> list[Ru
 
     Args:
         study: what they share.
-        names: of rows; all where there are none.
+        names: of rows; all if there are none.
         seeds: of each.
 
     Raises:

@@ -30,7 +30,7 @@ class PooledOrder:
         return getattr(self.dataset, name)
 
     def ordered_indices(self) -> np.ndarray:
-        """Gives the indices of all sentences in the order in which batches are cut."""
+        """Returns the indices of all sentences in the order in which batches are cut."""
         longer_side = self.dataset.sizes.max(axis=1)
         shuffled = np.random.default_rng(self.seed).permutation(len(longer_side))
         pools = [shuffled[start : start + self.pool_size] for start in range(0, len(shuffled), self.pool_size)]

@@ -53,7 +53,7 @@ def check_text(prefix: str, symbols: int) -> int:
 
 
 def _read_index(index: str) -> tuple[np.dtype, np.ndarray]:
-    """Gives the type of the tokens and the length of each line."""
+    """Returns the type of the tokens and the length of each line."""
     with open(index, "rb") as file:
         header = file.read(HEADER.size)
     magic, version, code, length = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0)

@@ -69,7 +69,7 @@ def read_languages(data: str, benchmark: Benchmark) -> list[str]:
 
 
 def read_trained(data: str, benchmark: Benchmark, languages: Sequence[str]) -> list[Direction]:
-    """Gives the directions that are trained: the benchmark's, or those that ``lang_pairs.txt`` lists, if it is there.
+    """Returns the directions that are trained: the benchmark's, or those that ``lang_pairs.txt`` lists, if it is there.
 
     Raises:
         UserError: the list names what is no direction of the languages, or nothing.
@@ -111,7 +111,7 @@ def count_symbols(path: str) -> int:
 
 
 def read_groups(data: str, benchmark: Benchmark) -> dict[str, list[str]]:
-    """Gives the languages of each resource group: the benchmark's own, or those in ``groups.tsv`` beside the folder.
+    """Returns the languages of each resource group: the benchmark's own, or those in ``groups.tsv`` beside the folder.
 
     Raises:
         UserError: the benchmark has none and the file is missing or damaged.
@@ -145,7 +145,7 @@ def find_text(data: str, split: str, pair: str) -> str | None:
         pair: a direction.
 
     Returns:
-        The path without the language and what follows; None where there is no file of it.
+        The path without the language and what follows; None if there is no file of it.
     """
     source, target = pair.split("-")
     names = [os.path.join(data, f"{split}.{name}") for name in (f"{source}-{target}", f"{target}-{source}")]
@@ -156,7 +156,7 @@ def find_text(data: str, split: str, pair: str) -> str | None:
 
 
 def has_text(prefix: str) -> bool:
-    """Says whether a text has one of its two files at least; ``prefix`` is of their names."""
+    """Returns whether a text has one of its two files at least; ``prefix`` is of their names."""
     return any(os.path.lexists(path) for path in (index_file_path(prefix), data_file_path(prefix)))
 
 

@@ -61,7 +61,7 @@ class DataManager(MultilingualDatasetManager):
         self.directions_of: dict[str, Sequence[str]] = {}
 
     def get_data_paths_and_lang_pairs(self, split: str) -> tuple[dict[str, str], dict[str, list[Direction]]]:
-        """Gives the folders of each kind of text, and its directions; stock fairseq takes names apart at hyphens."""
+        """Returns the folders of each kind of text, and its directions; stock fairseq takes names apart at hyphens."""
         paths, pairs = super().get_data_paths_and_lang_pairs(split)
         return paths, {kind: self.extra.get(kind, listed) for kind, listed in pairs.items()}
 
@@ -83,7 +83,7 @@ class DataManager(MultilingualDatasetManager):
         return list(utils.split_paths(self.args.data))
 
     def has_sharded_data(self, split: str) -> bool:
-        """Says whether each epoch reads another folder of a split."""
+        """Returns whether each epoch reads another folder of a split."""
         return len(self.folders) > 1 and split == self.args.train_subset
 
     def folders_of(self, split: str, pair: Direction) -> list[str]:
@@ -93,7 +93,7 @@ class DataManager(MultilingualDatasetManager):
         return [folder for folder in self.folders if sources(folder, split, pair)]
 
     def get_train_dataset_sizes(self, data_param_list: list[dict[str, Any]], *args: Any, **kwargs: Any) -> list[int]:
-        """Gives the lines of each direction in all folders, by which directions are sampled.
+        """Returns the lines of each direction in all folders, by which directions are sampled.
 
         Stock fairseq knows those of the folders that it has read: a training that is resumed would sample otherwise.
         """
@@ -108,12 +108,12 @@ class DataManager(MultilingualDatasetManager):
         return sizes
 
     def get_split_num_data_shards(self, split: str) -> dict[str, int]:
-        """Gives the number of files of each direction; one where there is no text, which is not loaded."""
+        """Returns the number of files of each direction; one where there is no text, which is not loaded."""
         none = {self.get_dataset_key("main", *pair.split("-")): 1 for pair in self.lang_pairs}
         return {**none, **super().get_split_num_data_shards(split)}
 
     def get_sampling_ratios(self, data_param_list: Any, datasets: Sequence[tuple[str, Any]], *args: Any) -> Any:
-        """Gives the weights of the texts.
+        """Returns the weights of the texts.
 
         Raises:
             UserError: those of the user are refused.

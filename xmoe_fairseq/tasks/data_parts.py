@@ -17,7 +17,7 @@ from .data_folder import find_text
 
 
 def read_folders(data: str) -> list[str]:
-    """Gives the folders that training goes through: those named, or the parts of one that was prepared with --parts.
+    """Returns the folders that training goes through: those named, or the parts of one that was prepared with --parts.
 
     Raises:
         UserError: a folder has fairseq's separator in its path.
@@ -38,7 +38,7 @@ def read_folders(data: str) -> list[str]:
 
 
 def home(folder: str) -> str:
-    """Gives the folder ``bin/`` that a part is in; of any other folder itself."""
+    """Returns the folder ``bin/`` that a part is in; of any other folder itself."""
     path = os.path.abspath(folder)
     above = os.path.dirname(path)
     in_bin = os.path.basename(path).startswith("part") and os.path.isfile(os.path.join(above, "langs.txt"))

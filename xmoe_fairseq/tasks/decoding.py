@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def pairs(dataset: Any) -> Any:
-    """Gives the dataset of sentence pairs inside one that replaces their first or last tokens."""
+    """Returns the dataset of sentence pairs inside one that replaces their first or last tokens."""
     return dataset.dataset if isinstance(dataset, TransformEosLangPairDataset) else dataset
 
 
 def knowing_languages(model: Any, task: Any) -> nn.Module:
-    """Gives a language model that may stand beside the translation model of a task.
+    """Returns a language model that may stand beside the translation model of a task.
 
     Raises:
         UserError: it is no language model, or has another dictionary.
@@ -102,7 +102,7 @@ def _no_text(task: Any) -> list[int]:
 
 
 def languages_of(task: Any) -> list[int]:
-    """Gives the numbers of the tokens that name languages; none where a task has one direction."""
+    """Returns the numbers of the tokens that name languages; none where a task has one direction."""
     if not hasattr(task, "data_manager"):
         return []
     args = task.args

@@ -20,7 +20,7 @@ _JSON = 'write it as \'{"beam": 4, "lenpen": 0.6}\''
 
 
 def _stock(name: str, **changed: Any) -> Any:
-    """Gives a field of stock ``translation``, with another default or help if given."""
+    """Returns a field of stock ``translation``, with another default or help if given."""
     field = TranslationConfig.__dataclass_fields__[name]
     help_text = changed.pop("help", field.metadata["help"])
     return dataclasses.field(
@@ -166,7 +166,7 @@ class TranslatesDevelopmentSets:
                 metrics.log_scalar(name, value, weight=0, priority=1500 + number, round=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Gives what a checkpoint keeps of the task."""
+        """Returns what a checkpoint keeps of the task."""
         kept = {} if self.evaluation is None else {_KEY: self.evaluation.state()}
         return {**super().state_dict(), **kept}
 

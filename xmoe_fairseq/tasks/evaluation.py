@@ -94,7 +94,7 @@ class DevelopmentSet:
     """
 
     def __init__(self, name: Direction, dataset: Any) -> None:
-        from ..evaluation.score import build_metric  # not at the start: sacreBLEU takes a while to import
+        from ..metrics.corpus import build_metric
 
         self.name, self.dataset = name, dataset
         self.metrics = {metric: build_metric(metric, name.target) for metric in METRICS}
@@ -102,14 +102,14 @@ class DevelopmentSet:
 
     def add(self, hypothesis: str, reference: str) -> None:
         """Counts one translation."""
-        from ..evaluation.bootstrap import sentence_statistics
+        from ..metrics.sentences import sentence_statistics
 
         for name, metric in self.metrics.items():
             self.sums[name] = self.sums[name] + sentence_statistics(metric, [reference], [hypothesis])[0].astype(int)
 
     def clear(self) -> None:
         """Forgets what was counted."""
-        from ..evaluation.bootstrap import sentence_statistics
+        from ..metrics.sentences import sentence_statistics
 
         self.sums = {
             name: 0 * sentence_statistics(one, ["a"], ["a"])[0].astype(int) for name, one in self.metrics.items()
@@ -117,14 +117,14 @@ class DevelopmentSet:
 
     def score(self, name: str) -> float:
         """Scores all that was counted as one text, rounded as it is shown."""
-        from ..evaluation.bootstrap import corpus_score
+        from ..metrics.sentences import corpus_score
 
         return round(corpus_score(self.metrics[name], [self.sums[name][None]]), 2)
 
 
 def _counts(metric: Any, hypothesis: str, reference: str) -> np.ndarray:
-    """Gives what a metric adds up over sentences, (statistics,), of one of them."""
-    from ..evaluation.bootstrap import sentence_statistics
+    """Returns what a metric adds up over sentences, (statistics,), of one of them."""
+    from ..metrics.sentences import sentence_statistics
 
     return sentence_statistics(metric, [reference], [hypothesis])[0].astype(np.int64)
 
@@ -156,7 +156,7 @@ class Evaluation:
         return self.task.args.eval_bleu_lines or 2**31
 
     def state(self) -> dict[str, Any]:
-        """Gives what a run that goes on needs to translate the same lines."""
+        """Returns what a resumed run needs to translate the same lines."""
         return {"wanted": self.wanted, "lines": self.lines, "longest": self.clock.longest}
 
     def restore(self, kept: dict[str, Any]) -> None:
@@ -243,7 +243,7 @@ class Evaluation:
         return done
 
     def _is_too_long(self, seconds: float, model: Any) -> bool:
-        """Says whether an evaluation would take too long; the slowest process decides for all."""
+        """Returns whether an evaluation would take too long; the slowest process decides for all."""
         over = torch.tensor([float(seconds > self.clock.longest)], device=_device(model))
         if _place()[1] > 1:
             distributed.all_reduce(over, group=distributed.get_data_parallel_group(), op="max")
@@ -337,7 +337,7 @@ class Evaluation:
             direction.sums = {name: next(sums) for name in METRICS}
 
     def _scores(self, subset: str) -> dict[str, float]:
-        """Gives means and the score of each direction, all rounded: the means are of what is shown."""
+        """Returns means and the score of each direction, all rounded: the means are of what is shown."""
         chosen = [self._directions[split_name(subset)[0], pair] for pair in self._pairs(subset)]
         each = {name: {one.name: one.score(name) for one in chosen} for name in METRICS}
         means = {name: round(fmean(values.values()), 2) for name, values in each.items()}
@@ -356,7 +356,7 @@ class Evaluation:
 
 
 def _place() -> tuple[int, int]:
-    """Gives the number of this process, and of how many."""
+    """Returns the number of this process, and of how many."""
     size = distributed.get_data_parallel_world_size()
     return (distributed.get_data_parallel_rank() if size > 1 else 0), size
 

@@ -55,7 +55,7 @@ class Fitting:
     Args:
         dataset: the fairseq dataset that is batched.
         name: of the dataset, for messages.
-        directions: whose lines follow each other in it; empty where no sentence can be longer than a batch, since
+        directions: whose lines follow each other in it; empty if no sentence can be longer than a batch, since
             fairseq left those out.
         option: that says how long a batch may be.
     """
@@ -88,12 +88,12 @@ class Fitting:
         return self.dataset.batch_by_size(indices, max_tokens=max_tokens, **limits)
 
     def _lengths(self, indices: Any) -> np.ndarray:
-        """Gives the pieces of the longer side of each sentence."""
+        """Returns the pieces of the longer side of each sentence."""
         sizes = np.asarray(self.dataset.sizes)[indices]
         return sizes.max(axis=1) if sizes.ndim > 1 else sizes
 
     def place(self, index: int) -> str:
-        """Says which line of which file a sentence is."""
+        """Returns which line of which file a sentence is."""
         if not self.directions:
             return f"a line of {self.name}"
         ends = list(accumulate(map(len, getattr(self.dataset, "datasets", [self.dataset]))))
@@ -126,7 +126,7 @@ class Whole(Fitting):
             )
 
     def ordered_indices(self) -> np.ndarray:
-        """Gives the sentences that are translated."""
+        """Returns the sentences that are translated."""
         indices = self.dataset.ordered_indices()
         return indices[self.sources[indices] <= self.longest]
 
@@ -141,7 +141,7 @@ class Whole(Fitting):
 
 
 def nothing(sources: Tensor, end: int) -> list[list[dict[str, Any]]]:
-    """Gives the hypotheses of sources that are not translated, as fairseq's search gives them: the end alone."""
+    """Returns the hypotheses of sources that are not translated, as fairseq's search gives them: the end alone."""
     return [
         [
             {

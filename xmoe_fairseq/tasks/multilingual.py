@@ -105,7 +105,7 @@ class MultilingualTask(TranslatesDevelopmentSets, TranslationMultiSimpleEpochTas
         return home(self.data_manager.folders[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Gives what a checkpoint keeps of the task."""
+        """Returns what a checkpoint keeps of the task."""
         kept = {identity.KEY: self.identity.as_plain(), identity.PAIRS: [str(pair) for pair in self.lang_pairs]}
         return {**super().state_dict(), **kept}
 

@@ -1,11 +1,12 @@
 """Tokens travel to the processes that hold their experts, and the experts' outputs back.
 
 A token goes once to a process, however many of its experts are there: that process adds up their weighted outputs,
-as every kernel does, and one row comes back. With the tokens go, for each assignment, its weight, its row and its expert.
+as every kernel does, and one row comes back. With the tokens go, for each assignment, its weight, its row and its
+expert.
 
 How much goes where must be known before. `dynamic` asks: one exchange of counts, then exactly the rows there are.
-`fixed_capacity` knows a bound from the experts' capacity: all processes send equally much, and nothing is read back from
-the device.
+`fixed_capacity` knows a bound from the experts' capacity: all processes send equally much, and nothing is read back
+from the device.
 
 Every process makes the same calls in the same order, forward and backward, whatever its tokens do.
 """
@@ -23,7 +24,9 @@ from torch.autograd.function import once_differentiable
 from ..routing.assignments import Assignments
 from .group import ExpertGroup
 
-CHOICES = ("auto", "counted", "static")
+EXCHANGE_MODES = ("auto", "dynamic", "fixed_capacity")
+# Names of earlier versions, which command lines and checkpoints may still have.
+OLD_MODES = {"counted": "dynamic", "static": "fixed_capacity"}
 
 
 class Destinations:
@@ -82,7 +85,7 @@ class Route:
     received: Tensor
 
     def dispatch(self, x: Tensor) -> Tensor:
-        """Gives the rows received, (S', d), for the tokens of all processes, x: (T, d) here."""
+        """Returns the rows received, (S', d), for the tokens of all processes, x: (T, d) here."""
         return self._exchange(_some(x).index_select(0, self.token), *self.rows)
 
     def combine(self, y: Tensor, tokens: int) -> Tensor:
@@ -94,13 +97,14 @@ class Route:
         return total.index_add_(0, self.token, rows.to(wide))[:tokens].to(y.dtype)
 
     def dispatch_assignments(self, values: Tensor) -> Tensor:
-        """Gives the values of the assignments received, (U', n), for (R, n) here; those of unused assignments are 0."""
+        """Returns the values of the assignments received, (U', n), for (R, n) here; those of unused assignments are
+        0."""
         used = sum(self.assignments[0])
         sent = values.new_zeros(used + 1, values.shape[1]).index_copy_(0, self.slot, values)
         return self._exchange(sent[:used], *self.assignments)
 
     def combine_assignments(self, values: Tensor) -> Tensor:
-        """Gives what comes back for each assignment here, (R,), from values of those received, (U',)."""
+        """Returns what comes back for each assignment here, (R,), from values of those received, (U',)."""
         back = self._exchange(values, *reversed(self.assignments))
         return torch.cat([back, back.new_zeros(1)]).index_select(0, self.slot)
 
@@ -190,27 +194,28 @@ class AllToAllDispatcher:
         group: the processes.
         assignments: of this process's tokens with all experts.
         tokens: T.
-        choice: of `CHOICES`; ``fixed_capacity`` where a bound is known, ``auto`` only on a GPU.
+        mode: of `EXCHANGE_MODES`; ``fixed_capacity`` if a bound is known, ``auto`` only on a GPU.
 
     Raises:
-        ValueError: the choice is unknown.
+        ValueError: the mode is unknown.
     """
 
-    def __init__(self, group: ExpertGroup, assignments: Assignments, tokens: int, choice: str = "auto") -> None:
-        if choice not in CHOICES:
-            raise ValueError(f"there is no exchange {choice!r}: choose one of {', '.join(CHOICES)}")
+    def __init__(self, group: ExpertGroup, assignments: Assignments, tokens: int, mode: str = "auto") -> None:
+        mode = OLD_MODES.get(mode, mode)
+        if mode not in EXCHANGE_MODES:
+            raise ValueError(f"there is no exchange {mode!r}: choose one of {', '.join(EXCHANGE_MODES)}")
         self.here = len(group.block(len(assignments.group_sizes)))
         self.widest = -(-len(assignments.group_sizes) // group.size)
         self.assignments, self.tokens = assignments, tokens
         self.to = Destinations(assignments, tokens, group.size)
-        bounded = choice == "static" or (choice == "auto" and assignments.token.is_cuda)
+        bounded = mode == "fixed_capacity" or (mode == "auto" and assignments.token.is_cuda)
         if bounded and assignments.max_per_expert is not None:
             self.route = fixed_capacity(group, self.to, assignments.max_per_expert, self.widest)
         else:
             self.route = dynamic(group, self.to)
 
     def dispatch(self, x: Tensor) -> tuple[Tensor, Assignments]:
-        """Gives the rows that all processes send here, (S', d), and their assignments with the experts of this process."""
+        """Returns the rows that all ranks send here, (S', d), and their assignments to the experts of this rank."""
         # The backward pass must come through here on all processes, also where no input needs a gradient.
         anchor = torch.empty(0, requires_grad=True)
         # An expert counts backwards from the end: 0 is left for assignments that are unused.
@@ -226,5 +231,5 @@ class AllToAllDispatcher:
         return rows, Assignments(row.index_select(0, order), gate_weight.index_select(0, order), sizes[: self.here])
 
     def combine(self, y: Tensor) -> Tensor:
-        """Gives the sum for each token here, (T, d), of what all processes make of its rows, y: (S', d) here."""
+        """Returns the sum for each token here, (T, d), of what all processes make of its rows, y: (S', d) here."""
         return _Combine.apply(y, self.route, self.tokens)

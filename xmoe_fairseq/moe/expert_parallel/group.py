@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def block(experts: int, number: int, blocks: int) -> range:
-    """Gives the experts of one block; where the blocks do not divide them, the first ones hold one more."""
+    """Returns the experts of one block; where the blocks do not divide them, the first ones hold one more."""
     each, more = divmod(experts, blocks)
     start = number * each + min(number, more)
     return range(start, start + each + (number < more))
@@ -24,9 +24,9 @@ class ExpertGroup:
     Attributes:
         rank: of this process in the group.
         size: P.
-        group: what torch.distributed made of them; none: all processes.
+        group: what torch.distributed made of them; None for all processes.
         host: a group of the same processes in which numbers of the host are agreed on without waiting for the device;
-            none: ``group``.
+            None for ``group``.
         replicas: the processes that hold the same experts as this one, over which their gradients are averaged.
     """
 
@@ -42,7 +42,7 @@ class ExpertGroup:
 
         Args:
             size: P.
-            timeout: how long a call waits for the other processes before it fails; none: torch's default, minutes.
+            timeout: how long a call waits for the other processes before it fails; None for torch's default, minutes.
 
         Returns:
             The group of this process.
@@ -62,7 +62,7 @@ class ExpertGroup:
         return cls(here % size, size, group, host, replicas)
 
     def block(self, experts: int) -> range:
-        """Gives the experts that this process holds, of E.
+        """Returns the experts that this process holds, of E.
 
         Raises:
             ValueError: there are fewer experts than processes.
@@ -74,7 +74,7 @@ class ExpertGroup:
         return block(experts, self.rank, self.size)
 
     def largest(self, *numbers: int) -> list[int]:
-        """Gives the largest of each number over the processes."""
+        """Returns the largest of each number over the processes."""
         host = self.host or self.group
         device = "cpu" if "gloo" in dist.get_backend(host) else "cuda"
         agreed = torch.tensor(numbers, device=device)

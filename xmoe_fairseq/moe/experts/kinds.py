@@ -6,12 +6,14 @@ from typing import Any
 
 from .gated import GatedExperts
 from .options import hidden_sizes
+from .parts import Parts
 from .sized import SizedExperts
 from .stacked import Experts, ExpertSet, StackedExperts
 
 EXPERTS: dict[str, type[StackedExperts]] = {
     "ffn": Experts,
     "glu": GatedExperts,
+    "part": Parts,
 }
 
 

@@ -17,8 +17,8 @@ from .stacked import ExpertSet, StackedExperts
 class SizedExperts(ExpertSet):
     """E experts of one kind, of which each has a hidden size of its own: for each size a `StackedExperts`.
 
-    Assignments are sorted by expert and experts by size, so the assignments of a size are a slice, and each token costs exactly the
-    hidden units of the experts that it takes. Reads the load by size back from the device once.
+    Assignments are sorted by expert and experts by size, so the assignments of a size are a slice, and each token
+    costs exactly the hidden units of the experts that it takes. Reads the load by size back from the device once.
 
     Source: Wang et al. 2025 (HMoE, arXiv 2408.10681).
 

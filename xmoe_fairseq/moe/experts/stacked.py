@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..dropout import Dropout
 from ..expert_parallel.all_to_all import AllToAllDispatcher
 from ..expert_parallel.group import ExpertGroup
-from ..kernels import RELU, Buffers, ExpertWeights, StackedWeights, check, choose, feed_forward
+from ..kernels import RELU, Buffers, ExpertWeights, StackedWeights, check, choose, current_name, feed_forward
 from ..routing.assignments import Assignments
 from .options import ExpertOptions
 
@@ -87,7 +87,7 @@ class Stack(NamedTuple):
 
 
 class StackedExperts(ExpertSet):
-    """E networks of one kind and size, whose tensors are stacked, each drawn anew: no two start equal.
+    """E networks of one kind and size, whose tensors are stacked, each drawn separately: no two start equal.
 
     A kind declares the tensors of an expert in `tensors` and their use in `network`. The rest follows: initial values,
     kernels, autocast, expert parallelism, checkpoints in shards, parameters and FLOPs. A kind with options declares
@@ -102,9 +102,9 @@ class StackedExperts(ExpertSet):
         hidden: h, of one expert.
         activation: elementwise function.
         dropout: probability of zeroing a hidden unit in training.
-        kernel: of `kernels.CHOICES`.
+        kernel: of `kernels.KERNEL_NAMES`.
         group: the processes that share the experts; None: this one holds all.
-        exchange: of `exchange.CHOICES`.
+        exchange: of `all_to_all.EXCHANGE_MODES`.
         options: an instance of the class's ``Options``; None for the defaults.
 
     Raises:
@@ -131,7 +131,7 @@ class StackedExperts(ExpertSet):
         check(kernel, self.network)
         self.options: Any = options if options is not None else self.Options()
         self.check_options(self.options)
-        self.kernel = kernel
+        self.kernel = current_name(kernel)
         self.activation = activation
         self.dropout = Dropout(dropout)
         self.num_experts, self.dim, self.hidden = num_experts, dim, hidden

@@ -26,7 +26,14 @@ KERNELS: dict[str, Kernel] = {
 }
 # In this order ``auto`` asks which one suits a call.
 AUTO = (triton_mm, grouped_mm, decode, per_expert, reference)
-CHOICES = ("auto", *KERNELS)
+KERNEL_NAMES = ("auto", *KERNELS)
+# Names of earlier versions, which command lines and checkpoints may still have.
+OLD_NAMES = {"fused": "per_expert", "few": "decode", "loop": "reference"}
+
+
+def current_name(name: str) -> str:
+    """Returns today's name of a kernel."""
+    return OLD_NAMES.get(name, name)
 
 
 def check(name: str, network: Network) -> None:
@@ -35,8 +42,9 @@ def check(name: str, network: Network) -> None:
     Raises:
         ValueError: it does not, or its name is unknown.
     """
-    if name not in CHOICES:
-        raise ValueError(f"there is no kernel {name!r}: choose one of {', '.join(CHOICES)}")
+    name = current_name(name)
+    if name not in KERNEL_NAMES:
+        raise ValueError(f"there is no kernel {name!r}: choose one of {', '.join(KERNEL_NAMES)}")
     if name != "auto" and not KERNELS[name].computes(network):
         able = ", ".join(["auto", *(other for other, one in KERNELS.items() if one.computes(network))])
         named = network.__name__.replace("_", " ")
@@ -59,6 +67,7 @@ def choose(
     Raises:
         ValueError: the name is unknown, or the kernel does not compute the network.
     """
+    name = current_name(name)
     if name != "auto":
         check(name, network)
         return KERNELS[name]
@@ -66,8 +75,9 @@ def choose(
 
 
 __all__ = [
-    "CHOICES",
     "KERNELS",
+    "KERNEL_NAMES",
+    "OLD_NAMES",
     "RELU",
     "Activation",
     "Buffers",
@@ -77,6 +87,7 @@ __all__ = [
     "StackedWeights",
     "check",
     "choose",
+    "current_name",
     "feed_forward",
     "has_triton",
     "kernel",

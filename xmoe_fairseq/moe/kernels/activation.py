@@ -12,12 +12,12 @@ RELU = (torch.relu, F.relu)
 
 
 def activate(pre: Tensor, activation: Activation) -> Tensor:
-    """Gives the hidden units before dropout; overwrites ``pre`` with what `activated` must be given later."""
+    """Returns the hidden units before dropout; overwrites ``pre`` with what `activated` must be given later."""
     return pre.relu_() if activation in RELU else activation(pre)
 
 
 def activated(kept: Tensor, activation: Activation, factor: Tensor | None) -> tuple[Tensor, Activation]:
-    """Gives the hidden units again, and what takes their gradient back to before the activation.
+    """Returns the hidden units again, and what takes their gradient back to before the activation.
 
     Args:
         kept: what `activate` left in its argument.

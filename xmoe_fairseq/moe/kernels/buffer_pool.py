@@ -24,7 +24,7 @@ class Buffers:
         self._kept: dict[str, list[mmap.mmap]] = {}
 
     def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Gives a tensor of ``shape`` with the dtype and device of ``like``.
+        """Returns a tensor of ``shape`` with the dtype and device of ``like``.
 
         Args:
             name: what it is for; a later call with the same name gets the same memory, once it is free.

@@ -48,7 +48,7 @@ class StackedWeights:
         self.dtype = next(iter(tensors.values())).dtype
 
     def shared(self) -> StackedWeights:
-        """Gives the weights for several uses in one forward pass; without it they are for one."""
+        """Returns the weights for several uses in one forward pass; without it they are for one."""
         return self
 
     def of_each(self) -> Iterator[dict[str, Tensor]]:

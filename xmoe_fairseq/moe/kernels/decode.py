@@ -1,4 +1,4 @@
-"""For decoding: with so few rows an expert, reading its weights is the work, and what is called around it counts.
+"""For decoding: with so few rows per expert, reading its weights is the work, and what is called around it counts.
 
 So there are as few calls as can be, and products are not cut: an expert's whole matrix is one.
 """
@@ -14,8 +14,8 @@ from .activation import activate
 from .contract import Activation, ExpertWeights, feed_forward, kernel
 from .per_expert import per_expert
 
-# Up to so many rows an expert on average this is faster than `per_expert`; measured with 64 experts of two sizes, with AVX2
-# and AVX-512.
+# Up to so many rows per expert on average this is faster than `per_expert`; measured with 64 experts of two sizes, with
+# AVX2 and AVX-512.
 DECODE_ROWS = 12
 
 

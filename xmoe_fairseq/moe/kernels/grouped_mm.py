@@ -23,7 +23,7 @@ _ONES = 8
 
 
 def stays_on_the_device(x: Tensor) -> bool:
-    """Says whether torch multiplies groups of ``x`` without reading their sizes back."""
+    """Returns whether torch multiplies groups of ``x`` without reading their sizes back."""
     return (
         x.is_cuda
         and x.dtype == torch.bfloat16
@@ -123,7 +123,7 @@ class _GroupedMM(torch.autograd.Function):
 
 
 def _rows(token: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives each row's expert, (R,), and whether the row belongs to any, (R, 1)."""
+    """Returns each row's expert, (R,), and whether the row belongs to any, (R, 1)."""
     number = torch.arange(len(token), device=token.device, dtype=ends.dtype)
     expert = torch.searchsorted(ends, number, right=True)
     return expert.clamp(max=len(ends) - 1), (expert < len(ends)).unsqueeze(-1)

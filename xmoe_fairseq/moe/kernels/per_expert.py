@@ -40,7 +40,7 @@ def per_expert(
     if sum(sizes) > len(assignments.token) or len(sizes) != len(weights.fc1_weight):
         raise ValueError(
             f"{len(sizes)} groups of {sum(sizes)} rows do not fit "
-            f"{len(weights.fc1_weight)} experts and {len(pairs.token)} pairs"
+            f"{len(weights.fc1_weight)} experts and {len(assignments.token)} assignments"
         )
     mask = None
     if dropout:
@@ -73,7 +73,7 @@ class _Sums:
         self.starts = torch.searchsorted(in_order, torch.arange(tokens + 1, device=token.device))
 
     def __call__(self, rows: Tensor, gate_weight: Tensor | None = None) -> Tensor:
-        """Gives (T, d) of rows, (R, d), each times its share, (R,), if there are shares."""
+        """Gives (T, d) of rows, (R, d), each times its gate weight, (R,), if there are any."""
         factors = None if gate_weight is None else gate_weight.index_select(0, self.assignments)
         return F.embedding_bag(
             self.assignments, rows, self.starts, mode="sum", per_sample_weights=factors, include_last_offset=True
@@ -81,7 +81,7 @@ class _Sums:
 
 
 def _split(sizes: Sequence[int], *stacked: Tensor | None) -> list[tuple[Any, ...]]:
-    """Gives each expert's rows of every argument; the last rows may be nobody's."""
+    """Returns each expert's rows of every argument; the last rows may be nobody's."""
     none, used = [None] * len(sizes), sum(sizes)
     parts = [none if rows is None else rows[:used].split_with_sizes(sizes) for rows in stacked]
     return list(zip(*parts, strict=True))

@@ -3,9 +3,9 @@
 Experts have as many rows as the router gave them, so how many tiles there are is known on the device only. The grid
 has room for the most there can be, and programs beyond the last tile end at once: the host never waits.
 
-Here R is the number of assignments, sorted by expert. Their rows are computed in P places, where every expert begins with a
-new tile: the last tile of an expert has places that no assignment is in. Such places hold zeros in what is gathered and in
-every gradient, so they add nothing to sums over rows, and no product needs a mask.
+Here R is the number of assignments, sorted by expert. Their rows are computed in P places, where every expert begins
+with a new tile: the last tile of an expert has places that no assignment is in. Such places hold zeros in what is
+gathered and in every gradient, so they add nothing to sums over rows, and no product needs a mask.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _NONE = tl.constexpr(2**31 - 1)
 def schedule(sizes, tile_starts, tile_expert, tile_row, tile_end, experts, SPAN: tl.constexpr, ROWS: tl.constexpr):
     """Cuts the assignments of each expert into tiles of ROWS; grid (E + 1,).
 
-    Writes each expert's first tile, (E + 1), and each tile's expert, first assignment and the end of the expert's assignments.
+    Writes each expert's first tile, (E + 1), and each tile's expert, first assignment and the end of the expert's
+    assignments.
     """
     expert = tl.program_id(0)
     index = tl.arange(0, SPAN)
@@ -81,7 +82,7 @@ def combine(
     values, gate_weight, offsets, places, tile_row, y, dim,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Adds up each token's places of ``values`` (P, d), times the assignments' share (R,); grid (T, d / COLS).
+    """Adds up each token's places of ``values`` (P, d), times the assignments' gate weights (R,); grid (T, d / COLS).
 
     In the order of the places, which is that of the experts, so a sum does not depend on other tokens.
     """
@@ -106,7 +107,7 @@ def spread(
     grad, token, values, gate_weight, outer, grad_share, sums, tile_starts, tile_expert, tile_row, tile_end, experts,
     total, max_assignments, dim, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of `combine`: that of each place, (P, d), and of each assignment's share, (R,); grid (tiles,).
+    """The gradient of `combine`: that of each place, (P, d), and of each assignment's gate weight, (R,); grid (tiles,).
 
     Also sums up the places of each tile: (tiles, d). What is left of R beyond ``total`` assignments has the gradient 0.
     """

@@ -22,13 +22,14 @@ from .contract import NAMES, Activation, ExpertWeights, aligned, feed_forward, k
 from .weight_gradients import WeightGradients
 
 # Columns and depth, warps, stages of loading, and programs a processor of the products. Measured on an H100, with two
-# experts a token of 65536 tokens.
+# experts per token of 65536 tokens.
 _PRODUCT = (128, 64, 4, 3, 2)
 _GRADIENT = (128, 256, 64, 8, 3)
 
 
 def has_triton(device: torch.device) -> bool:
-    """Says whether the Triton programs run on a device: on GPUs of compute capability 8.0 or more, with Triton 3.4."""
+    """Returns whether the Triton programs run on a device: on GPUs of compute capability 8.0 or more, with Triton
+    3.4."""
     return device.type == "cuda" and _installed() and torch.cuda.get_device_capability(device)[0] >= 8
 
 
@@ -139,7 +140,7 @@ class _Work:
         kept: Tensor | None = None,
         sums: Tensor | None = None,
     ) -> Tensor:
-        """Gives each place of ``a`` times its expert's matrix, (P, n); see `tiles.multiply`.
+        """Returns each place of ``a`` times its expert's matrix, (P, n); see `tiles.multiply`.
 
         Args:
             a: (P, k), or where ``gather`` the tokens' rows, (T, k).
@@ -210,7 +211,7 @@ class _Work:
         )  # fmt: skip
 
     def combine(self, values: Tensor, gate_weight: Tensor | None) -> Tensor:
-        """Adds up the places (P, d) of each token, times the assignments' share (R,): (T, d)."""
+        """Adds up the places (P, d) of each token, times the assignments' gate weights (R,): (T, d)."""
         from . import triton_kernels
 
         dim = values.shape[1]
@@ -298,5 +299,5 @@ def _processors(device: torch.device) -> int:
 
 
 def power_of_two(number: int) -> int:
-    """Gives the least power of two that is not below a number, at least 2."""
+    """Returns the least power of two that is not below a number, at least 2."""
     return 1 << max(number - 1, 1).bit_length()

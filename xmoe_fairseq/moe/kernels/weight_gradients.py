@@ -70,12 +70,12 @@ class WeightGradients:
         self._sums: dict[str, tuple[Tensor, bytearray]] = {}
 
     def of(self, name: str, like: Tensor) -> StackedGradient:
-        """Gives the sum of a name, of the shape of ``like``: the weight, (E, ...), or a view of it."""
+        """Returns the sum of a name, of the shape of ``like``: the weight, (E, ...), or a view of it."""
         total, written = self._sum(name, like)
         return StackedGradient(total.view(like.shape), written)
 
     def whole(self, name: str, like: Tensor) -> tuple[Tensor, bool]:
-        """Gives the memory of a sum, every expert of which is then written, and whether to add to what is there."""
+        """Returns the memory of a sum, every expert of which is then written, and whether to add to what is there."""
         begun = name in self._sums
         if begun:
             self.of(name, like).fill()
@@ -84,7 +84,7 @@ class WeightGradients:
         return total.view(like.shape), begun
 
     def take(self, name: str, like: Tensor, brought: Tensor | None) -> Tensor:
-        """Gives the sum, zero for experts that had no rows, plus what autograd brings, and forgets it."""
+        """Returns the sum, zero for experts that had no rows, plus what autograd brings, and forgets it."""
         if name not in self._sums and brought is not None:
             return brought
         if not all(self._sum(name, like)[1]):
@@ -93,7 +93,7 @@ class WeightGradients:
         return total if brought is None else total.add_(brought)
 
     def returned(self, weights: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-        """Gives what the backward pass of a use of the weights, by name, returns as their gradients."""
+        """Returns what the backward pass of a use of the weights, by name, returns as their gradients."""
         return tuple(None if self.collected else self.take(name, like, None) for name, like in weights.items())
 
     def _sum(self, name: str, like: Tensor) -> tuple[Tensor, bytearray]:
@@ -120,5 +120,5 @@ class _Collect(torch.autograd.Function):
 
 
 def collect(gradients: WeightGradients, **weights: Tensor) -> dict[str, Tensor]:
-    """Gives the weights under their names; what kernels add to ``gradients`` for a name becomes its gradient."""
+    """Returns the weights under their names; what kernels add to ``gradients`` for a name becomes its gradient."""
     return dict(zip(weights, _Collect.apply(gradients, tuple(weights), *weights.values()), strict=True))

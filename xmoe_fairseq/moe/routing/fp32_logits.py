@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 
 def has_fp32_product(x: Tensor, weight: Tensor) -> bool:
-    """Says whether `fp32_linear` is made for these, and this torch (since 2.8) has what it needs."""
+    """Returns whether `fp32_linear` is made for these, and this torch (since 2.8) has what it needs."""
     return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and "dtype" in torch.ops.aten.mm.overloads()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Rows of a tile, measured on an H100 with two experts a token of 65536 tokens.
+# Rows of a tile, measured on an H100 with two experts per token of 65536 tokens.
 TILE = 128
 
 
@@ -48,5 +48,5 @@ class Places:
         return self.tile_starts, self.tile_expert, self.tile_row, self.tile_end
 
     def after(self, experts: int) -> Places:
-        """Gives the same places where so many experts without assignments come first."""
+        """Returns the same places where so many experts without assignments come first."""
         return replace(self, before=self.before + experts)

@@ -24,7 +24,7 @@ class RoutingPlan(Assignments):
         num_tokens: T, the rows of the layer's input, padding included.
         count: makes `stats`.
         trace: makes `token_routing`.
-        rows: (T, d), the layer's input as it comes from the router, so that its gradients meet there; None where the
+        rows: (T, d), the layer's input as it comes from the router, so that its gradients meet there; None if the
             experts take the input itself.
     """
 
@@ -61,10 +61,11 @@ def make_plan(
         ranked: probabilities and their order.
         chosen: (T, R) bool; ``chosen[t, r]`` says that token t takes the expert of its rank r.
         padding_mask: (T,) bool, true for padding, which is neither routed nor counted.
-        capacity: gives the most tokens an expert takes, from the number of real tokens; none drops nothing.
+        capacity: gives the most tokens an expert takes, from the number of real tokens; None drops nothing.
         normalize: divide a token's weights by their sum after dropping.
-        max_assignments: a bound of the number of assignments. The plan then has that many, the unused ones last and with weight
-            0, and no number is read back from the device; none makes a plan of exactly the chosen assignments.
+        max_assignments: a bound of the number of assignments. The plan then has that many, the unused ones last and
+            with weight 0, and no number is read back from the device; None makes a plan of exactly the chosen
+            assignments.
         max_per_expert: a bound of the assignments of one expert, if one is known.
         measures_entropy: add up the entropies of the tokens' probabilities, which costs a pass over (T, E).
     """
@@ -226,7 +227,8 @@ def _grouped(received: Tensor, max_assignments: int | None) -> tuple[Tensor, Ten
     """Lists the assignments of a choice (T, E) by expert, then by token.
 
     Returns:
-        Each assignment's expert and token, the assignments of each expert, and which of the list are assignments; none where all are.
+        Each assignment's expert and token, the assignments of each expert, and which of the list are assignments; None
+        if all are.
     """
     # Row-major order of the transposed mask is sorted by expert: no sort is needed to group tokens.
     if max_assignments is None:
@@ -238,7 +240,7 @@ def _grouped(received: Tensor, max_assignments: int | None) -> tuple[Tensor, Ten
 
 
 def real_tokens(padding_mask: Tensor | None, like: Tensor) -> Tensor:
-    """Says which of the rows of ``like`` are no padding: (T,) bool."""
+    """Returns which of the rows of ``like`` are no padding: (T,) bool."""
     return ~padding_mask if padding_mask is not None else like.new_ones(like.shape[0], dtype=torch.bool)
 
 
@@ -301,7 +303,7 @@ def _entropy_sum(ranked: RankedProbs, padding_mask: Tensor | None) -> Tensor:
 
 
 def token_routing(ranked: RankedProbs, received: Callable[[], Tensor], padding_mask: Tensor | None) -> TokenRouting:
-    """Tells what was done with each token; the arguments are those of `planned`."""
+    """Returns what was done with each token; the arguments are those of `planned`."""
     keep = real_tokens(padding_mask, ranked.probs)
     return TokenRouting(
         taken=received().long(),

@@ -22,9 +22,9 @@ class RouterSums(NamedTuple):
             unless the router has another measure.
         probs: (E,) probabilities, or what the router has in their place, with their gradient.
         squares: () squared log-sum-exp of the logits, with its gradient.
-        entropy: () entropies of the probabilities in nats, with their gradient; 0 where the router does not measure
+        entropy: () entropies of the probabilities in nats, with their gradient; 0 if the router does not measure
             them.
-        own: () a loss of the router's own, its coefficient included, times ``tokens``, with its gradient; None where it
+        own: () a loss of the router's own, its coefficient included, times ``tokens``, with its gradient; None if it
             has none.
     """
 
@@ -81,7 +81,7 @@ class RoutingStats:
         routers: what the auxiliary losses are computed from; one per stratum or stacked layer, none where routers have
             no such losses.
         gate: () sum of CMR's gate over the real tokens, with its gradient; None without CMR.
-        idle: () tokens that chose no expert, added up over the passes; None where the router always chooses one.
+        idle: () tokens that chose no expert, added up over the passes; None if the router always chooses one.
         hidden: () hidden units computed, added up over the assignments; None if all experts have one size.
         layer: which layer it was, e.g. ``encoder.1``; empty until a model names it.
     """
@@ -114,13 +114,13 @@ class RoutingStats:
     def entropy_loss(self) -> Tensor:
         """() mean entropy of the router's probabilities: the mean of the routers that received a token.
 
-        It is 0 where routers do not measure it.
+        It is 0 if routers do not measure it.
         """
         return self._mean([entropy_loss(one.entropy, one.tokens) for one in self.routers])
 
     @cached_property
     def own_loss(self) -> Tensor:
-        """() the routers' own losses: the mean of the routers that received a token; 0 where they have none."""
+        """() the routers' own losses: the mean of the routers that received a token; 0 if they have none."""
         zero = self.top1_prob.new_zeros(())
         return self._mean([zero if one.own is None else one.own / one.tokens.clamp(min=1) for one in self.routers])
 
@@ -132,7 +132,7 @@ class RoutingStats:
 
 
 SUMS = tuple(one.name for one in fields(RoutingStats) if one.metadata.get("sum"))
-# None where a layer does not have them.
+# None if a layer does not have them.
 OPTIONAL = tuple(one.name for one in fields(RoutingStats) if one.name in SUMS and one.default is None)
 PER_EXPERT = tuple(one.name for one in fields(RoutingStats) if one.metadata.get("per_expert"))
 # By the name of the sum.
@@ -164,7 +164,7 @@ def pack(records: Sequence[RoutingStats]) -> Tensor:
 
 
 def unpack(vector: Tensor, like: Sequence[RoutingStats]) -> list[RoutingStats]:
-    """Gives the records that `pack` made a vector of, with the vector's values and gradients.
+    """Returns the records that `pack` made a vector of, with the vector's values and gradients.
 
     Args:
         vector: (n,).
@@ -211,7 +211,7 @@ class TokenRouting:
             strata choose it. Stacked layers have their experts one after the other.
         passes: (T,) int64, how often the token was routed: its requested capacity (RC) in a stratified layer.
         top1_prob: (T,) probability of the first choice, added up over the passes.
-        entropy: (T,) entropy of the router's probabilities in nats, added up over the passes; none for routers that
+        entropy: (T,) entropy of the router's probabilities in nats, added up over the passes; None for routers that
             do not choose by probability (hash, balanced).
     """
 

@@ -37,12 +37,12 @@ class Selection(NamedTuple):
     """When a token, which takes its most probable experts first, takes no more.
 
     Attributes:
-        number: it has so many experts, at least 1.
-        mass: their probabilities add up to this; none sets no such limit. The first choice is always taken.
+        max_experts: it has so many experts, at least 1.
+        top_p: their probabilities add up to this; None sets no such limit. The first choice is always taken.
     """
 
-    number: int
-    mass: float | None = None
+    max_experts: int
+    top_p: float | None = None
 
 
 def choose(logits: Tensor, selection: Selection) -> tuple[RankedProbs, Tensor]:
@@ -59,7 +59,7 @@ def choose(logits: Tensor, selection: Selection) -> tuple[RankedProbs, Tensor]:
 
 
 def within(sorted_probs: Tensor, mass: float | None) -> Tensor:
-    """Says which ranks are taken until the mass is reached: (T, R) bool, from probabilities in descending order."""
+    """Returns which ranks are taken until the mass is reached: (T, R) bool, from probabilities in descending order."""
     taken = torch.ones_like(sorted_probs, dtype=torch.bool)
     if mass is not None:
         # Written so that a probability that is no number reaches the output.

@@ -19,10 +19,9 @@ def take(
     """Takes each token's most probable experts until their mass is reached, ``number`` at most; grid (blocks,).
 
     Equal ones are taken in the experts' order. Writes the probabilities, the ranks, the first choice and its
-    probability, and the log-sum-exp of the logits. LIMITED says that there is a mass. What `settle` adds up of each
-    block's real tokens: ``counts`` (2 E + 1, blocks), how many took each expert, how many took it first, and how many
-    there are; ``parts`` (E + 3, blocks), their probabilities, those of the first choices, squared log-sum-exps and,
-    if ENTROPY says so, entropies.
+    probability, the log-sum-exp of the logits, and what `settle` adds up of each block's real tokens: ``counts``
+    (2 E + 1, blocks), how many took each expert, how many took it first, and how many there are, and ``parts``
+    (E + 3, blocks), see `_add_statistics`. LIMITED says that there is a mass.
     """
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
@@ -46,18 +45,9 @@ def take(
     tl.store(top + row, highest, mask=real)
     if PADDED:
         real = real & (tl.load(padding + row, mask=real, other=1) == 0)
-    counted = real[:, None] & (expert < experts)[None, :]
-    of_each = expert * blocks + block
-    tl.store(parts + of_each, tl.sum(tl.where(counted, prob, 0.0), axis=0), mask=expert < experts)
-    tl.store(parts + experts * blocks + block, tl.sum(tl.where(real, highest, 0.0)))
-    tl.store(parts + (experts + 1) * blocks + block, tl.sum(tl.where(real, log_sum * log_sum, 0.0)))
-    if ENTROPY:
-        # An impossible choice counts 0, also where its logarithm is no number.
-        terms = tl.where(counted & (prob > 0), prob * (log_sum[:, None] - logit), 0.0)
-        tl.store(parts + (experts + 2) * blocks + block, tl.sum(terms))
-    firsts = (expert[None, :] == best[:, None]) & real[:, None]
-    tl.store(counts + experts * blocks + of_each, tl.sum(firsts.to(tl.int32), axis=0), mask=expert < experts)
-    tl.store(counts + 2 * experts * blocks + block, tl.sum(real.to(tl.int32)))
+    _add_statistics(
+        logit, prob, log_sum, highest, best, real, counts, parts, experts, blocks, ENTROPY, SPAN,
+    )  # fmt: skip
     if block == 0:
         # What `settle` adds to.
         tl.store(numbers + 2 * experts + 1 + tl.arange(0, 4), tl.zeros((4,), tl.int64), mask=tl.arange(0, 4) < 3)
@@ -76,7 +66,32 @@ def take(
         best = tl.argmax(left, axis=1, tie_break_left=True)
         going = tl.where(step < number, tl.max(real.to(tl.int32)), 0)
     tl.store(ranks + place, rank.to(tl.int16), mask=inside)
-    tl.store(counts + of_each, tl.sum((rank >= 0).to(tl.int32), axis=0), mask=expert < experts)
+    took = tl.sum((rank >= 0).to(tl.int32), axis=0)
+    tl.store(counts + expert * blocks + block, took, mask=expert < experts)
+
+
+@triton.jit
+def _add_statistics(
+    logit, prob, log_sum, highest, best, real, counts, parts, experts, blocks, ENTROPY: tl.constexpr, SPAN: tl.constexpr
+):
+    """Adds up a block: how many tokens took each expert first, how many are real, and ``parts`` (E + 3, blocks).
+
+    The parts are probabilities, those of first choices, squared log-sum-exps and, if ENTROPY says so, entropies.
+    """
+    block = tl.program_id(0)
+    expert = tl.arange(0, SPAN)
+    counted = real[:, None] & (expert < experts)[None, :]
+    of_each = expert * blocks + block
+    tl.store(parts + of_each, tl.sum(tl.where(counted, prob, 0.0), axis=0), mask=expert < experts)
+    tl.store(parts + experts * blocks + block, tl.sum(tl.where(real, highest, 0.0)))
+    tl.store(parts + (experts + 1) * blocks + block, tl.sum(tl.where(real, log_sum * log_sum, 0.0)))
+    if ENTROPY:
+        # An impossible choice counts 0, also where its logarithm is no number.
+        terms = tl.where(counted & (prob > 0), prob * (log_sum[:, None] - logit), 0.0)
+        tl.store(parts + (experts + 2) * blocks + block, tl.sum(terms))
+    firsts = (expert[None, :] == best[:, None]) & real[:, None]
+    tl.store(counts + experts * blocks + of_each, tl.sum(firsts.to(tl.int32), axis=0), mask=expert < experts)
+    tl.store(counts + 2 * experts * blocks + block, tl.sum(real.to(tl.int32)))
 
 
 @triton.jit
@@ -87,8 +102,8 @@ def settle(
     """Counts an expert's assignments up to each block's end, (E, blocks), and adds up what `take` left; grid (E,).
 
     LIMITED leaves it no more than ``most`` tokens, which COUNTED says to be in memory; see `_drop`. Writes ``numbers``
-    (2 E + 4,): the assignments of each expert and how many took it first, the real tokens, the assignments before capacity and
-    after, the first choices dropped; and ``sums`` (E + 3,), those of ``parts``.
+    (2 E + 4,): the assignments of each expert and how many took it first, the real tokens, the assignments before
+    capacity and after, the first choices dropped; and ``sums`` (E + 3,), those of ``parts``.
     """
     expert = tl.program_id(0)
     index = tl.arange(0, BLOCK)
@@ -100,11 +115,11 @@ def settle(
         taken += tl.sum(here)
     tl.atomic_add(numbers + 2 * experts + 1, taken.to(tl.int64))
     if LIMITED:
-        capacity_for = tl.load(most).to(tl.int32) if COUNTED else most
-        if taken > capacity_for:
-            dropped = _drop(probs, ranks, ends, capacity_for, tokens, experts, blocks, expert, ROWS, BLOCK)
+        room = tl.load(most).to(tl.int32) if COUNTED else most
+        if taken > room:
+            dropped = _drop(probs, ranks, ends, room, tokens, experts, blocks, expert, ROWS, BLOCK)
             tl.atomic_add(numbers + 2 * experts + 3, dropped.to(tl.int64))
-        taken = tl.minimum(taken, capacity_for)
+        taken = tl.minimum(taken, room)
     tl.store(numbers + expert, taken.to(tl.int64))
     tl.atomic_add(numbers + 2 * experts + 2, taken.to(tl.int64))
     tl.store(numbers + experts + expert, _sum(counts + (experts + expert) * blocks, blocks, BLOCK).to(tl.int64))
@@ -130,8 +145,8 @@ def _sum(values, number, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _drop(probs, ranks, ends, capacity_for, tokens, experts, blocks, expert, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Leaves an expert ``capacity_for`` of its tokens: lower ranks first, then higher probability.
+def _drop(probs, ranks, ends, room, tokens, experts, blocks, expert, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Leaves an expert ``room`` of its tokens: lower ranks first, then higher probability.
 
     Of equals those of the earliest tokens stay. Finds the last that stays digit by digit, from the counts of its
     digits. Returns how many of the dropped had it as their first choice.
@@ -147,8 +162,8 @@ def _drop(probs, ranks, ends, capacity_for, tokens, experts, blocks, expert, ROW
             digits += tl.histogram(tl.where(match, (key >> (40 - 8 * digit_number)) & 255, 256).to(tl.int32), 512)
         digits = tl.where(tl.arange(0, 512) < 256, digits, 0)
         below = tl.cumsum(digits, axis=0)
-        digit = tl.sum((below < capacity_for).to(tl.int32))
-        capacity_for -= tl.sum(tl.where(tl.arange(0, 512) < digit, digits, 0))
+        digit = tl.sum((below < room).to(tl.int32))
+        room -= tl.sum(tl.where(tl.arange(0, 512) < digit, digits, 0))
         last = last * 256 + digit
     before = 0
     dropped = 0
@@ -156,8 +171,8 @@ def _drop(probs, ranks, ends, capacity_for, tokens, experts, blocks, expert, ROW
         key, taken = _keys(probs, ranks, begin + index, tokens, experts, expert)
         equal = (taken & (key == last)).to(tl.int32)
         nth = tl.cumsum(equal, axis=0)
-        stays = taken & ((key < last) | ((equal > 0) & (nth <= capacity_for)))
-        capacity_for -= tl.sum(equal)
+        stays = taken & ((key < last) | ((equal > 0) & (nth <= room)))
+        room -= tl.sum(equal)
         place = (begin + index).to(tl.int64) * experts + expert
         tl.store(ranks + place, tl.full((BLOCK,), -1, tl.int16), mask=taken & ~stays)
         here = stays.to(tl.int32)
@@ -186,7 +201,8 @@ def assignments(
 ):  # fmt: skip
     """Lists the assignments by expert, then by token, with their weights and places.
 
-    The places are `Places`. What is left of ``most`` assignments is set to 0. Grid (blocks + E + most / (SPAN * ROWS),).
+    The places are `Places`. What is left of ``most`` assignments is set to 0. Grid (blocks + E + most / (SPAN *
+    ROWS),).
     """
     number = tl.program_id(0) - blocks
     expert = tl.arange(0, SPAN)
@@ -285,7 +301,8 @@ def gradient(
 
 @triton.jit
 def _positions(ranks, ends, tokens, experts, blocks, SPAN: tl.constexpr, ROWS: tl.constexpr):
-    """What a block's tokens take, the number of each assignment among its expert's, and the assignments of earlier blocks."""
+    """What a block's tokens take, the number of each assignment among its expert's, and the assignments of earlier
+    blocks."""
     block = tl.program_id(0)
     row = block * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, SPAN)

@@ -21,7 +21,7 @@ _HELD, _BLOCK = 2048, 4096
 
 
 def routes_on_device(device: torch.device, experts: int) -> bool:
-    """Says whether float32 logits of so many experts can be routed here."""
+    """Returns whether float32 logits of so many experts can be routed here."""
     # Ranks are kept in 16 bits.
     return experts < 2**15 and has_triton(device)
 
@@ -44,9 +44,9 @@ def plan_on_device(
         router: (E, d), the router's weight, or None.
         selection: when a token takes no more.
         padding_mask: (T,) bool, true for padding.
-        capacity: () the most tokens an expert takes, or a number; none drops nothing.
+        capacity: () the most tokens an expert takes, or a number; None drops nothing.
         normalize: divide a token's weights by their sum after dropping.
-        max_assignments: a bound of the number of assignments; none reads their number back from the device.
+        max_assignments: a bound of the number of assignments; None reads their number back from the device.
         max_per_expert: a bound of the assignments of one expert, if one is known.
         measures_entropy: as in `make_plan`.
     """

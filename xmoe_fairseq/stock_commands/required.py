@@ -7,7 +7,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 # What fairseq gives an option of text that was not given and has no default.
 MISSING = "???"
@@ -46,7 +46,7 @@ def check_given(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> 
 
 
 def _loads(parser: argparse.ArgumentParser) -> bool:
-    """Says whether a command loads a trained model, rather than trains one."""
+    """Returns whether a command loads a trained model, rather than trains one."""
     return "--path" in parser._option_string_actions
 
 

@@ -11,15 +11,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..analysis import tables, tokens
+from ..analysis.languages import LanguageLoad, language_load
+from ..analysis.tables import Table
+from ..common.outputs import replacing_set, writing
 from ..common.schema import json_text
-from ..evaluation.generate_output import replacing_set, writing
-from ..evaluation.model_directions import ZERO_SHOT
-from ..evaluation.routing_counts import INPUTS, Counts
-from ..render import analysis_figures, analysis_heatmaps
-from ..render.style import drawing, save
-from . import tables, tokens
-from .languages import LanguageLoad, language_load
-from .tables import Table
+from ..evaluation.routing_counts import Counts
+from ..models.routing_recorder import INPUTS
+from ..results.direction_sets import ZERO_SHOT
+from . import analysis_figures, analysis_heatmaps
+from .style import drawing, save
 
 FILE = "analysis.json"
 # Figures that an analysis may have; which ones depends on the model and the text.
@@ -55,7 +56,7 @@ class Analysis:
         return any(layer.place.chooses for layer in self.counts.layers.values())
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Gives for each stack means over its layers and tokens, and shares of FLOPs saved."""
+        """Returns for each stack means over its layers and tokens, and shares of FLOPs saved."""
         found = {}
         for stack in self.counts.stacks:
             layers, flops = (self.tables[name].where(stack=stack) for name in ("layers", "flops"))
@@ -73,7 +74,7 @@ class Analysis:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Gives what ``analysis.json`` holds: plain values, and null where there is no number."""
+        """Returns what ``analysis.json`` holds: plain values, and null where there is no number."""
         sentences = zip(self.counts.directions, self.counts.sentences, strict=True)
         return {
             "capacity": self.capacity,
