@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_upcycle import check_pesc, check_upcycle
 
 from xmoe_fairseq.moe import (
     EXPERTS,
@@ -225,6 +226,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "top_p": check_top_p,
     "xmoe_layer": check_xmoe_layer,
     "smoe_block": check_smoe_block,
+    "upcycle": check_upcycle,
+    "pesc": check_pesc,
 }
 RELEASED = "_released"
 
@@ -246,7 +249,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def read(file: Path) -> Golden:
     """Reads a file; the second matrix of our experts is the transpose of the authors'."""
     with np.load(file) as values:
-        return {name: np.swapaxes(v, 1, 2) if "fc2_weight" in name else v for name, v in values.items()}
+        return {name: np.swapaxes(v, 1, 2) if "fc2_weight" in name and v.ndim == 3 else v for name, v in values.items()}
 
 
 def test_golden(golden_file: Path) -> None:

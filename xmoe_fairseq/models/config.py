@@ -124,7 +124,9 @@ class MoETransformerConfig(ExpertConfig):
     )
     moe_num_experts: int = _option(64, "experts in each MoE layer", low=1, alias="--num-experts")
     moe_expert: ChoiceEnum(tuple(EXPERTS)) = _option(  # type: ignore[valid-type]
-        "ffn", "what an expert computes: ffn, a feed-forward network; glu, one with a gate on its hidden units"
+        "ffn",
+        "what an expert computes: ffn, a feed-forward network; glu, one with a gate on its hidden units; adapter, a "
+        "small network on the output of one that all experts share",
     )
     moe_split_ratio: int = _option(
         2, "an expert's hidden size is the feed-forward size divided by this, exactly", low=1, alias="--ffn-split-ratio"
@@ -152,6 +154,9 @@ class MoETransformerConfig(ExpertConfig):
     moe_eom_rate: float = _option(0.1, "eom: fraction of tokens masked", low=0, high=1)
     moe_cmr_gate_dropout: float = _option(
         0.1, "cmr: probability that a token's gate is closed in training", low=0, high=1
+    )
+    moe_train_only: ChoiceEnum(("all", "experts")) = _option(  # type: ignore[valid-type]
+        "all", "which parameters are trained; experts: those of experts (adapters, not the network below) and routers"
     )
     moe_kernel: ChoiceEnum((*kernels.KERNEL_NAMES, *kernels.OLD_NAMES)) = _option(  # type: ignore[valid-type]
         "auto", "how experts are computed; auto takes the fastest for the device and precision"
@@ -200,10 +205,15 @@ def expert_sizes(cfg: Any, stack: str) -> tuple[int, ...] | None:
     return hidden_sizes(expert_options(cfg), cfg.moe_num_experts, hidden_size(cfg, stack))
 
 
+def network_size(cfg: Any, stack: str) -> int:
+    """Returns the hidden size that experts are made with: of equal ones, or of the network that they share."""
+    size: int = getattr(cfg, f"{stack}_ffn_embed_dim")
+    return size if expert_class(cfg).shares_network else size // cfg.moe_split_ratio
+
+
 def hidden_size(cfg: Any, stack: str) -> int:
     """Returns the hidden size of equal experts: ``stack`` is ``encoder`` or ``decoder`` of a flat configuration."""
-    size: int = getattr(cfg, f"{stack}_ffn_embed_dim") // cfg.moe_split_ratio
-    return size
+    return expert_class(cfg).own_hidden(network_size(cfg, stack), expert_options(cfg))
 
 
 def strata(cfg: Any) -> tuple[int, ...]:
@@ -306,6 +316,8 @@ def check(cfg: Namespace) -> None:
                 f"--moe-split-ratio {cfg.moe_split_ratio} does not divide --{stack}-ffn-embed-dim {size}: "
                 f"experts of {size / cfg.moe_split_ratio:.1f} hidden units cannot be built"
             )
+    if cfg.moe_train_only == "experts" and not placed(cfg):
+        raise ValueError("--moe-train-only experts does not work with --moe-placement none: there are no experts")
     _check_router(cfg, cfg.moe_num_experts, f"--moe-num-experts {cfg.moe_num_experts}")
     _check_experts(cfg)
     _check_strata(cfg)
@@ -369,6 +381,11 @@ def _check_strata(cfg: Namespace) -> None:
         raise ValueError(
             f"--moe-strata {cfg.moe_strata} has {sum(sizes)} experts, but --moe-num-experts is {cfg.moe_num_experts}: "
             "the two must be equal"
+        )
+    if expert_class(cfg).shares_network:
+        raise ValueError(
+            f"--moe-strata {cfg.moe_strata} does not work with --moe-expert {cfg.moe_expert}: every stratum would add "
+            "the network that all experts share; leave one of them out"
         )
     if cfg.moe_stack > 1:
         raise ValueError(f"--moe-stack {cfg.moe_stack} does not work with --moe-strata: strata are stacked already")

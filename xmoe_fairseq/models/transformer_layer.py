@@ -53,7 +53,8 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
         return router_class(cfg)(dim, num_experts, router_options(cfg))
 
     def experts() -> ExpertSet:
-        kind, size = expert_class(cfg), hidden // cfg.moe_split_ratio
+        kind = expert_class(cfg)
+        size = hidden if kind.shares_network else hidden // cfg.moe_split_ratio
         return make_experts(kind, cfg.moe_num_experts, dim, size, expert_options(cfg), **network, **ways)
 
     masking = ExpertOutputMasking(cfg.moe_eom_rate) if cfg.moe_regularizer == "eom" else None
