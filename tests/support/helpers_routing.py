@@ -46,7 +46,7 @@ def one_pass(router: Any, logits: list[float], token: int) -> tuple[list[int], f
     if kind == "balanced":
         return ranked[:1], 1 / (1 + math.exp(-logits[ranked[0]])), 0.0
     taken = ranked[: router.options.top_k]
-    if kind == "threshold":
+    if kind in ("threshold", "parts"):
         taken = []
         while not taken or sum(probs[e] for e in taken) < router.options.threshold:
             taken.append(ranked[len(taken)])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_golden import check_prune, check_selection, check_sparsify
 from helpers_upcycle import check_pesc, check_upcycle
 
 from xmoe_fairseq.moe import (
@@ -219,6 +220,9 @@ def check_expert_sizes(golden: Golden) -> None:
 
 
 CHECKS: dict[str, Callable[..., None]] = {
+    "prune": check_prune,
+    "selection": check_selection,
+    "sparsify": check_sparsify,
     "expert_sizes": check_expert_sizes,
     "hmoe": check_hmoe,
     "xmoe_gate": check_xmoe_gate,
@@ -247,7 +251,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def read(file: Path) -> Golden:
-    """Reads a file; the second matrix of our experts is the transpose of the authors'."""
+    """Reads a file; the second matrices of our experts are the transposes of the authors'."""
     with np.load(file) as values:
         return {name: np.swapaxes(v, 1, 2) if "fc2_weight" in name and v.ndim == 3 else v for name, v in values.items()}
 

@@ -59,6 +59,30 @@ def refuse_folders(paths: Iterable[str]) -> None:
             raise UserError(f"{path} is a folder, and a file of this name is to be written: move it, or choose another")
 
 
+def check_out(out: str, force: bool = False) -> None:
+    """Makes sure that a checkpoint can be written as ``--out`` says, before work is done for it.
+
+    Raises:
+        UserError: the name does not end in .pt, its folder is missing, or a file is there and is not to be replaced.
+    """
+    if not out.endswith(".pt"):
+        raise UserError(f"--out {out} must end in .pt")
+    if not os.path.isdir(os.path.dirname(out) or "."):
+        raise UserError(f"there is no folder {os.path.dirname(out)} for --out {out}: make it first")
+    check_free(out, force)
+
+
+def check_free(path: str, force: bool = False) -> None:
+    """Refuses a file that is there and is not to be replaced, and a folder in its place.
+
+    Raises:
+        UserError: names it.
+    """
+    refuse_folders([path])
+    if not force and os.path.lexists(path):
+        raise UserError(f"{path} is there already: give another --out, or --force to replace it")
+
+
 def check_folder(folder: str) -> None:
     """Makes sure that training can write its checkpoints; changes no file of the folder.
 

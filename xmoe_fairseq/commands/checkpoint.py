@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     if "out" not in args:
         args.run(args)
         return
-    _check_out(args.out, args.force)
+    saving.check_out(args.out, args.force)
     with locks.held(args.out, file=True):
         args.run(args)
 
@@ -91,20 +91,6 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _check_out(out: str, force: bool) -> None:
-    if not out.endswith(".pt"):
-        raise UserError(f"--out {out} must end in .pt")
-    if not os.path.isdir(os.path.dirname(out) or "."):
-        raise UserError(f"there is no folder {os.path.dirname(out)} for --out {out}: make it first")
-    _check_free(out, force)
-
-
-def _check_free(path: str, force: bool) -> None:
-    saving.refuse_folders([path])
-    if not force and os.path.lexists(path):
-        raise UserError(f"{path} is there already: give another --out, or --force to replace it")
-
-
 def _info(args: argparse.Namespace) -> None:
     summary = summarize(args.file)
     print(json.dumps(summary.as_json(), indent=2) if args.json else "\n".join(summary.lines()))
@@ -117,7 +103,7 @@ def _shard(args: argparse.Namespace) -> None:
     shards.check_number(state, args.shards)
     paths = [shards.shard_path(args.out, number, args.shards) for number in range(args.shards)]
     for path in paths:
-        _check_free(path, args.force)
+        saving.check_free(path, args.force)
     if state.get("last_optimizer_state") and not shards.optimizer_names(state):
         print(f"the optimizer's state is one vector (--fp16 with flat gradients): it stays whole in {args.out}")
     parts = shards.split(state, args.shards, os.path.basename(args.out), shards.fingerprint(args.file))

@@ -53,6 +53,7 @@ _NEEDED: tuple[tuple[str, Any, str], ...] = (
 _NEEDED_OF_EXPERTS: tuple[tuple[str, Any, str], ...] = (
     ("moe_router", "gshard", "transformers takes the two most probable experts and divides their weights by the sum"),
     ("moe_strata", "", "transformers has no strata"),
+    ("moe_layer_experts", "", "transformers has equally many experts in all layers"),
     ("moe_stack", 1, "transformers has one MoE layer per place"),
     ("moe_split_ratio", 1, "transformers has experts as large as its feed-forward networks"),
 )

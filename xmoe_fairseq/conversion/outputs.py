@@ -30,6 +30,11 @@ def check_free(out: Path) -> None:
         raise UserError(f"there is no folder {out.parent} for --out {out}: make it first")
 
 
+def record_path(out: str, command: str) -> str:
+    """Names the record beside a checkpoint that a command writes."""
+    return f"{out.removesuffix('.pt')}.{command}.json"
+
+
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """Yields a hidden folder that gets its name when the block ends, and is removed if the block fails.

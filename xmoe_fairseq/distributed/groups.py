@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..models.config import fewest_experts
 from ..moe import ExpertGroup
 
 
@@ -61,10 +62,10 @@ def parallel_groups(cfg: Namespace) -> ExpertGroup | None:
         raise UserError("LayerDrop does not work with MoE layers in several processes: each would leave out others")
     parallel = cfg.moe_expert_parallel
     check(parallel, processes)
-    if parallel > cfg.moe_num_experts:
+    if parallel > (fewest := fewest_experts(cfg)):
+        option = "--moe-num-experts" if fewest == cfg.moe_num_experts else "the fewest of --moe-layer-experts,"
         raise UserError(
-            f"--moe-expert-parallel {parallel} is more than --moe-num-experts {cfg.moe_num_experts}: each process must "
-            "hold an expert"
+            f"--moe-expert-parallel {parallel} is more than {option} {fewest}: each process must hold an expert"
         )
     return _made_once(parallel, dist.group.WORLD) if parallel > 1 else None
 

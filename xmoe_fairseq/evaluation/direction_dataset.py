@@ -13,6 +13,7 @@ from ..checkpoints.shards import fingerprint
 from ..common import identity
 from ..common.directions import readings
 from ..errors import UserError
+from ..models.routing_recorder import run_forced
 from ..tasks.data_folder import find_text, has_text
 from ..tasks.lengths import Fitting
 from .model_directions import Chosen, choose_directions
@@ -151,3 +152,21 @@ def _directions(task: Any, split: str) -> list[tuple[str, str, Any]]:
         return [(task.cfg.source_lang, task.cfg.target_lang, dataset)]
     names = [(one["src"], one["tgt"]) for one in task.data_manager.get_split_data_param_list(split, 1)]
     return [(*name, part) for name, part in zip(names, dataset.datasets, strict=True)]
+
+
+def read_through(
+    model: Any, texts: Sequence[DirectionDataset], progress: Any = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Runs a model over texts, for whoever watches it, and yields each batch with the number of its direction.
+
+    Args:
+        model: in evaluation.
+        texts: one per direction.
+        progress: of tqdm, counts sentences.
+    """
+    for direction, text in enumerate(texts):
+        for batch in text:
+            run_forced(model, batch["net_input"])
+            yield direction, batch
+            if progress is not None:
+                progress.update(len(batch["id"]))

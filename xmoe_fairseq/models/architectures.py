@@ -17,7 +17,16 @@ from torch import nn
 
 from ..errors import UserError
 from ..moe.experts.options import show_sizes
-from .config import check_sizes, expert_class, expert_options, expert_sizes, hidden_size, router_class, router_options
+from .config import (
+    check_sizes,
+    expert_class,
+    expert_options,
+    expert_sizes,
+    hidden_size,
+    layer_experts,
+    router_class,
+    router_options,
+)
 from .presets import PRESETS
 
 # fairseq's own symbols (start, padding, end, unknown) and one piece.
@@ -63,7 +72,7 @@ def _experts(cfg: Any) -> Iterator[str]:
     router = router_class(cfg)
     taken = router.label(router_options(cfg))
     family = "SMoE" if cfg.moe_strata else router.family
-    number = f"strata of {cfg.moe_strata}" if cfg.moe_strata else cfg.moe_num_experts
+    number = f"strata of {cfg.moe_strata}" if cfg.moe_strata else _number(cfg)
     experts, sizes = expert_class(cfg).label(expert_options(cfg)), expert_sizes(cfg, "encoder")
     size = f"sizes {show_sizes(sizes)}" if sizes else f"size {hidden_size(cfg, 'encoder')}"
     yield f"{family}: {number} {experts} of hidden {size}, {taken}"
@@ -73,6 +82,12 @@ def _experts(cfg: Any) -> Iterator[str]:
         yield str(cfg.moe_regularizer).upper()
     where = "both stacks" if str(cfg.moe_placement) == "both" else f"the {cfg.moe_placement}"
     yield f"1 layer in {cfg.moe_interval} of {where}"
+
+
+def _number(cfg: Any) -> str:
+    """Returns the number of experts of a layer, or the fewest and the most of all layers."""
+    numbers = [cfg.moe_num_experts, *layer_experts(cfg).values()]
+    return str(numbers[0]) if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)}"
 
 
 def build_on_meta(arch: str, vocab: int, model_options: Sequence[str] = ()) -> nn.Module:

@@ -24,6 +24,8 @@ from ..moe.experts.options import hidden_sizes
 from ..moe.options import declared
 
 _PREFIX = "moe_"
+# A layer's name and the number of its experts.
+_LAYER_EXPERTS = re.compile(r"((?:encoder|decoder)\.[1-9]\d{0,3})=([1-9]\d{0,7})")
 _NESTED = ("encoder", "decoder", "quant_noise")
 # Unless told otherwise the decoder is as wide as the encoder, as in fairseq's own presets.
 _FOLLOW_ENCODER = {
@@ -125,8 +127,14 @@ class MoETransformerConfig(ExpertConfig):
     moe_num_experts: int = _option(64, "experts in each MoE layer", low=1, alias="--num-experts")
     moe_expert: ChoiceEnum(tuple(EXPERTS)) = _option(  # type: ignore[valid-type]
         "ffn",
-        "what an expert computes: ffn, a feed-forward network; glu, one with a gate on its hidden units; adapter, a "
-        "small network on the output of one that all experts share",
+        "what an expert computes: ffn, a feed-forward network; glu, one with a gate on its hidden units; part, some "
+        "hidden units of a network that xmoe sparsify cut; adapter, a small network on the output of one that all "
+        "experts share",
+    )
+    moe_layer_experts: str = _option(
+        "",
+        "experts of MoE layers that have another number than --moe-num-experts, as xmoe prune leaves them, such as "
+        "encoder.2=36,decoder.6=12",
     )
     moe_split_ratio: int = _option(
         2, "an expert's hidden size is the feed-forward size divided by this, exactly", low=1, alias="--ffn-split-ratio"
@@ -228,6 +236,43 @@ def strata(cfg: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def layer_experts(cfg: Any) -> dict[str, int]:
+    """Reads the numbers of experts of the layers that have a number of their own, by name.
+
+    Raises:
+        ValueError: the option is not a list of names and numbers.
+    """
+    numbers: dict[str, int] = {}
+    for part in cfg.moe_layer_experts.split(",") if cfg.moe_layer_experts else []:
+        match = _LAYER_EXPERTS.fullmatch(part.strip())
+        if match is None or match[1] in numbers:
+            raise ValueError(
+                f"--moe-layer-experts {cfg.moe_layer_experts[:60]} is no list of different layers with their experts: "
+                "write it as encoder.2=36,decoder.6=12"
+            )
+        numbers[match[1]] = int(match[2])
+    return numbers
+
+
+def experts_of(cfg: Any, layer: str) -> int:
+    """Returns the number of experts of an MoE layer; ``layer`` is its name as trained, such as ``encoder.2``."""
+    return layer_experts(cfg).get(layer, cfg.moe_num_experts)
+
+
+def moe_layer_names(cfg: Any) -> list[str]:
+    """Names the MoE layers of a flat configuration in their order, as trained."""
+    return [
+        f"{stack}.{number}"
+        for stack in placed(cfg)
+        for number in moe_layers(getattr(cfg, f"{stack}_layers"), cfg.moe_interval)
+    ]
+
+
+def fewest_experts(cfg: Any) -> int:
+    """Returns the number of experts of the MoE layer that has fewest; ``cfg`` is a resolved configuration."""
+    return min((experts_of(cfg, name) for name in moe_layer_names(cfg)), default=cfg.moe_num_experts)
+
+
 def moe_layers(num_layers: int, interval: int) -> list[int]:
     """Numbers the MoE layers of a stack, counted from 1."""
     return list(range(interval, num_layers + 1, interval))
@@ -319,6 +364,7 @@ def check(cfg: Namespace) -> None:
     if cfg.moe_train_only == "experts" and not placed(cfg):
         raise ValueError("--moe-train-only experts does not work with --moe-placement none: there are no experts")
     _check_router(cfg, cfg.moe_num_experts, f"--moe-num-experts {cfg.moe_num_experts}")
+    _check_layer_experts(cfg)
     _check_experts(cfg)
     _check_strata(cfg)
     if cfg.moe_regularizer == "cmr" and (cfg.encoder_layerdrop or cfg.decoder_layerdrop):
@@ -347,6 +393,19 @@ def _named_as_flags(options: type, where: str) -> Iterator[None]:
         names = re.compile(rf"\b({'|'.join(declared([options]))})\b")
         reason = names.sub(lambda name: _flag(_PREFIX + name[0]), str(error))
         raise ValueError(f"{reason} ({where})") from error
+
+
+def _check_layer_experts(cfg: Namespace) -> None:
+    numbers, known = layer_experts(cfg), moe_layer_names(cfg)
+    for name, number in numbers.items():
+        if name not in known:
+            raise ValueError(
+                f"--moe-layer-experts: {name} is no MoE layer of the model: choose from {', '.join(known) or 'none'}"
+            )
+        _check_router(cfg, number, f"--moe-layer-experts {name}={number}")
+    for option in ("moe_strata", "moe_expert_sizes"):
+        if numbers and getattr(cfg, option):
+            raise ValueError(f"--moe-layer-experts does not work with {_flag(option)} {getattr(cfg, option)}")
 
 
 def _check_experts(cfg: Namespace) -> None:
@@ -387,6 +446,8 @@ def _check_strata(cfg: Namespace) -> None:
             f"--moe-strata {cfg.moe_strata} does not work with --moe-expert {cfg.moe_expert}: every stratum would add "
             "the network that all experts share; leave one of them out"
         )
+    if expert_class(cfg) is EXPERTS["part"]:
+        raise ValueError(f"--moe-strata {cfg.moe_strata} does not work with --moe-expert part: leave one of them out")
     if cfg.moe_stack > 1:
         raise ValueError(f"--moe-stack {cfg.moe_stack} does not work with --moe-strata: strata are stacked already")
     _check_router(cfg, sizes[-1], f"the last stratum of --moe-strata {cfg.moe_strata}")
@@ -401,8 +462,8 @@ def placed(cfg: Namespace) -> tuple[str, ...]:
     return stacks.get(str(cfg.moe_placement), (str(cfg.moe_placement),))
 
 
-def has_experts(cfg: TransformerConfig, stack: str, number: int) -> bool:
-    """Says whether a layer of a stack is an MoE layer; which layers are does not change where others are left out.
+def trained_number(cfg: TransformerConfig, stack: str, number: int) -> int:
+    """Returns the number that a layer had in training, counted from 1; layers that are left out do not change it.
 
     Args:
         cfg: a nested configuration.
@@ -410,8 +471,12 @@ def has_experts(cfg: TransformerConfig, stack: str, number: int) -> bool:
         number: of the layer among those that are kept, counted from 1.
     """
     names = getattr(cfg, stack).layers_to_keep
-    trained = sorted(int(name) + 1 for name in names.split(","))[number - 1] if names else number
-    return stack in placed(cfg) and trained % cfg.moe_interval == 0
+    return sorted(int(name) + 1 for name in names.split(","))[number - 1] if names else number
+
+
+def has_experts(cfg: TransformerConfig, stack: str, number: int) -> bool:
+    """Says whether a layer of a stack is an MoE layer; the arguments are those of `trained_number`."""
+    return stack in placed(cfg) and trained_number(cfg, stack, number) % cfg.moe_interval == 0
 
 
 def transformer_config(cfg: Namespace) -> TransformerConfig:

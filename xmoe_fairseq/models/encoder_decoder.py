@@ -25,7 +25,7 @@ class MoETransformerEncoder(TransformerEncoderBase):
         self._built += 1
         if not has_experts(cfg, "encoder", self._built):
             return super().build_encoder_layer(cfg)
-        return wrap_layer(MoETransformerEncoderLayer(cfg, f"encoder.{self._built}", self.recorder), cfg)
+        return wrap_layer(MoETransformerEncoderLayer(cfg, self._built, self.recorder), cfg)
 
     def forward_scriptable(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         with self.recorder.recording(src_tokens) as records:
@@ -46,7 +46,7 @@ class MoETransformerDecoder(TransformerDecoderBase):
         self._built += 1
         if not has_experts(cfg, "decoder", self._built):
             return super().build_decoder_layer(cfg, no_encoder_attn)
-        layer = MoETransformerDecoderLayer(cfg, no_encoder_attn, f"decoder.{self._built}", self.recorder)
+        layer = MoETransformerDecoderLayer(cfg, no_encoder_attn, self._built, self.recorder)
         return wrap_layer(layer, cfg)
 
     def extract_features_scriptable(

@@ -101,8 +101,6 @@ def per_token(model: nn.Module, net_input: Mapping[str, Any]) -> dict[str, Token
         aligned with the stack's tokens; zeros for padding.
     """
     seen: dict[str, TokenRouting] = {}
-    device = next(model.parameters()).device
-    net_input = utils.apply_to_sample(lambda tensor: tensor.to(device), dict(net_input))
 
     def observer(layer: str, plan: Any) -> None:
         batch, length = net_input[INPUTS[stack_of(layer)]].shape
@@ -112,6 +110,14 @@ def per_token(model: nn.Module, net_input: Mapping[str, Any]) -> dict[str, Token
 
         seen[layer] = plan.token_routing.map(by_sentence)
 
-    with observing(model, observer), torch.inference_mode():
-        model(**net_input, features_only=True)  # without the product with the vocabulary
+    with observing(model, observer):
+        run_forced(model, net_input)
     return seen
+
+
+def run_forced(model: nn.Module, net_input: Mapping[str, Any]) -> None:
+    """Runs a model once, by teacher forcing, for whoever watches it; ``net_input`` as in `per_token`."""
+    device = next(model.parameters()).device
+    moved = utils.apply_to_sample(lambda tensor: tensor.to(device), dict(net_input))
+    with torch.inference_mode():
+        model(**moved, features_only=True)  # without the product with the vocabulary

@@ -9,7 +9,7 @@ import torch
 from fairseq.distributed.fully_sharded_data_parallel import has_FSDP
 
 from ..moe import ExpertGroup
-from .config import expert_class, expert_options, expert_sizes, hidden_size, kept_layers, moe_layers, placed
+from .config import expert_class, expert_options, expert_sizes, experts_of, hidden_size, kept_layers, moe_layers, placed
 
 _BYTES = 4  # of a parameter, which is built in 32 bits
 
@@ -38,7 +38,7 @@ def check_memory(cfg: Namespace, entries: int, group: ExpertGroup | None = None)
 
 def least_parameters(cfg: Namespace, entries: int, group: ExpertGroup | None) -> int:
     """Counts the matrices of a process: embeddings once, positions, attention, feed-forward networks and experts."""
-    experts = -(-cfg.moe_num_experts // (group.size if group else 1))
+    share = group.size if group else 1
     kind, options = expert_class(cfg), expert_options(cfg)
     total = entries * cfg.encoder_embed_dim
     for stack, side in (("encoder", "source"), ("decoder", "target")):
@@ -46,14 +46,15 @@ def least_parameters(cfg: Namespace, entries: int, group: ExpertGroup | None) ->
         trained = getattr(cfg, f"{stack}_layers")
         kept = kept_layers(getattr(cfg, f"{stack}_layers_to_keep"), trained)
         with_experts = moe_layers(trained, cfg.moe_interval) if stack in placed(cfg) else []
-        layers, moe = len(kept), sum(number + 1 in with_experts for number in kept)
+        numbers = [experts_of(cfg, f"{stack}.{number + 1}") for number in kept if number + 1 in with_experts]
+        layers, moe, held = len(kept), len(numbers), sum(-(-number // share) for number in numbers)
         total += getattr(cfg, f"max_{side}_positions") * dim + layers * 4 * dim**2 + (layers - moe) * 2 * dim * hidden
         sizes = expert_sizes(cfg, stack) if moe else None
         if sizes is None:
-            matrices = experts * kind.matrices(dim, hidden_size(cfg, stack), options)
+            matrices = held * kind.matrices(dim, hidden_size(cfg, stack), options)
         else:  # a process holds some of each size; the smallest ones are the least that it can hold
-            matrices = sum(kind.matrices(dim, size, options) for size in sizes[:experts])
-        total += moe * cfg.moe_stack * matrices
+            matrices = moe * sum(kind.matrices(dim, size, options) for size in sizes[: held // moe])
+        total += cfg.moe_stack * matrices
     return total
 
 

@@ -16,28 +16,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..moe import (
+    EXPERTS,
     ConditionalMoE,
     Dropout,
     ExpertOutputMasking,
     ExpertSet,
     MoELayer,
     Router,
+    SharedBias,
     StackedMoE,
     StratifiedMoE,
     make_experts,
 )
-from .config import expert_class, expert_options, router_class, router_options, strata
+from .config import expert_class, expert_options, experts_of, router_class, router_options, strata, trained_number
 from .routing_recorder import RoutingRecorder
 
 
-def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
+def build_moe(cfg: TransformerConfig, layer: str) -> nn.Module:
     """Builds what replaces a feed-forward network, as the options say.
 
     Args:
         cfg: a checked configuration, with the model's `parallel_groups`.
-        stack: ``encoder`` or ``decoder``.
+        layer: its name as trained, such as ``encoder.2``.
     """
-    sizes = strata(cfg)
+    sizes, stack, num_experts = strata(cfg), layer.partition(".")[0], experts_of(cfg, layer)
     dim, hidden = getattr(cfg, stack).embed_dim, getattr(cfg, stack).ffn_embed_dim
     network = {
         "activation": utils.get_activation_fn(activation=str(cfg.activation_fn)),
@@ -49,13 +51,17 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
         "group": cfg.parallel_groups,
     }
 
-    def router(num_experts: int) -> Router:
-        return router_class(cfg)(dim, num_experts, router_options(cfg))
+    def router(visible: int) -> Router:
+        return router_class(cfg)(dim, visible, router_options(cfg))
 
     def experts() -> ExpertSet:
         kind = expert_class(cfg)
         size = hidden if kind.shares_network else hidden // cfg.moe_split_ratio
-        return make_experts(kind, cfg.moe_num_experts, dim, size, expert_options(cfg), **network, **ways)
+        return make_experts(kind, num_experts, dim, size, expert_options(cfg), **network, **ways)
+
+    def plain() -> nn.Module:
+        made = MoELayer(router(num_experts), experts(), masking)
+        return SharedBias(made, dim) if expert_class(cfg) is EXPERTS["part"] else made
 
     masking = ExpertOutputMasking(cfg.moe_eom_rate) if cfg.moe_regularizer == "eom" else None
     moe: nn.Module
@@ -64,9 +70,9 @@ def build_moe(cfg: TransformerConfig, stack: str) -> nn.Module:
         released = cfg.smoe_form == "released"
         moe = StratifiedMoE([router(count) for count in visible], experts(), sizes, released, masking)
     elif cfg.moe_stack > 1:
-        moe = StackedMoE([MoELayer(router(cfg.moe_num_experts), experts(), masking) for _ in range(cfg.moe_stack)])
+        moe = StackedMoE([plain() for _ in range(cfg.moe_stack)])
     else:
-        moe = MoELayer(router(cfg.moe_num_experts), experts(), masking)
+        moe = plain()
     if cfg.moe_regularizer == "cmr":
         norm = nn.LayerNorm(dim) if sizes else None
         moe = ConditionalMoE(moe, dim, hidden, gate_dropout=cfg.moe_cmr_gate_dropout, norm=norm, **network)
@@ -97,11 +103,11 @@ class MoEFeedForwardMixin:
     def build_fc2(self, *args: Any) -> nn.Module:
         return nn.Identity()
 
-    def install(self, cfg: TransformerConfig, stack: str, name: str, recorder: RoutingRecorder) -> None:
-        self.moe = build_moe(cfg, stack)
+    def install(self, cfg: TransformerConfig, stack: str, number: int, recorder: RoutingRecorder) -> None:
+        self.moe = build_moe(cfg, f"{stack}.{trained_number(cfg, stack, number)}")
         if strata(cfg):
             self.final_layer_norm = nn.Identity()  # strata normalise their own input
-        self.moe_name = name
+        self.moe_name = f"{stack}.{number}"
         self.recorder = recorder
         self.activation_fn = nn.Identity()
         self.activation_dropout_module = nn.Identity()
@@ -131,9 +137,9 @@ class MoEFeedForwardMixin:
 class MoETransformerEncoderLayer(MoEFeedForwardMixin, TransformerEncoderLayerBase):
     """An encoder layer with experts."""
 
-    def __init__(self, cfg: TransformerConfig, name: str, recorder: RoutingRecorder) -> None:
+    def __init__(self, cfg: TransformerConfig, number: int, recorder: RoutingRecorder) -> None:
         super().__init__(cfg)
-        self.install(cfg, "encoder", name, recorder)
+        self.install(cfg, "encoder", number, recorder)
 
     def forward(self, x: Tensor, encoder_padding_mask: Tensor | None, attn_mask: Tensor | None = None) -> Tensor:
         """x: (length, batch, d); encoder_padding_mask: (batch, length) bool, true for padding."""
@@ -147,9 +153,9 @@ class MoETransformerEncoderLayer(MoEFeedForwardMixin, TransformerEncoderLayerBas
 class MoETransformerDecoderLayer(MoEFeedForwardMixin, TransformerDecoderLayerBase):
     """A decoder layer with experts."""
 
-    def __init__(self, cfg: TransformerConfig, no_encoder_attn: bool, name: str, recorder: RoutingRecorder) -> None:
+    def __init__(self, cfg: TransformerConfig, no_encoder_attn: bool, number: int, recorder: RoutingRecorder) -> None:
         super().__init__(cfg, no_encoder_attn)
-        self.install(cfg, "decoder", name, recorder)
+        self.install(cfg, "decoder", number, recorder)
 
     def forward(self, x: Tensor, *args: Any, self_attn_padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """x: (length, batch, d); self_attn_padding_mask: (batch, length) bool, true for padding."""

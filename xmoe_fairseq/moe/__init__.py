@@ -26,10 +26,11 @@ from .experts.kinds import EXPERTS, make_experts
 from .experts.options import ExpertOptions
 from .experts.sized import SizedExperts
 from .experts.stacked import Experts, ExpertSet, StackedExperts
-from .layer import MoELayer
+from .layer import MoELayer, SharedBias
 from .regularizers import ConditionalMoE, ExpertOutputMasking, StackedMoE
+from .routing.kinds import ROUTERS
 from .routing.plan import RoutingPlan
-from .routing.routers import ROUTERS, Router, RouterOptions, ThresholdRouter, TopKRouter
+from .routing.routers import Router, RouterOptions, ThresholdRouter, TopKRouter
 from .routing.statistics import RoutingStats, TokenRouting
 from .stratified import StratifiedMoE, StratifiedPlan
 
@@ -49,6 +50,7 @@ __all__ = [
     "RouterOptions",
     "RoutingPlan",
     "RoutingStats",
+    "SharedBias",
     "SizedExperts",
     "StackedExperts",
     "StackedMoE",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from .experts.stacked import ExpertSet
-from .routing.plan import RoutingPlan
+from .routing.plan import RoutingPlan, real_tokens
 from .routing.routers import Router
 
 
@@ -56,6 +57,30 @@ def _with_hidden_units(plan: RoutingPlan, experts: ExpertSet) -> RoutingPlan:
     if experts.equal:
         return plan
     return replace(plan, count=lambda: replace(plan.stats, hidden=experts.hidden_units(plan.group_sizes)))
+
+
+class SharedBias(nn.Module):
+    """Adds a vector to the output of an MoE layer, once per token, whichever experts the token takes.
+
+    Args:
+        moe: the layer.
+        dim: d.
+    """
+
+    def __init__(self, moe: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.moe = moe
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None
+    ) -> tuple[Tensor, RoutingPlan]:
+        """Computes the layer; arguments and results are those of `MoELayer`."""
+        y, plan = self.moe(x, padding_mask, tokens)
+        if padding_mask is None:
+            return y + self.bias.to(y.dtype), plan
+        keep = real_tokens(flat(padding_mask), y).view(*y.shape[:-1], 1)
+        return y + self.bias.to(y.dtype) * keep, plan
 
 
 def flat(values: Tensor | None) -> Tensor | None:

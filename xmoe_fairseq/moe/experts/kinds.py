@@ -7,6 +7,7 @@ from typing import Any
 from .adapters import AdapterExperts
 from .gated import GatedExperts
 from .options import hidden_sizes
+from .parts import Parts
 from .sized import SizedExperts
 from .stacked import Experts, ExpertSet, StackedExperts
 
@@ -14,6 +15,7 @@ EXPERTS: dict[str, type[StackedExperts]] = {
     "ffn": Experts,
     "glu": GatedExperts,
     "adapter": AdapterExperts,
+    "part": Parts,
 }
 
 

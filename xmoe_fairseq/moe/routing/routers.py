@@ -1,4 +1,4 @@
-"""Routers: hidden states to a plan. A new one is a subclass of `Router` and a line in `ROUTERS`."""
+"""Routers: hidden states to a plan. A new one is a subclass of `Router` and a line in ``kinds.ROUTERS``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .triton_routing import plan_on_device, routes_on_device
 class Router(nn.Module):
     """Decides which experts each token takes, and with which weights.
 
-    A router is a subclass with an entry in `ROUTERS`. What it may be told beyond `RouterOptions` it declares in
-    ``Options``; what it does is in ``forward``. Three seams save it most of the work: `ProbabilityRouter.selection`,
-    where experts are taken in the order of their softmax probabilities; `LinearRouter.plan`, for any choice by linear
-    scores (see `plan_of`); `Router.forward` for all else.
+    A router is a subclass with an entry in ``kinds.ROUTERS``. What it may be told beyond `RouterOptions` it
+    declares in ``Options``; what it does is in ``forward``. Three seams save it most of the work:
+    `ProbabilityRouter.selection`, where experts are taken in the order of their softmax probabilities;
+    `LinearRouter.plan`, for any choice by linear scores (see `plan_of`); `Router.forward` for all else.
 
     Args:
         dim: d.
@@ -441,13 +441,3 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     table = scores.double().cpu().repeat_interleave(places, dim=1).numpy()
     _, column = linear_sum_assignment(table, maximize=True)
     return torch.from_numpy(column).to(scores.device) // max(places, 1)
-
-
-ROUTERS: dict[str, type[Router]] = {
-    "threshold": ThresholdRouter,
-    "topk": TopKRouter,
-    "gshard": GShardRouter,
-    "switch": SwitchRouter,
-    "hash": HashRouter,
-    "balanced": BalancedRouter,
-}
