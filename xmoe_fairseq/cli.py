@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "import": ("commands.import_model", "Makes a checkpoint from an M2M-100 or NLLB-200 model of another toolkit."),
     "export": ("commands.export_model", "Makes a folder for transformers from a dense or GShard checkpoint."),
+    "upcycle": ("commands.upcycle", "Grows a dense model into an MoE model: by copies, slices or adapters."),
     "sparsify": ("commands.sparsify", "Cuts a dense model's feed-forward networks into experts."),
     "prune": ("commands.prune", "Leaves out the experts that a model needs least, or joins similar ones."),
     "prepare": ("data_prep.prepare", "Prepares text: download, clean, vocabulary, binary files."),

@@ -381,7 +381,14 @@ SIZED = ("--moe-expert-sizes", "hybrid", "--moe-router", "topk", "--moe-top-k", 
 
 def test_options_are_declared_by_the_kinds() -> None:
     names = declared(kind.Options for kind in EXPERTS.values())
-    assert list(names) == ["expert_sizes", "size_steps", "glu_activation"]
+    assert list(names) == [
+        "expert_sizes",
+        "size_steps",
+        "glu_activation",
+        "adapter_dim",
+        "adapter_scale",
+        "adapter_dropout",
+    ]
     assert not names.keys() & declared(router.Options for router in ROUTERS.values()).keys()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_golden import check_prune, check_selection, check_sparsify
+from helpers_upcycle import check_pesc, check_upcycle
 
 from xmoe_fairseq.moe import (
     EXPERTS,
@@ -229,6 +230,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "top_p": check_top_p,
     "xmoe_layer": check_xmoe_layer,
     "smoe_block": check_smoe_block,
+    "upcycle": check_upcycle,
+    "pesc": check_pesc,
 }
 RELEASED = "_released"
 

@@ -56,7 +56,7 @@ def build(source: Source, data: Path, final: Path) -> Checkpoint:
         UserError: the options are refused.
     """
     words = [str(data), *_TASK, *_TRAINING, *source.words]
-    with _quietly():
+    with quietly():
         cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words))
         task = tasks.setup_task(cfg.task)
         with torch.device("meta"):
@@ -79,7 +79,7 @@ def build(source: Source, data: Path, final: Path) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Leaves out what fairseq and hydra report of a configuration."""
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)

@@ -25,7 +25,7 @@ from .presets import PRESETS
 MIN_VOCAB, MAX_VOCAB = 5, 2**31 - 1
 
 
-class _Symbols(Dictionary):
+class Symbols(Dictionary):
     """A dictionary of so many entries, which have no names: only their number matters for a model's shapes."""
 
     def __init__(self, entries: int) -> None:
@@ -98,8 +98,8 @@ def build_on_meta(arch: str, vocab: int, model_options: Sequence[str] = ()) -> n
         raise UserError(f"--vocab {vocab} is too small: a dictionary has 4 special symbols and at least one piece")
     if vocab > MAX_VOCAB:
         raise UserError(f"--vocab {vocab} is out of range: it must be at most {MAX_VOCAB}")
-    cfg = _parse(arch, model_options)
-    dictionary = _Symbols(vocab)
+    cfg = parse_model(arch, model_options, f"xmoe info --arch {arch}")
+    dictionary = Symbols(vocab)
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     try:
         check_sizes(vars(cfg) if isinstance(cfg, Namespace) else cfg)
@@ -123,9 +123,15 @@ def check_arch(arch: str) -> None:
         raise UserError(f"--arch {arch} is no known architecture: {hint}xmoe info --list names all")
 
 
-def _parse(arch: str, model_options: Sequence[str]) -> Any:
-    """Parses options as ``fairseq-train`` does, and gives the model's part."""
+def parse_model(arch: str, model_options: Sequence[str], command: str) -> Any:
+    """Parses options as ``fairseq-train`` does, and gives the model's part.
+
+    Args:
+        arch: a name of `architectures`.
+        model_options: words of the command line.
+        command: what the words follow, for messages.
+    """
     parser = options.get_training_parser()
-    parser.prog = f"xmoe info --arch {arch}"
+    parser.prog = command
     words = ["no-data", "--arch", arch, *model_options]
     return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words)).model

@@ -110,7 +110,8 @@ class MoETransformerConfig(ExpertConfig):
     moe_expert: ChoiceEnum(tuple(EXPERTS)) = _option(  # type: ignore[valid-type]
         "ffn",
         "what an expert computes: ffn, a feed-forward network; glu, one with a gate on its hidden units; part, some "
-        "hidden units of a network that xmoe sparsify cut",
+        "hidden units of a network that xmoe sparsify cut; adapter, a small network on the output of one that all "
+        "experts share",
     )
     moe_layer_experts: str = _option(
         "",
@@ -143,6 +144,9 @@ class MoETransformerConfig(ExpertConfig):
     moe_eom_rate: float = _option(0.1, "eom: fraction of tokens masked", low=0, high=1)
     moe_cmr_gate_dropout: float = _option(
         0.1, "cmr: probability that a token's gate is closed in training", low=0, high=1
+    )
+    moe_train_only: ChoiceEnum(("all", "experts")) = _option(  # type: ignore[valid-type]
+        "all", "which parameters are trained; experts: those of experts (adapters, not the network below) and routers"
     )
     moe_kernel: ChoiceEnum((*kernels.KERNEL_NAMES, *kernels.OLD_NAMES)) = _option(  # type: ignore[valid-type]
         "auto", "how experts are computed; auto takes the fastest for the device and precision"
@@ -191,10 +195,15 @@ def expert_sizes(cfg: Any, stack: str) -> tuple[int, ...] | None:
     return hidden_sizes(expert_options(cfg), cfg.moe_num_experts, hidden_size(cfg, stack))
 
 
+def network_size(cfg: Any, stack: str) -> int:
+    """Returns the hidden size that experts are made with: of equal ones, or of the network that they share."""
+    size: int = getattr(cfg, f"{stack}_ffn_embed_dim")
+    return size if expert_class(cfg).shares_network else size // cfg.moe_split_ratio
+
+
 def hidden_size(cfg: Any, stack: str) -> int:
     """Returns the hidden size of equal experts: ``stack`` is ``encoder`` or ``decoder`` of a flat configuration."""
-    size: int = getattr(cfg, f"{stack}_ffn_embed_dim") // cfg.moe_split_ratio
-    return size
+    return expert_class(cfg).own_hidden(network_size(cfg, stack), expert_options(cfg))
 
 
 def strata(cfg: Any) -> tuple[int, ...]:

@@ -95,6 +95,8 @@ def check(cfg: Namespace) -> None:
                 f"--moe-split-ratio {cfg.moe_split_ratio} does not divide --{stack}-ffn-embed-dim {size}: "
                 f"experts of {size / cfg.moe_split_ratio:.1f} hidden units cannot be built"
             )
+    if cfg.moe_train_only == "experts" and not placed(cfg):
+        raise ValueError("--moe-train-only experts does not work with --moe-placement none: there are no experts")
     _check_router(cfg, cfg.moe_num_experts, f"--moe-num-experts {cfg.moe_num_experts}")
     _check_layer_experts(cfg)
     _check_experts(cfg)
@@ -172,6 +174,11 @@ def _check_strata(cfg: Namespace) -> None:
         raise ValueError(
             f"--moe-strata {cfg.moe_strata} has {sum(sizes)} experts, but --moe-num-experts is {cfg.moe_num_experts}: "
             "the two must be equal"
+        )
+    if expert_class(cfg).shares_network:
+        raise ValueError(
+            f"--moe-strata {cfg.moe_strata} does not work with --moe-expert {cfg.moe_expert}: every stratum would add "
+            "the network that all experts share; leave one of them out"
         )
     if expert_class(cfg) is EXPERTS["part"]:
         raise ValueError(f"--moe-strata {cfg.moe_strata} does not work with --moe-expert part: leave one of them out")

@@ -10,12 +10,12 @@ from typing import Any
 
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from fairseq.modules import FairseqDropout, MultiheadAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed.gradients import is_expert
 from ..distributed.groups import parallel_groups
 from ..errors import UserError
-from ..moe import ExpertGroup
+from ..moe import ExpertGroup, Router, StackedExperts
 from .config import kept_layers, placed, resolve, transformer_config
 from .config_checks import check
 from .encoder_decoder import MoETransformerDecoder, MoETransformerEncoder
@@ -73,6 +73,8 @@ class MoETransformerModel(TransformerModelBase):
             nested.parallel_groups = groups  # fairseq hands the configuration on to each layer, and nothing else
             model = super().build_model(nested, task)
             model.parallel_groups = groups
+            if resolved.moe_train_only == "experts":
+                _train_only_experts(model)
             for module in model.modules():
                 if isinstance(module, MultiheadAttention):
                     module.register_forward_pre_hook(_take_quantized)
@@ -161,6 +163,18 @@ class MoETransformerModel(TransformerModelBase):
                     f"the checkpoint's {name} has the shape {tuple(state_dict[name].shape)}, this model's "
                     f"{tuple(own[name].shape)}: give the --arch and the options that the checkpoint was trained with"
                 )
+
+
+def _train_only_experts(model: nn.Module) -> None:
+    """Leaves gradients to routers, and to what each expert has of its own."""
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.requires_grad_(True)
+        elif isinstance(module, StackedExperts):
+            for name in module.names:
+                module.get_parameter(name).requires_grad = True
 
 
 def _renumbered(state_dict: Mapping[str, Tensor], stack: str, kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:

@@ -55,7 +55,8 @@ def build_moe(cfg: TransformerConfig, layer: str) -> nn.Module:
         return router_class(cfg)(dim, visible, router_options(cfg))
 
     def experts() -> ExpertSet:
-        kind, size = expert_class(cfg), hidden // cfg.moe_split_ratio
+        kind = expert_class(cfg)
+        size = hidden if kind.shares_network else hidden // cfg.moe_split_ratio
         return make_experts(kind, num_experts, dim, size, expert_options(cfg), **network, **ways)
 
     def plain() -> nn.Module:

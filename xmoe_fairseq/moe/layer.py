@@ -58,6 +58,8 @@ class MoELayer(nn.Module):
         if plan.rows is not None:
             rows = plan.rows
         y = self.regularizer(self.experts(rows, plan)).reshape(x.shape)
+        if self.experts.shares_network and padding_mask is not None:
+            y = y.masked_fill(padding_mask.unsqueeze(-1), 0.0)
         return y, _with_hidden_units(plan, self.experts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .adapters import AdapterExperts
 from .gated import GatedExperts
 from .options import hidden_sizes
 from .parts import Parts
@@ -13,6 +14,7 @@ from .stacked import Experts, ExpertSet, StackedExperts
 EXPERTS: dict[str, type[StackedExperts]] = {
     "ffn": Experts,
     "glu": GatedExperts,
+    "adapter": AdapterExperts,
     "part": Parts,
 }
 
@@ -26,7 +28,7 @@ def make_experts(
         kind: of `EXPERTS`.
         num_experts: E.
         dim: d.
-        hidden: h, of each expert, or on average if the options give sizes.
+        hidden: h, of each expert, or on average if the options give sizes; of the network that they share, if any.
         options: an instance of the kind's ``Options``.
         kwargs: other arguments of the kind.
 

@@ -27,11 +27,13 @@ class ExpertSet(nn.Module):
         num_experts: E, of all processes that share them.
         dim: d.
         equal: whether they all have one size, and so one cost.
+        shares_network: whether each token passes a network of the usual size, too, which no router chooses.
     """
 
     num_experts: int
     dim: int
     equal: ClassVar[bool] = True
+    shares_network: ClassVar[bool] = False
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -179,6 +181,11 @@ class StackedExperts(ExpertSet):
             (R, d).
         """
         raise NotImplementedError
+
+    @classmethod
+    def own_hidden(cls, hidden: int, options: Any) -> int:
+        """Returns the hidden units of one expert, of those that a layer's network has."""
+        return hidden
 
     @classmethod
     def names_of_tensors(cls) -> tuple[str, ...]:
