@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..moe.routing.statistics import RoutingStats
-from ..results.usage import _SUMS, LayerUsage
+from ..results.usage import SUMS, LayerUsage
 from .trained_model import TrainedModel
 
 Routing = Mapping[str, Sequence[RoutingStats]]
@@ -40,9 +40,9 @@ def accumulate(batches: Iterable[Routing]) -> list[LayerUsage]:
         for stats in (stats for side in routing.values() for stats in side):
             if not stats.layer:
                 raise ValueError("RoutingStats without the name of its layer")
-            new = {name: getattr(stats, name).detach().to("cpu", torch.float64) for name in _SUMS}
+            new = {name: getattr(stats, name).detach().to("cpu", torch.float64) for name in SUMS}
             old = totals.get(stats.layer)
-            totals[stats.layer] = new if old is None else {name: old[name] + new[name] for name in _SUMS}
+            totals[stats.layer] = new if old is None else {name: old[name] + new[name] for name in SUMS}
     return [_layer_usage(layer, total) for layer, total in totals.items()]
 
 
@@ -56,7 +56,7 @@ def _layer_usage(layer: str, total: Mapping[str, Tensor]) -> LayerUsage:
             return values
         return tuple(map(round, values)) if isinstance(values, list) else round(values)
 
-    return LayerUsage(layer=layer, **{name: number(name) for name in _SUMS})
+    return LayerUsage(layer=layer, **{name: number(name) for name in SUMS})
 
 
 def measure(checkpoint: Path, bin_dir: Path, max_tokens: int = 4096, pairs: Sequence[str] = ()) -> list[LayerUsage]:

@@ -42,7 +42,7 @@ class LayerUsage:
         return computation_saved([self])
 
 
-_SUMS = tuple(field.name for field in fields(LayerUsage) if field.name != "layer")
+SUMS = tuple(field.name for field in fields(LayerUsage) if field.name != "layer")
 
 
 def computation_saved(layers: Iterable[LayerUsage]) -> float:
@@ -61,7 +61,7 @@ def add_up(usages: Iterable[Sequence[LayerUsage]]) -> list[LayerUsage]:
 
 def _sum(parts: Sequence[LayerUsage]) -> LayerUsage:
     sums: dict[str, Any] = {}
-    for name in _SUMS:
+    for name in SUMS:
         values = [getattr(part, name) for part in parts]
         sums[name] = tuple(map(sum, zip(*values, strict=True))) if isinstance(values[0], tuple) else sum(values)
     return LayerUsage(layer=parts[0].layer, **sums)
