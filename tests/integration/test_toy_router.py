@@ -21,7 +21,7 @@ from torch import Tensor
 from xmoe_fairseq.moe import ROUTERS, RouterOptions
 from xmoe_fairseq.moe.routing.topk import Selection
 from xmoe_fairseq.moe.routing.options import router_option
-from xmoe_fairseq.moe.routing.routers import ProbabilityRouter
+from xmoe_fairseq.moe.routing.base import ProbabilityRouter
 
 
 @dataclass(frozen=True)
