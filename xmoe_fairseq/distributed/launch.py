@@ -152,7 +152,8 @@ def check_files(cfg: Any) -> None:
     """
     options, log = cfg.checkpoint, cfg.common.log_file
     last = os.path.join(options.save_dir, LAST)
-    if options.restore_file == LAST and os.path.lexists(last) and not os.path.isfile(last):
+    exists = os.path.isfile(last) or os.path.isdir(last)  # a folder is refused below, in its own words
+    if options.restore_file == LAST and os.path.lexists(last) and not exists:
         raise UserError(
             f"{last}, from which training would resume, is no file, or a symlink to none: bring it back, or remove it "
             "to start again"
