@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
@@ -169,8 +170,11 @@ def transformers_nllb(layer: MoELayer, x: Tensor) -> Run | None:
     )
     module = NllbMoeSparseMLP(config, ffn_dim=hidden).to(x.device, x.dtype)
 
+    # transformers 4 takes a mask, whose default, False, its router does not take.
+    masks = {"padding_mask": None} if "padding_mask" in signature(module.forward).parameters else {}
+
     def run(x: Tensor) -> Tensor:
-        out = module(x.unsqueeze(0))
+        out = module(x.unsqueeze(0), **masks)
         return (out[0] if isinstance(out, tuple) else out).squeeze(0)
 
     run.module = module  # type: ignore[attr-defined]
