@@ -69,7 +69,7 @@ def train_together(size: int, data: Path, save: Path, updates: int, *options: st
 
 
 def uneven_plan(size: int, updates: int, update_freq: int = 1, sentences: int = 80) -> Plan:
-    """Returns processes batches of very different sizes, and some none."""
+    """Returns batches of very different sizes for the processes, and none for some."""
     rng = random.Random(7)
     plan: Plan = []
     for update in range(updates):

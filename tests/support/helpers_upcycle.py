@@ -62,7 +62,7 @@ def check_upcycle(golden: Golden) -> None:
         y, _ = layer_of(copied, router, "threshold", activation, threshold=threshold)(x)
         assert_close(y, golden["y_threshold"][number])
         layer = layer_of(sliced, rows, "threshold", activation, threshold=threshold)
-        # Equal probabilities must stay equal: by the logits of the file, not by a product anew.
+        # Equal probabilities must stay equal: take the logits of the file and do not multiply again.
         plan = layer.router.plan(tensor(golden, "router_logits").double())
         assert_close(layer.experts(x, plan), golden["y_sliced"][number])
         assert_close(plan.stats.received / len(x), golden["experts_sliced"][number])

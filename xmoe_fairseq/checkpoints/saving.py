@@ -32,7 +32,7 @@ def write(writers: Mapping[str, Writer]) -> None:
         writers: by path, what writes the file's bytes.
 
     Raises:
-        UserError: a file cannot be written, such as on a full disk; none is left behind, and those of before are whole.
+        UserError: a file cannot be written, as on a full disk; none is left behind, and the previous ones are whole.
     """
     temporary = {path: path + TEMPORARY for path in writers}
     refuse_folders(writers)

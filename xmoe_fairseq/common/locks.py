@@ -141,7 +141,7 @@ def _acquire(name: str, path: Path) -> int:
                 raise UserError(f"{name} is not a lock of this program, which writes one of this name: move it")
             _write_note(descriptor)
             return descriptor
-        os.close(descriptor)  # the holder of before removed the file between the two calls
+        os.close(descriptor)  # the previous holder removed the file between the two calls
 
 
 def _release(name: str) -> None:

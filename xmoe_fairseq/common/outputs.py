@@ -17,7 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` that takes its name if, and only if, the block succeeds.
 
     Raises:
-        UserError: a folder stands in the place of the file, or something cannot be written.
+        UserError: a folder has the name of the file, or the file cannot be written.
     """
     check_no_folders([path])
     temporary = path.with_name(f".{path.name}.tmp")
@@ -54,7 +54,7 @@ def replacing_set(member: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
         stale: names of files that earlier sets may have had, to be removed where this one does not have them.
 
     Raises:
-        UserError: a folder stands in the place of a file, or something cannot be written.
+        UserError: a folder has the name of a file, or a file cannot be written.
     """
     parent, new, ready = member.parent, *_places(member)
     finish_replacing(member)

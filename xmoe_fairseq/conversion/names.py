@@ -77,7 +77,7 @@ def of_branch(name: str, first_expert: int = 0) -> str | Expert | None:
 
 
 def to_transformers(name: str, with_experts: bool) -> str:
-    """Returns a parameter that is not of an expert its name in `transformers`.
+    """Returns the name in `transformers` of a parameter that is not of an expert.
 
     Args:
         name: in this package.
@@ -96,7 +96,7 @@ def to_transformers(name: str, with_experts: bool) -> str:
 
 
 def expert_to_transformers(name: str, number: int) -> str:
-    """Returns a parameter of one expert its name in `transformers`."""
+    """Returns the name in `transformers` of a parameter of one expert."""
     layer, _, parameter = name.partition("moe.experts.")
     return f"model.{layer}ffn.experts.expert_{number}.{parameter.replace('_', '.')}"
 

@@ -90,7 +90,7 @@ def _languages(place: Path) -> tuple[str, ...]:
 
 
 def join_languages(vocabulary: Vocabulary, layout: Layout, fixed: bool) -> Layout:
-    """Returns a layout the languages of the vocabulary, in their order.
+    """Returns a layout with the languages of the vocabulary, in their order.
 
     Args:
         vocabulary: that is taken.

@@ -22,7 +22,7 @@ POSITION_BINS = 13
 
 @dataclass(frozen=True)
 class MoELayerSpec:
-    """An MoE layer of a model: what stands in the place of a feed-forward network.
+    """An MoE layer of a model: it replaces a feed-forward network.
 
     Attributes:
         name: such as ``encoder.2``.

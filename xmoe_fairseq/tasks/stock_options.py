@@ -47,7 +47,7 @@ def _type(action: argparse.Action, default: Any) -> Any:
 
 
 def stock_namespace(values: dict[str, Any]) -> argparse.Namespace:
-    """Returns the stock task what its own command line would have given it.
+    """Returns the options of a stock task, completed as its own command line would have completed them.
 
     Args:
         values: the dataclass's values; options missing there take the stock default.

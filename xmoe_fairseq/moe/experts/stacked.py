@@ -1,6 +1,6 @@
 """Many small networks with stacked weights: what all kinds share, and the usual feed-forward networks.
 
-A new kind of experts is a subclass of `StackedExperts` in a file of its own and a line in ``expert_kinds.EXPERTS``.
+A new kind of experts is a subclass of `StackedExperts` in a file of its own and a line in ``kinds.EXPERTS``.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class _Work:
         kept: Tensor | None = None,
         sums: Tensor | None = None,
     ) -> Tensor:
-        """Returns each place of ``a`` times its expert's matrix, (P, n); see `tiles.multiply`.
+        """Returns each place of ``a`` times its expert's matrix, (P, n); see `triton_kernels.multiply`.
 
         Args:
             a: (P, k), or where ``gather`` the tokens' rows, (T, k).
@@ -181,7 +181,7 @@ class _Work:
         gradients: tuple[Tensor, Tensor, Tensor, Tensor],
         add: bool,
     ) -> None:
-        """Writes the gradients of the experts' matrices and biases; see `tiles.weight_gradients`.
+        """Writes the gradients of the experts' matrices and biases; see `triton_kernels.weight_gradients`.
 
         Args:
             second: what those of the second matrix and its bias are made of: (P, h), (P, d), and the sums (tiles, d) of

@@ -16,7 +16,7 @@ from .plan import RoutingPlan, token_routing
 from .statistics import RouterSums, RoutingStats
 from .topk import RankedProbs, Selection
 
-# Probabilities that one program holds, and tokens that `choices.settle` looks at together.
+# Probabilities that one program holds, and tokens that `triton_kernels.settle` looks at together.
 _HELD, _BLOCK = 2048, 4096
 
 
@@ -96,7 +96,7 @@ class _Made(NamedTuple):
         first: (T,) int64.
         top: (T,) probability of the first choice.
         token: as in `Assignments`.
-        numbers: (2 E + 4,) int64, as `choices.settle` writes them.
+        numbers: (2 E + 4,) int64, as `triton_kernels.settle` writes them.
         top_sum: () sum of ``top`` over the real tokens.
         places: as in `Assignments`.
     """
