@@ -328,5 +328,5 @@ def test_measure_of_a_dense_fairseq_model(toy_data: Path, tmp_path: Path, monkey
     torch.save(state, tmp_path / "dense.pt")
     assert routing_usage.measure(tmp_path / "dense.pt", bin_dir) == []
     (bin_dir / "test.en-xx.en.idx").unlink()
-    with pytest.raises(UserError, match="no binarised test set"):
+    with pytest.raises(UserError, match="the data has no split test"):
         routing_usage.measure(tmp_path / "dense.pt", bin_dir)
