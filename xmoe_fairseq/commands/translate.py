@@ -44,7 +44,7 @@ Translates a test set in all directions of a model, or in some. Run again, it re
   OPTION       more for fairseq-generate, such as --max-tokens 12000 --fp16
 
 Beam and length penalty are those of the benchmark that DATA was prepared for, language tokens those that the model
-was trained with. A folder under its final name is complete and is skipped; where it was translated with another
+was trained with. A folder under its final name is complete and is skipped; if it was translated with another
 checkpoint or other options, that is an error.
 
 Example: xmoe translate data/local runs/local en-ca ca-en -- --max-tokens 12000"""
@@ -167,7 +167,7 @@ def _generate(words: list[str], lock: Any) -> None:
 
     Args:
         words: of the command.
-        lock: a descriptor; the process holds it as well: where ``xmoe translate`` is killed, this may go on.
+        lock: a descriptor; the process holds it as well: if ``xmoe translate`` is killed, this may go on.
     """
     lock.detach()
     sys.argv = words
