@@ -18,7 +18,7 @@ from ..common.command_line import CommandParser
 from ..common.identity import of_folder
 from ..common.schema import json_text
 from ..conversion import names, safetensors, tokenizer_files
-from ..conversion.outputs import DTYPES, RECORD, check_free, whole_folder
+from ..conversion.outputs import DTYPES, RECORD, check_free, progress, whole_folder
 from ..conversion.source import SPECIAL
 from ..conversion.transformers_folder import ACTIVATIONS, DENSE, MOE
 from ..errors import UserError
@@ -90,6 +90,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="precision of the folder (default: the checkpoint's)")
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
@@ -117,8 +118,9 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         _write_json(made / "languages.json", languages)
         record["src_lang"] = tokenizer_files.write(symbols, languages, data, made)
         renamed = dict(_renamed(tensors, config["model_type"] == MOE))
-        with open(made / "model.safetensors", "wb") as file:
-            safetensors.write(renamed, file, dtype)
+        size = sum(one.numel() * (dtype or one.dtype).itemsize for one in renamed.values())
+        with progress(size, args.quiet) as watch, open(made / "model.safetensors", "wb") as file:
+            watch(lambda out: safetensors.write(renamed, out, dtype))(file)
         _write_json(made / "export.json", record)
     return record
 

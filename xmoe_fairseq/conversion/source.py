@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ class Parameters:
             self.experts.setdefault(place.name, {})[place.number] = tensor.t() if place.transposed else tensor
         elif place is not None and not _same(self.plain.setdefault(place, tensor), tensor):
             raise UserError(f"{place} is stored twice, with different numbers: untied embeddings are not read")
+
+    def parts(self) -> Iterator[Tensor]:
+        """Yields all tensors of experts."""
+        return (part for parts in self.experts.values() for part in parts.values())
 
     def check_experts(self, wanted: int) -> None:
         """Makes sure that every layer has its experts.

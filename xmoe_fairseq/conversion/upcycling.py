@@ -73,6 +73,11 @@ class Grown:
         return self.kind == "adapter" or whole or (router == "gshard" and groups == 2)
 
     @property
+    def layers(self) -> list[str]:
+        """Names the layers whose networks become experts."""
+        return [one.moe_name for one in self.model.modules() if isinstance(one, MoEFeedForwardMixin)]
+
+    @property
     def groups(self) -> int:
         """Slices of a network; 1 if it is whole."""
         groups: int = self.options["moe_split_ratio"] if self.kind == "slice" else 1
@@ -88,10 +93,11 @@ class Grown:
         return bool(self.options["activation_fn"] == "relu")
 
     @property
-    def keeps_precision(self) -> bool:
-        """Whether the new parameters are exact in the checkpoint's precision."""
+    def dtype(self) -> torch.dtype:
+        """The checkpoint's precision if the new parameters are exact in it, otherwise at least float32."""
+        own = self.dense.model["encoder.embed_tokens.weight"].dtype
         scaled = self.kind == "slice" and not growing.keeps_precision(self.groups, self.relu)
-        return not scaled and self.louder == 1
+        return own if not scaled and self.louder == 1 else torch.promote_types(own, torch.float32)
 
     def sizes(self) -> dict[str, int]:
         """Counts the parameters of both models, shared ones once."""
@@ -302,5 +308,4 @@ _OF_NETWORK = tuple(f"{one}.{part}" for one in ("fc1", "fc2", "final_layer_norm"
 
 def _replaced(grown: Grown) -> Iterator[str]:
     """Yields the prefixes of the layers whose networks become experts."""
-    layers = (one for one in grown.model.modules() if isinstance(one, MoEFeedForwardMixin))
-    return (grown.dense.networks[layer.moe_name] for layer in layers)
+    return (grown.dense.networks[layer] for layer in grown.layers)
