@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoints import saving, shards
 from ..common import locks
-from ..common.command_line import CommandParser
+from ..common.command_line import CommandParser, file_path
 from ..common.identity import checksum
 from ..common.schema import json_text
 from ..conversion import branch_files, building, transformers_folder
@@ -67,12 +67,12 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "source",
-        type=Path,
+        type=file_path,
         metavar="SOURCE",
         help="the model's folder, as transformers stores it; or a file of fairseq's nllb branch, of several the one "
         "that ends in -shared.pt",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--out", type=file_path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="precision of the checkpoint (default: the model's)")
     parser.add_argument("--shards", type=int, metavar="K", help="write the experts into K files beside the checkpoint")
     for name, text in (
@@ -80,7 +80,7 @@ def _parser() -> CommandParser:
         ("--languages", "its list of languages, in the order of their tokens"),
         ("--sentencepiece", "its SentencePiece model"),
     ):
-        parser.add_argument(name, type=Path, metavar="FILE", help=text)
+        parser.add_argument(name, type=file_path, metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser

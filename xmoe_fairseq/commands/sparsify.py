@@ -217,10 +217,7 @@ def _inputs(args: argparse.Namespace, dense: Dense, layers: Sequence[str]) -> di
 
 def _cut(dense: Dense, layer: str, experts: int, x: Tensor, args: argparse.Namespace) -> Cut:
     """Cuts one network; x: (T, d) of its inputs, of which the last tenth is held out of the fit."""
-    prefix = dense.networks[layer]
-    fc1, bias1, fc2, bias2 = (
-        dense.model[f"{prefix}{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-    )
+    fc1, bias1, fc2, bias2 = dense.network(layer)
     activation = utils.get_activation_fn(str(dense.options.get("activation_fn", "relu")))
     network = splitting.Network(fc1.float(), bias1.float(), fc2.float(), activation)
     labels = splitting.split(network.fc1_weight, experts, args.split)

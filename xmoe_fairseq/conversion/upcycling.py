@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.architectures import Symbols, parse_model
+from ..models.architectures import parse_model
 from ..models.config import FlatTransformerConfig, MoETransformerConfig, resolve, strata
 from ..models.model import MoETransformerModel
 from ..models.presets import PRESETS
@@ -20,7 +20,7 @@ from ..models.transformer_layer import MoEFeedForwardMixin
 from ..moe import ConditionalMoE, ExpertSet, Router, StackedExperts
 from . import growing, names
 from .dense import Dense
-from .model_options import changed_options
+from .model_options import build_on_meta, changed_options
 
 KINDS = ("copy", "slice", "adapter")
 # Options of a transformer that a model may change when it grows; all others are the checkpoint's.
@@ -135,11 +135,7 @@ def grow(dense: Dense, arch: str, words: Sequence[str], kind: str) -> Grown:
     _check_sizes(options, parsed, (stock & given) - _FREE)
     found = _kind(options, kind)
     _check(options, found)
-    rows = [len(dense.model[f"{stack}.embed_tokens.weight"]) for stack in ("encoder", "decoder")]
-    task = SimpleNamespace(source_dictionary=Symbols(rows[0]), target_dictionary=Symbols(rows[1]))
-    with torch.device("meta"):
-        model = MoETransformerModel.build_model(options, task)
-    return Grown(dense, found, options, model)
+    return Grown(dense, found, options, build_on_meta(options, dense.model))
 
 
 def _check_sizes(options: Mapping[str, Any], parsed: Any, given: set[str]) -> None:
@@ -209,7 +205,7 @@ def parameters(grown: Grown, start: Start, dtype: torch.dtype) -> Iterator[tuple
         if not isinstance(layer, MoEFeedForwardMixin):
             continue
         prefix = grown.dense.networks[layer.moe_name]
-        network = growing.Network.of(grown.dense.model, prefix)
+        network = growing.Network(*grown.dense.network(layer.moe_name))
         norm = {part: grown.dense.model[f"{prefix}final_layer_norm.{part}"] for part in ("weight", "bias")}
         made: dict[str, Tensor] = {}
         factor = None
