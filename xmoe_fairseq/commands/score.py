@@ -23,6 +23,7 @@ from ..evaluation.score_job import ScoreJob
 from ..metrics.corpus import METRICS
 from ..render.score_tables import PAGES, render_markdown
 from ..results.decoding import Decoding
+from .text_options import add_text_options
 
 _EPILOG = """\
 DATA is a folder made by data_prep/prepare.sh: its test sets are translated with --checkpoint. RUN is the folder of a
@@ -86,7 +87,6 @@ def _parser() -> CommandParser:
         "--metrics", type=comma_list, default=["bleu", "chrf"], metavar="NAMES", help="of bleu,chrf,spbleu (bleu,chrf)"
     )
     parser.add_argument("--tokenize", choices=BLEU.TOKENIZERS, metavar="NAME", help="BLEU's, for every language")
-    add_set_options(parser)
     add_translating_options(parser)
     parser.add_argument(
         "--moe-threshold",
@@ -98,22 +98,13 @@ def _parser() -> CommandParser:
     return parser
 
 
-def add_set_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what is translated."""
-    parser.add_argument(
-        "--pairs", type=comma_list, default=[], metavar="SRC-TGT,...", help="directions (default: all trained ones)"
-    )
-    parser.add_argument("--subset", type=subset_name, metavar="SET", help="test, valid, test1, ... (default: test)")
-    parser.add_argument("--lines", type=bounded(int, 1, 10**9), metavar="N", help="only the first N lines of each set")
-
-
 def add_translating_options(parser: argparse.ArgumentParser) -> None:
-    """Adds how it is translated."""
+    """Adds what is translated, and how; an option that is not given is None."""
+    add_text_options(parser, Decoding.subset, Decoding.max_tokens, subset_name, keep_unset=True)
     for option, kind, meaning in (
         ("--beam", bounded(int, 1, 1000), "hypotheses in the search (default: the benchmark's)"),
         ("--lenpen", bounded(float, -10, 10), "length penalty (default: the benchmark's)"),
         ("--max-len-b", bounded(int, 1, 10**6), "most pieces of a translation (default: 200)"),
-        ("--max-tokens", bounded(int, 1, 10**9), "pieces in a batch (default: 6000)"),
     ):
         parser.add_argument(option, type=kind, metavar="N" if kind is not float else "X", help=meaning)
     parser.add_argument("--fp16", action="store_const", const=True, help="half precision, for GPUs")

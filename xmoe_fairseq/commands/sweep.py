@@ -24,7 +24,7 @@ from ..render.sweep_tables import render_markdown, render_tsv
 from ..results.direction_sets import ZERO_SHOT
 from ..results.scores import SystemScores
 from ..results.sweep import Sweep
-from .score import add_output_options, add_set_options, add_translating_options, decoding_options
+from .score import add_output_options, add_translating_options, decoding_options
 
 _EPILOG = """\
 Nothing is trained: the routers get another threshold. Written to --out: sweep.json, sweep.tsv, sweep.md, the picture
@@ -104,7 +104,6 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--out", type=file_path, metavar="DIR", help="results (default: CHECKPOINT-sweep beside the checkpoint)"
     )
-    add_set_options(parser)
     add_translating_options(parser)
     add_output_options(parser)
     return parser

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..checkpoints import options, reading, shards
 from ..errors import UserError
-from ..evaluation.direction_dataset import DirectionDataset, directions, read, total_sentences
+from ..evaluation.direction_dataset import DirectionDataset, total_sentences
 from ..evaluation.trained_model import TrainedModel
 from ..models.config import expert_class
 from ..moe import Router, StackedExperts, TopKRouter
@@ -69,13 +69,16 @@ class Pruned:
     routers: Mapping[str, Sequence[Statistics]]
 
 
-def open_subject(args: argparse.Namespace) -> Subject:
-    """Reads a checkpoint and opens the text.
+def read_state(path: str, select: str) -> dict[str, Any]:
+    """Reads a checkpoint with all of its experts.
+
+    Args:
+        path: of the file, or of a set of shards.
+        select: of the command.
 
     Raises:
         UserError: it is dense, or of a kind that cannot be pruned.
     """
-    path = str(args.checkpoint)
     state = reading.read(path)
     options.check(state, path)
     options.check_complete(state, path)
@@ -86,18 +89,17 @@ def open_subject(args: argparse.Namespace) -> Subject:
     for name in ("moe_expert_sizes", "encoder_layers_to_keep", "decoder_layers_to_keep"):
         if model.get(name):
             raise UserError(f"{path} cannot be pruned: it has the option --{name.replace('_', '-')} {model[name]}")
-    if args.select == "global" and (model.get("moe_strata") or model.get("moe_stack", 1) > 1):
+    if select == "global" and (model.get("moe_strata") or model.get("moe_stack", 1) > 1):
         raise UserError("--select global does not work with strata or stacked layers: use --select layer")
-    pairs = [] if args.pairs == ["all"] else args.pairs
-    chosen = directions(args.checkpoint, args.data, args.subset, pairs)
-    trained = TrainedModel.load(args.checkpoint, args.data, chosen.pairs if chosen else ())
-    _check_routers(trained, args.method)
-    sites = [_site(trained.model, site) for site in expert_sites(trained.model)]
-    texts = read(trained.task, trained.model, args.subset, args.lines, args.max_tokens)
-    return Subject(path, state, trained, sites, texts)
+    return state
 
 
-def _check_routers(trained: TrainedModel, method: str) -> None:
+def check_routers(trained: TrainedModel, method: str) -> None:
+    """Makes sure that a model's routers have what a method needs.
+
+    Raises:
+        UserError: names the router.
+    """
     routers = [module for module in trained.model.modules() if isinstance(module, Router)]
     name = trained.model.cfg.moe_router
     if not all(isinstance(router, LinearRouter) for router in routers):
@@ -107,6 +109,11 @@ def _check_routers(trained: TrainedModel, method: str) -> None:
         raise UserError(f"--method {method} needs probabilities, which the router {name} does not have: use activity")
     if method == "merge" and trained.model.cfg.moe_strata:
         raise UserError("--method merge does not work with strata: use importance")
+
+
+def sites_of(model: Any) -> list[Site]:
+    """Finds the sets of experts of a model."""
+    return [_site(model, site) for site in expert_sites(model)]
 
 
 def _site(model: Any, site: ExpertSite) -> Site:
