@@ -18,10 +18,12 @@ from ..common.run_folder import default_out, generated_folder, scores_folder, se
 from ..common.schema import json_text
 from ..errors import UserError, printable
 from ..evaluation.model_directions import subset_name
+from ..evaluation.perplexity import is_language_model
 from ..evaluation.score_job import ScoreJob, read_benchmark
 from ..metrics.corpus import METRICS
 from ..render.score_tables import PAGES, render_markdown
 from ..results.decoding import Decoding
+from .language_models import add_cutting_options, check_no_cutting_options, measure_perplexity
 
 _EPILOG = """\
 DATA is a folder made by data_prep/prepare.sh: its test sets are translated with --checkpoint. RUN is the folder of a
@@ -33,8 +35,11 @@ the translations (hyp.TGT), references and sources as plain text. Run again, fin
 tokenizer follows the language (13a, but zh, ja-mecab, ko-mecab or char where words are not spaced); spbleu is BLEU on
 the pieces of flores200.
 
+Of a language model the perplexity is measured, per token and per word, on a folder of fairseq-preprocess --only-source.
+
 examples:
   xmoe score data/demo4 --checkpoint runs/demo4/checkpoints/checkpoint_last.pt
+  xmoe score data/lm/bin --checkpoint runs/lm/checkpoint_best.pt
   xmoe score data/demo4 --checkpoint runs/demo4/checkpoints/checkpoint_last.pt --pairs en-ca,ca-en --metrics bleu
   xmoe score runs/demo4 --data data/demo4 --json
 """
@@ -53,6 +58,12 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     quiet_libraries()
+    if args.checkpoint is not None and is_language_model(args.checkpoint):
+        if args.data is not None:
+            raise UserError("--data goes with a run: give the folder of a language model's text as DATA")
+        measure_perplexity(args, args.folder, "scores", [args.moe_threshold])
+        return
+    check_no_cutting_options(args)
     job, out = _job(args)
     out = args.out or out
     check_writable(out)
@@ -93,6 +104,7 @@ def _parser() -> CommandParser:
         metavar="P",
         help="another threshold than the model was trained with",
     )
+    add_cutting_options(parser)
     add_output_options(parser)
     return parser
 

@@ -91,9 +91,9 @@ def checksum(lines: Iterable[bytes]) -> str:
 
 
 def of_split(folder: Path, split: str) -> str:
-    """Returns the checksum of the binary text of a split, all directions."""
+    """Returns the checksum of the binary text of a split: all directions, or the one text of a language model."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(f"{split}.*.bin")):
+    for path in (*folder.glob(f"{split}.bin"), *sorted(folder.glob(f"{split}.*.bin"))):
         check_regular(path)
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())

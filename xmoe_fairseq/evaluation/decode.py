@@ -18,12 +18,11 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 from omegaconf import open_dict
 
 from ..errors import UserError
-from ..moe.flops import count_parameters
 from ..results.decoding import Decoding, ModelSize, Translated
 from ..results.usage import LayerUsage
 from ..subword import SentencepieceBytes
 from ..tasks.multilingual import MultilingualTask
-from .model_costs import measured, model_flops
+from .model_costs import model_size
 from .routing_usage import accumulate, make_batches, routings
 from .trained_model import TrainedModel
 
@@ -128,15 +127,4 @@ class Translator:
         Args:
             usage: by layer, of all that was translated.
         """
-        taken = measured(self.model, usage)
-        parameters, flops = count_parameters(self.model, taken), model_flops(self.model, taken)
-        tokens, pairs = sum(use.tokens for use in usage), sum(use.tokens * use.experts for use in usage)
-        received = sum(use.received for use in usage)
-        return ModelSize(
-            parameters=parameters.total,
-            active_parameters=parameters.active,
-            flops=flops.total,
-            moe_flops=flops.experts,
-            experts_per_token=received / tokens if tokens else 0.0,
-            computation_saved=1 - received / pairs if pairs else None,
-        )
+        return model_size(self.model, usage)
