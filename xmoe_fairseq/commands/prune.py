@@ -18,6 +18,7 @@ from ..common.schema import json_text
 from ..conversion import importance, pruning
 from ..conversion.outputs import RECORD, record_path
 from ..errors import UserError, printable
+from ..evaluation.perplexity import refuse_language_model
 from ..evaluation.routing_counts import total_sentences
 from ..render.tables import markdown, percent
 
@@ -49,6 +50,9 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     saving.check_out(str(args.out), args.force or args.each)
+    refuse_language_model(
+        args.checkpoint, "xmoe prune", "and experts are chosen by what they do in translating, with encoder and decoder"
+    )
     with locks.held(args.out, file=True):
         records = _prune(args, list(argv))
     if args.json:
