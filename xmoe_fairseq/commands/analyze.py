@@ -19,7 +19,7 @@ from ..common.schema import json_text
 from ..errors import UserError, printable
 from ..evaluation.direction_dataset import origin, total_sentences
 from ..evaluation.routing_counts import Counts, count, places
-from ..models.routing_recorder import INPUTS
+from ..models.routing_recorder import stack_inputs
 from ..render.analysis_folder import Analysis, analysis, write
 from .text_options import add_text_options, load_model, read_text
 
@@ -122,7 +122,7 @@ def _parser() -> CommandParser:
 
 def _words(model: Any, counts: Counts) -> dict[str, Sequence[str | None]]:
     languages = {language for pair in counts.directions for language in pair}
-    return {stack: text_tokens(getattr(model, stack).dictionary, languages) for stack in INPUTS}
+    return {stack: text_tokens(getattr(model, stack).dictionary, languages) for stack in stack_inputs(model)}
 
 
 def _lines(found: Analysis) -> list[str]:

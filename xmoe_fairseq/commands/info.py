@@ -15,14 +15,15 @@ from ..common.command_line import CommandParser
 from ..errors import UserError
 from ..evaluation.model_costs import CONTEXT, measured, model_flops
 from ..evaluation.routing_usage import measure
-from ..models.architectures import architectures, build_on_meta, describe
+from ..models.architectures import architectures, build_on_meta, check_arch, describe, is_language_model
 from ..moe.flops import ExpertSite, Flops, Taken, count_parameters, expert_sites, number_taken
 from ..render.info_text import Info, MoELayerInfo, columns, render
 
 _EPILOG = """\
 All other options are those of fairseq-train for the architecture, such as --moe-num-experts 8.
 
-FLOPs of a token are those of a forward pass in which it passes the encoder and the decoder once:
+FLOPs of a token are those of a forward pass in which it passes the encoder and the decoder once, or a language model's
+decoder:
     2 N + 2 n sum_a d_a        (Kaplan et al. 2020, eq. 2.2)
 N: parameters in the matrices that the token is multiplied with, the output projection included and the embeddings,
 which are looked up, not; n: --context; d_a: the width of attention module a, cross-attention included.
@@ -31,6 +32,7 @@ examples:
   xmoe info --list
   xmoe info --arch xmoe_transformer --vocab 32000 --experts-per-token 5.3
   xmoe info --arch xmoe_transformer_top1_e4 --vocab 32000 --moe-num-experts 8 --moe-top-k 2 --json
+  xmoe info --arch xmoe_transformer_lm_gpt --vocab 50304 --context 1024
   xmoe info --arch xmoe_transformer_tiny --vocab 2006 --checkpoint runs/demo4/checkpoints/checkpoint_best.pt \\
       --data data/demo4/bin
 """
@@ -51,7 +53,14 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(names, indent=2) if args.json else "\n".join(columns(names.items())))
         return
     _check(args)
-    shared = () if args.separate_embeddings else ("--share-all-embeddings",)
+    check_arch(args.arch)
+    decoder_only = is_language_model(args.arch)
+    if decoder_only and args.separate_embeddings:
+        raise UserError(
+            "--separate-embeddings is for translation models: a language model shares its embeddings with the output "
+            "where its preset, or --share-decoder-input-output-embed, says so"
+        )
+    shared = () if args.separate_embeddings or decoder_only else ("--share-all-embeddings",)
     model = build_on_meta(args.arch, args.vocab, (*shared, *model_options))
     taken, assumption = _experts_taken(model, args)
     info = inspect(args, model, taken, assumption)

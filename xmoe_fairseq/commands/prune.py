@@ -19,6 +19,7 @@ from ..conversion import importance, pruning
 from ..conversion.outputs import RECORD, record_path
 from ..errors import UserError, printable
 from ..evaluation.direction_dataset import total_sentences
+from ..evaluation.perplexity import refuse_language_model
 from ..render.tables import markdown, percent
 from .text_options import add_text_options, load_model, read_text
 
@@ -50,6 +51,9 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     saving.check_out(str(args.out), args.force or args.each)
+    refuse_language_model(
+        args.checkpoint, "xmoe prune", "and experts are chosen by what they do in translating, with encoder and decoder"
+    )
     with locks.held(args.out, file=True):
         records = _prune(args, list(argv))
     if args.json:

@@ -17,6 +17,7 @@ from ..common.run_folder import find_checkpoint
 from ..common.schema import json_text
 from ..errors import UserError, printable
 from ..evaluation.build_report import Model, build_report
+from ..evaluation.perplexity import refuse_language_model
 from ..render.report_figure import draw_report
 from ..render.report_html import render_html
 from ..render.report_markdown import render_page
@@ -56,7 +57,11 @@ def main(argv: Sequence[str], open_model: Callable[[Path, Path, int], Model] = M
         finish_replacing(_page(args))
         if not args.force:
             _check_own(_files(_page(args)))
-        model = open_model(args.checkpoint or find_checkpoint(args.run), args.data, args.max_tokens)
+        checkpoint = args.checkpoint or find_checkpoint(args.run)
+        refuse_language_model(
+            checkpoint, "xmoe report", "without directions and translations to show: use xmoe score, sweep and analyze"
+        )
+        model = open_model(checkpoint, args.data, args.max_tokens)
         report = build_report(args.run, args.task, model, args.log)
         paths = write_report(report, _page(args))
     if args.json:

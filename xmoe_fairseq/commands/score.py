@@ -19,10 +19,12 @@ from ..common.schema import json_text
 from ..errors import UserError, printable
 from ..evaluation.direction_scorer import read_benchmark
 from ..evaluation.model_directions import subset_name
+from ..evaluation.perplexity import is_language_model
 from ..evaluation.score_job import ScoreJob
 from ..metrics.corpus import METRICS
 from ..render.score_tables import PAGES, render_markdown
 from ..results.decoding import Decoding
+from .language_models import add_cutting_options, check_no_cutting_options, measure_perplexity
 from .text_options import add_text_options
 
 _EPILOG = """\
@@ -35,8 +37,11 @@ the translations (hyp.TGT), references and sources as plain text. Run again, fin
 tokenizer follows the language (13a, but zh, ja-mecab, ko-mecab or char if words are not spaced); spbleu is BLEU on
 the pieces of flores200.
 
+Of a language model the perplexity is measured, per token and per word, on a folder of fairseq-preprocess --only-source.
+
 examples:
   xmoe score data/demo4 --checkpoint runs/demo4/checkpoints/checkpoint_last.pt
+  xmoe score data/lm/bin --checkpoint runs/lm/checkpoint_best.pt
   xmoe score data/demo4 --checkpoint runs/demo4/checkpoints/checkpoint_last.pt --pairs en-ca,ca-en --metrics bleu
   xmoe score runs/demo4 --data data/demo4 --json
 """
@@ -55,6 +60,12 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     quiet_libraries()
+    if args.checkpoint is not None and is_language_model(args.checkpoint):
+        if args.data is not None:
+            raise UserError("--data goes with a run: give the folder of a language model's text as DATA")
+        measure_perplexity(args, args.folder, "scores", [args.moe_threshold])
+        return
+    check_no_cutting_options(args)
     job, out = _job(args)
     out = args.out or out
     check_writable(out)
@@ -94,6 +105,7 @@ def _parser() -> CommandParser:
         metavar="P",
         help="another threshold than the model was trained with",
     )
+    add_cutting_options(parser)
     add_output_options(parser)
     return parser
 

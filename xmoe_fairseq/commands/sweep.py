@@ -15,6 +15,7 @@ from ..common.run_folder import default_out
 from ..common.schema import json_text
 from ..errors import printable
 from ..evaluation.decode import Translator
+from ..evaluation.perplexity import is_language_model
 from ..evaluation.score_job import ScoreJob
 from ..evaluation.sweep import make_point, read_thresholds
 from ..metrics.corpus import METRICS
@@ -24,12 +25,14 @@ from ..render.sweep_tables import render_markdown, render_tsv
 from ..results.direction_sets import ZERO_SHOT
 from ..results.scores import SystemScores
 from ..results.sweep import Sweep
+from .language_models import add_cutting_options, check_no_cutting_options, measure_perplexity
 from .score import add_output_options, add_translating_options, decoding_options
 
 _EPILOG = """\
 Nothing is trained: the routers get another threshold. Written to --out: sweep.json, sweep.tsv, sweep.md, the picture
 sweep.png and sweep.svg, and for each threshold a folder as xmoe score writes it, which xmoe compare reads. Run again,
-finished thresholds and directions are skipped. To choose a threshold honestly, sweep --subset valid.
+finished thresholds and directions are skipped. To choose a threshold honestly, sweep --subset valid. Of a language
+model the perplexity is measured.
 
 examples:
   xmoe sweep --checkpoint runs/demo4/checkpoints/checkpoint_last.pt --data data/demo4 --thresholds 0.1:1.0:0.1
@@ -51,6 +54,10 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     quiet_libraries()
     thresholds = read_thresholds(args.thresholds)
+    if is_language_model(args.checkpoint):
+        measure_perplexity(args, args.data, "sweep", thresholds)
+        return
+    check_no_cutting_options(args)
     decoding = decoding_options(args, args.data)
     jobs = {
         threshold: ScoreJob(
@@ -105,6 +112,7 @@ def _parser() -> CommandParser:
         "--out", type=file_path, metavar="DIR", help="results (default: CHECKPOINT-sweep beside the checkpoint)"
     )
     add_translating_options(parser)
+    add_cutting_options(parser)
     add_output_options(parser)
     return parser
 

@@ -22,6 +22,7 @@ from ..common.run_folder import find_checkpoint, generated_folder
 from ..errors import UserError
 from ..evaluation.direction_scorer import read_benchmark
 from ..evaluation.model_directions import Chosen, choose_directions, subset_name
+from ..evaluation.perplexity import refuse_language_model
 from ..evaluation.test_sets import MADE, check_made, read_made
 from ..mt_benchmarks import Benchmark
 from ..results.direction_sets import ZERO_SHOT
@@ -206,6 +207,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = named or find_checkpoint(Path(run))
     if not checkpoint.is_file():
         raise UserError(f"there is no checkpoint {checkpoint}: train first, or give its path")
+    refuse_language_model(
+        checkpoint,
+        "xmoe translate",
+        "which translates nothing: fairseq-interactive --task language_modeling continues text",
+    )
     directions = choose_directions(Path(data), checkpoint, subset, wanted)
     if os.pathsep in str(checkpoint):
         raise UserError(

@@ -39,7 +39,7 @@ class DataIdentity:
     Attributes:
         folder: where it was, for messages.
         dictionary: checksum of the pieces of ``dict.txt`` in their order, without the counts.
-        languages: of ``langs.txt``, whose order gives the language tokens their numbers.
+        languages: of ``langs.txt``, whose order gives the language tokens their numbers; none for a language model.
         sentencepiece: checksum of ``spm.model``; None if the folder has none.
     """
 
@@ -59,11 +59,17 @@ def of_folder(folder: str) -> DataIdentity:
     Raises:
         UserError: a file is missing or damaged.
     """
+    languages = tuple(line.decode("utf-8", "replace") for line in _lines(folder, "langs.txt"))
+    return replace(of_text(folder), languages=languages)
+
+
+def of_text(folder: str) -> DataIdentity:
+    """Does the same for the text of a language model, without languages."""
     model = os.path.join(folder, "spm.model")
     return DataIdentity(
         folder=os.path.abspath(folder),
         dictionary=checksum(line.rsplit(b" ", 1)[0] for line in _lines(folder, "dict.txt")),
-        languages=tuple(line.decode("utf-8", "replace") for line in _lines(folder, "langs.txt")),
+        languages=(),
         sentencepiece=of_model(model) if is_there(model) else None,
     )
 
@@ -91,9 +97,9 @@ def checksum(lines: Iterable[bytes]) -> str:
 
 
 def of_split(folder: Path, split: str) -> str:
-    """Returns the checksum of the binary text of a split, all directions."""
+    """Returns the checksum of the binary text of a split: all directions, or the one text of a language model."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(f"{split}.*.bin")):
+    for path in (*folder.glob(f"{split}.bin"), *sorted(folder.glob(f"{split}.*.bin"))):
         check_regular(path)
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
@@ -130,6 +136,8 @@ def _advice(trained: DataIdentity, data: DataIdentity) -> str:
     more = set(trained.languages) < set(data.languages)
     if trained.dictionary == data.dictionary and more:
         other = "add the new languages to it with xmoe checkpoint add-languages"
+    elif not trained.languages:  # a language model
+        other = f"prepare this text with fairseq-preprocess --srcdict {os.path.join(trained.folder, 'dict.txt')}"
     else:
         other = f"prepare this text with data_prep/prepare.sh --vocabulary {trained.folder}"
     return f"Give the data that it was trained on, or {other}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -19,14 +18,14 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 from omegaconf import open_dict
 
 from ..errors import UserError
-from ..moe.flops import count_parameters
 from ..results.decoding import Decoding, ModelSize, Translated
 from ..results.usage import LayerUsage
 from ..subword import SentencepieceBytes
 from ..tasks.multilingual import MultilingualTask
 from .direction_dataset import cut
-from .model_costs import measured, model_flops
+from .model_costs import model_size
 from .routing_usage import usage_of
+from .split_batches import make_batches
 from .trained_model import TrainedModel
 
 
@@ -100,15 +99,8 @@ class Translator:
         return task
 
     def _batches(self, task: Any) -> Any:
-        """Cuts the set into batches, without the sentences too long for the model, whose number fairseq logs."""
         subset, most = self.decoding.subset, self.decoding.max_tokens
-        with enough_tokens(most):
-            batches = task.get_batch_iterator(
-                dataset=task.dataset(subset),
-                max_tokens=most,
-                max_positions=utils.resolve_max_positions(task.max_positions(), self.model.max_positions()),
-                ignore_invalid_inputs=True,
-            ).next_epoch_itr(shuffle=False)
+        batches = make_batches(task, self.model, subset, most)
         if len(batches) == 0:
             raise UserError(f"no usable sentence in {subset} of {self.cfg.task.data}: all are too long")
         return batches
@@ -139,32 +131,4 @@ class Translator:
         Args:
             usage: by layer, of all that was translated.
         """
-        taken = measured(self.model, usage)
-        parameters, flops = count_parameters(self.model, taken), model_flops(self.model, taken)
-        tokens, pairs = sum(use.tokens for use in usage), sum(use.tokens * use.experts for use in usage)
-        received = sum(use.received for use in usage)
-        return ModelSize(
-            parameters=parameters.total,
-            active_parameters=parameters.active,
-            flops=flops.total,
-            moe_flops=flops.experts,
-            experts_per_token=received / tokens if tokens else 0.0,
-            computation_saved=1 - received / pairs if pairs else None,
-        )
-
-
-@contextmanager
-def enough_tokens(max_tokens: int) -> Iterator[None]:
-    """Says in one line that fairseq cannot cut batches of so few tokens.
-
-    Raises:
-        UserError: a sentence has more.
-    """
-    try:
-        yield
-    except AssertionError as error:
-        if "max_tokens" not in str(error):
-            raise
-        raise UserError(
-            f"--max-tokens {max_tokens} is refused: a sentence has more tokens, give a larger one"
-        ) from error
+        return model_size(self.model, usage)

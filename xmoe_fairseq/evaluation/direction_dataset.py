@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fairseq import utils
+from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from ..checkpoints.shards import fingerprint
 from ..common import identity
@@ -135,6 +136,8 @@ def _check_references(task: Any, split: str) -> None:
 
 def _directions(task: Any, split: str) -> list[tuple[str, str, Any]]:
     dataset = task.dataset(split)
+    if isinstance(task, LanguageModelingTask):
+        return [("text", "text", dataset)]
     if not hasattr(task, "data_manager"):  # of stock fairseq's bilingual task
         return [(task.cfg.source_lang, task.cfg.target_lang, dataset)]
     names = [(one["src"], one["tgt"]) for one in task.data_manager.get_split_data_param_list(split, 1)]

@@ -10,7 +10,8 @@ from fairseq.modules import MultiheadAttention
 from torch import nn
 
 from ..errors import UserError
-from ..moe.flops import ExpertSite, Flops, Taken, count_flops, expert_sites
+from ..moe.flops import ExpertSite, Flops, Taken, count_flops, count_parameters, expert_sites
+from ..results.decoding import ModelSize
 from ..results.usage import LayerUsage
 
 CONTEXT = 32
@@ -53,7 +54,29 @@ def _experts(usage: Iterable[LayerUsage]) -> str:
 
 
 def model_flops(model: Any, taken: Mapping[str, Taken], context: float = CONTEXT) -> Flops:
-    """Counts the operations of a token in an encoder-decoder model; the arguments are those of `count_flops`."""
+    """Counts the operations of a token that passes all stacks once; the arguments are those of `count_flops`."""
     output = getattr(model.decoder, "output_projection", None)  # an adaptive softmax has none
     widths = [module.embed_dim for module in model.modules() if isinstance(module, MultiheadAttention)]
     return count_flops(model, taken, output, widths, context)
+
+
+def model_size(model: Any, usage: Sequence[LayerUsage], context: float = CONTEXT) -> ModelSize:
+    """Counts parameters and FLOPs, for the experts that tokens took.
+
+    Args:
+        model: that was measured.
+        usage: by layer, of all that it read.
+        context: positions that a token may attend to.
+    """
+    taken = measured(model, usage)
+    parameters, flops = count_parameters(model, taken), model_flops(model, taken, context)
+    tokens, pairs = sum(use.tokens for use in usage), sum(use.tokens * use.experts for use in usage)
+    received = sum(use.received for use in usage)
+    return ModelSize(
+        parameters=parameters.total,
+        active_parameters=parameters.active,
+        flops=flops.total,
+        moe_flops=flops.experts,
+        experts_per_token=received / tokens if tokens else 0.0,
+        computation_saved=1 - received / pairs if pairs else None,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.routing_recorder import INPUTS, per_token, stack_of
+from ..models.routing_recorder import INPUTS, per_token, stack_inputs, stack_of
 from ..moe import Router, TokenRouting
 from ..moe.flops import count_flops, expert_sites
 from .direction_dataset import DirectionDataset, collect
@@ -174,22 +174,28 @@ def count(model: Any, texts: Sequence[DirectionDataset], padding: int, progress:
         padding: the id of padding.
         progress: of tqdm, counts sentences.
     """
-    vocabulary = {name: len(getattr(model, name).dictionary) for name in INPUTS}
+    vocabulary = {name: len(getattr(model, name).dictionary) for name in stack_inputs(model)}
     layers = {place.name: LayerCounts(place, len(texts), vocabulary[place.stack]) for place in places(model)}
+    inputs = stack_inputs(model)
     counts = Counts([(text.source, text.target) for text in texts], [0] * len(texts), layers)
     for direction, batch, seen in collect(model, texts, per_token, progress):
-        _add(counts, direction, batch["net_input"], seen, padding)
+        _add(counts, direction, batch["net_input"], seen, inputs, padding)
         counts.sentences[direction] += len(batch["id"])
     return counts
 
 
 def _add(
-    counts: Counts, direction: int, net_input: Mapping[str, Any], seen: Mapping[str, TokenRouting], padding: int
+    counts: Counts,
+    direction: int,
+    net_input: Mapping[str, Any],
+    seen: Mapping[str, TokenRouting],
+    inputs: Mapping[str, str],
+    padding: int,
 ) -> None:
-    real = {stack: net_input[name] != padding for stack, name in INPUTS.items()}
+    real = {stack: net_input[name] != padding for stack, name in inputs.items()}
     for layer, routing in seen.items():
         stack = stack_of(layer)
         keep = real[stack]
-        types = net_input[INPUTS[stack]][keep]
+        types = net_input[inputs[stack]][keep]
         positions = keep.cumsum(1)[keep]  # sources are padded on the left
         counts.layers[layer].add(direction, types, positions, routing.map(lambda values, keep=keep: values[keep]))

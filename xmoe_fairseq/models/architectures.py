@@ -1,4 +1,4 @@
-"""The encoder-decoder architectures by name: what they are, and building them without memory for their weights."""
+"""The Transformers by name: what they are, and building them without memory for their weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from fairseq import models, options
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer import TransformerModel
+from fairseq.models.transformer_lm import TransformerLanguageModel
 from torch import nn
 
 from ..errors import UserError
 from ..moe.experts.options import show_sizes
 from .config import expert_class, expert_options, expert_sizes, hidden_size, layer_experts, router_class, router_options
 from .config_checks import check_sizes
-from .presets import PRESETS
+from .presets import LANGUAGE_MODELS, PRESETS
 
 # fairseq's own symbols (start, padding, end, unknown) and one piece.
 MIN_VOCAB, MAX_VOCAB = 5, 2**31 - 1
@@ -38,13 +39,23 @@ class Symbols(Dictionary):
 
 def architectures() -> dict[str, str]:
     """Describes each of this plugin's architectures and of stock fairseq's Transformers in a line, by name."""
-    stock = [name for name, model in models.ARCH_MODEL_REGISTRY.items() if model is TransformerModel]
-    return {name: describe(_defaults(name)) for name in (*PRESETS, *stock)}
+    stock = [
+        name
+        for family in (TransformerModel, TransformerLanguageModel)
+        for name, model in models.ARCH_MODEL_REGISTRY.items()
+        if model is family
+    ]
+    return {name: describe(_defaults(name)) for name in (*PRESETS, *LANGUAGE_MODELS, *stock)}
+
+
+def is_language_model(arch: str) -> bool:
+    """Returns whether an architecture of `architectures` has a decoder only."""
+    return issubclass(models.ARCH_MODEL_REGISTRY[arch], models.FairseqLanguageModel)
 
 
 def _defaults(arch: str) -> Any:
     """The options that an architecture has unless told otherwise."""
-    if arch in PRESETS:
+    if arch in models.MODEL_DATACLASS_REGISTRY:
         return models.MODEL_DATACLASS_REGISTRY[arch]()
     values = Namespace()
     models.ARCH_CONFIG_REGISTRY[arch](values)
@@ -53,20 +64,29 @@ def _defaults(arch: str) -> Any:
 
 def describe(cfg: Any) -> str:
     """Says in one line what model a flat configuration gives."""
-    layers = f"{cfg.encoder_layers}+{cfg.decoder_layers or cfg.encoder_layers} layers"
-    size = f"d {cfg.encoder_embed_dim}, feed-forward {cfg.encoder_ffn_embed_dim}, {layers}"
+    stack = _first_stack(cfg)
+    dim, hidden, layers = (getattr(cfg, f"{stack}_{size}") for size in ("embed_dim", "ffn_embed_dim", "layers"))
+    counted = f"{layers}+{cfg.decoder_layers or layers}" if stack == "encoder" else f"{layers}"
+    size = f"d {dim}, feed-forward {hidden}, {counted} layers"
     if str(getattr(cfg, "moe_placement", "none")) == "none":  # stock models have no such option
         return f"dense; {size}"
     return f"{'; '.join(_experts(cfg))}; {size}"
 
 
+def _first_stack(cfg: Any) -> str:
+    """Returns the stack whose sizes a description names: a language model has a decoder only."""
+    decoder_only = not hasattr(cfg, "encoder_layers") or (cfg.encoder_layers == 0 and cfg.no_cross_attention)
+    return "decoder" if decoder_only else "encoder"
+
+
 def _experts(cfg: Any) -> Iterator[str]:
+    stack = _first_stack(cfg)
     router = router_class(cfg)
     taken = router.label(router_options(cfg))
     family = "SMoE" if cfg.moe_strata else router.family
     number = f"strata of {cfg.moe_strata}" if cfg.moe_strata else _number(cfg)
-    experts, sizes = expert_class(cfg).label(expert_options(cfg)), expert_sizes(cfg, "encoder")
-    size = f"sizes {show_sizes(sizes)}" if sizes else f"size {hidden_size(cfg, 'encoder')}"
+    experts, sizes = expert_class(cfg).label(expert_options(cfg)), expert_sizes(cfg, stack)
+    size = f"sizes {show_sizes(sizes)}" if sizes else f"size {hidden_size(cfg, stack)}"
     yield f"{family}: {number} {experts} of hidden {size}, {taken}"
     if cfg.moe_stack > 1:
         yield f"{cfg.moe_stack} stacked"
@@ -111,7 +131,7 @@ def build_on_meta(arch: str, vocab: int, model_options: Sequence[str] = ()) -> n
 
 
 def check_arch(arch: str) -> None:
-    """Refuses what is no encoder-decoder Transformer.
+    """Refuses what is no Transformer of text.
 
     Raises:
         UserError: names architectures of similar names.
@@ -133,5 +153,6 @@ def parse_model(arch: str, model_options: Sequence[str], command: str) -> Any:
     """
     parser = options.get_training_parser()
     parser.prog = command
-    words = ["no-data", "--arch", arch, *model_options]
+    task = "language_modeling" if is_language_model(arch) else "translation"
+    words = ["no-data", "--task", task, "--arch", arch, *model_options]
     return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words)).model

@@ -284,14 +284,15 @@ def kept_layers(names: str | None, layers: int) -> list[int]:
 def resolve(cfg: Any) -> Namespace:
     """Fills in what follows from other options, the decoder's sizes; choices become text, for fairseq's enums cannot be
     pickled with a model."""
-    values = {field.name: _plain(cfg[field.name]) for field in dataclasses.fields(MoETransformerConfig)}
+    values = {field.name: plain_value(cfg[field.name]) for field in dataclasses.fields(MoETransformerConfig)}
     for name, leader in _FOLLOW_ENCODER.items():
         if values[name] is None:
             values[name] = values[leader]
     return Namespace(**values)
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """Returns the word of a choice, and any other value as it is."""
     return value.value if isinstance(value, Enum) else value
 
 

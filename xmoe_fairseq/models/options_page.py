@@ -32,6 +32,10 @@ MODEL = """## Model
 `--arch xmoe_transformer*`, `smoe_transformer*`, `moe_transformer*`; all options of stock `transformer` apply too. The
 kernels are described in [performance.md](performance.md), kinds and sizes of experts in [experts.md](experts.md),
 `--moe-expert-parallel` and `--moe-exchange` in [parallel.md](parallel.md).
+
+Language models (`--arch xmoe_transformer_lm*`, [language_models.md](language_models.md)) have these options and
+those of stock `transformer_lm`; there `--moe-placement` is `decoder`, the default, or `none`, and `--moe-split-ratio`
+is 8.
 """
 ROUTING = """## Routers
 

@@ -13,7 +13,9 @@ from typing import Any
 from fairseq.models import register_model
 
 from .config import MoETransformerConfig
+from .language_model import MoELanguageModelConfig, MoETransformerLanguageModel
 from .model import MoETransformerModel
+from .moe_model import MoEModel
 
 _BIG = {
     "encoder_embed_dim": 1024,
@@ -112,14 +114,59 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _register(name: str, defaults: dict[str, Any]) -> None:
-    own = {field.name: field for field in dataclasses.fields(MoETransformerConfig)}
+# The released run of XMoE as a language model: GPT-2's sizes and embeddings.
+_GPT = {
+    "decoder_embed_dim": 768,
+    "decoder_ffn_embed_dim": 3072,
+    "decoder_layers": 12,
+    "decoder_attention_heads": 12,
+    "activation_fn": "gelu",
+    "attention_dropout": 0.1,
+    "decoder_learned_pos": True,
+    "share_decoder_input_output_embed": True,
+}
+_TINY_LM = {
+    "decoder_embed_dim": 128,
+    "decoder_ffn_embed_dim": 256,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "moe_num_experts": 8,
+    "moe_split_ratio": 2,
+}
+
+
+def _top(k: int) -> dict[str, Any]:
+    """As many parameters as 64 experts of an eighth, and the computation of a dense layer."""
+    return {"moe_router": "topk", "moe_top_k": k, "moe_num_experts": 8 * k, "moe_split_ratio": k}
+
+
+_STRATA = {"moe_router": "gshard", "moe_num_experts": 8, "moe_split_ratio": 1}
+
+# Their capacity factor is 0: a capacity would let a token's experts depend on tokens behind it.
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "xmoe_transformer_lm": {},
+    "xmoe_transformer_lm_gpt": _GPT,
+    "xmoe_transformer_lm_tiny": _TINY_LM,
+    "moe_transformer_lm": _top(2),
+    "moe_transformer_lm_dense": {"moe_placement": "none"},
+    "moe_transformer_lm_gpt_top4": _GPT | _top(4),
+    "moe_transformer_lm_gpt_top2": _GPT | _top(2),
+    "moe_transformer_lm_gpt_top1": _GPT | _top(1),
+    "moe_transformer_lm_gpt_dense": _GPT | {"moe_placement": "none"},
+    "moe_transformer_lm_tiny": _TINY_LM | {"moe_router": "topk"},
+    "smoe_transformer_lm": _STRATA | {"moe_strata": "4-4"},
+    "smoe_transformer_lm_tiny": _TINY_LM | {"moe_router": "gshard", "moe_strata": "2-2-2-2"},
+}
+
+
+def _register(name: str, defaults: dict[str, Any], options: type, parent: type[MoEModel]) -> None:
+    own = {field.name: field for field in dataclasses.fields(options)}
     changed = [
         (key, own[key].type, dataclasses.field(default=value, metadata=own[key].metadata))
         for key, value in defaults.items()
     ]
-    config = dataclasses.make_dataclass(f"{name}_config", changed, bases=(MoETransformerConfig,))
-    model = type(name, (MoETransformerModel,), {"__doc__": MoETransformerModel.__doc__})
+    config = dataclasses.make_dataclass(f"{name}_config", changed, bases=(options,))
+    model = type(name, (parent,), {"__doc__": parent.__doc__})
     register_model(name, dataclass=config)(model)
     for made in (config, model):  # pickle, and so torch.save, looks for a class by its name in its module
         made.__module__ = __name__
@@ -127,4 +174,6 @@ def _register(name: str, defaults: dict[str, Any]) -> None:
 
 
 for _name, _defaults in PRESETS.items():
-    _register(_name, _defaults)
+    _register(_name, _defaults, MoETransformerConfig, MoETransformerModel)
+for _name, _defaults in LANGUAGE_MODELS.items():
+    _register(_name, _defaults, MoELanguageModelConfig, MoETransformerLanguageModel)

@@ -76,8 +76,13 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
             recorder.observer = None
 
 
-# What each stack reads, by its name.
+# What each stack of a translation model reads, by its name.
 INPUTS = {"encoder": "src_tokens", "decoder": "prev_output_tokens"}
+
+
+def stack_inputs(model: nn.Module) -> dict[str, str]:
+    """Returns what each stack of a model reads; a language model has a decoder only, which reads the source."""
+    return INPUTS if hasattr(model, "encoder") else {"decoder": INPUTS["encoder"]}
 
 
 def stack_of(layer: str) -> str:
@@ -101,9 +106,10 @@ def per_token(model: nn.Module, net_input: Mapping[str, Any]) -> dict[str, Token
         aligned with the stack's tokens; zeros for padding.
     """
     seen: dict[str, TokenRouting] = {}
+    inputs = stack_inputs(model)
 
     def observer(layer: str, plan: Any) -> None:
-        batch, length = net_input[INPUTS[stack_of(layer)]].shape
+        batch, length = net_input[inputs[stack_of(layer)]].shape
 
         def by_sentence(values: Tensor) -> Tensor:
             return values.unflatten(0, (length, batch)).transpose(0, 1).cpu()  # layers see (length, batch)

@@ -29,10 +29,12 @@ def check_memory(cfg: Namespace, entries: int, group: ExpertGroup | None = None)
         return
     needed, there = _BYTES * least_parameters(cfg, entries, group), _memory()
     if needed > there:
+        stack = "encoder" if cfg.encoder_layers else "decoder"
         raise ValueError(
             f"the model needs {needed / 2**30:,.1f} GiB for its parameters alone, this machine has "
             f"{there / 2**30:,.1f} GiB: choose smaller sizes, such as of --moe-num-experts {cfg.moe_num_experts}, "
-            f"--encoder-embed-dim {cfg.encoder_embed_dim} or --encoder-layers {cfg.encoder_layers}"
+            f"--{stack}-embed-dim {getattr(cfg, f'{stack}_embed_dim')} or --{stack}-layers "
+            f"{getattr(cfg, f'{stack}_layers')}"
         )
 
 

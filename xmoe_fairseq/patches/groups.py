@@ -1,6 +1,18 @@
 """The groups of patches, in the order in which they are installed and listed."""
 
-from . import averages, commands, decoding, distributed, numpy_names, options, reading, resuming, saving, training
+from . import (
+    averages,
+    commands,
+    decoding,
+    distributed,
+    language_models,
+    numpy_names,
+    options,
+    reading,
+    resuming,
+    saving,
+    training,
+)
 
 ON_IMPORT = (
     reading.GROUP,
@@ -13,5 +25,6 @@ ON_IMPORT = (
     decoding.GROUP,
     commands.GROUP,
     numpy_names.GROUP,
+    language_models.GROUP,
 )
 ALL = (*ON_IMPORT, commands.INTERACTIVE, commands.GENERATE)

@@ -19,6 +19,7 @@ from ..common import identity
 from ..common.literals import NotLiteral
 from ..distributed.checkpoint_experts import keep_local_experts
 from ..errors import UserError
+from . import language_models
 from .registry import Group
 
 GROUP = Group("Reading checkpoints")
@@ -57,6 +58,8 @@ def load_checkpoint_to_cpu(stock: Any, path: str, arg_overrides: Any = None, loa
     if hasattr(task, "identity"):  # for translation, fairseq does the same
         task.load_state_dict(state["task_state"])
         language_tokens.warn_of_others(found, local, task.args)
+    elif language_models.has_text(task):
+        task.load_state_dict(state["task_state"])
     if trainer is not None:
         keep_local_experts(state, trainer.get_model())
         if trainer.cfg.ema.store_ema:
