@@ -17,8 +17,9 @@ from ..common.outputs import check_writable
 from ..common.run_folder import default_out, generated_folder, scores_folder, seek_checkpoint
 from ..common.schema import json_text
 from ..errors import UserError, printable
+from ..evaluation.direction_scorer import read_benchmark
 from ..evaluation.model_directions import subset_name
-from ..evaluation.score_job import ScoreJob, read_benchmark
+from ..evaluation.score_job import ScoreJob
 from ..metrics.corpus import METRICS
 from ..render.score_tables import PAGES, render_markdown
 from ..results.decoding import Decoding

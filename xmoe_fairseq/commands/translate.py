@@ -18,8 +18,8 @@ from ..common.directions import Direction
 from ..common.outputs import writing
 from ..common.run_folder import find_checkpoint, generated_folder
 from ..errors import UserError
+from ..evaluation.direction_scorer import read_benchmark
 from ..evaluation.model_directions import Chosen, choose_directions, subset_name
-from ..evaluation.score_job import read_benchmark
 from ..evaluation.test_sets import MADE, check_made, read_made
 from ..mt_benchmarks import Benchmark
 from ..results.direction_sets import ZERO_SHOT
