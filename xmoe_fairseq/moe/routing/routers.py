@@ -96,7 +96,7 @@ class GShardRouter(TopKRouter):
     al. 2021 (GShard), and Xu et al. 2023 (SMoE), which uses it in every stratum. With k = 1 it is `SwitchRouter`.
     """
 
-    paper = "GShard: Lepikhin et al. 2021, arXiv 2006.16668; SMoE: Xu et al. 2023, arXiv 2305.02176"
+    paper = "GShard: Lepikhin et al. 2021, arXiv 2006.16668"
     uses: ClassVar[tuple[str, ...]] = ("second_expert", *ProbabilityRouter.uses)
     normalize = True
 
