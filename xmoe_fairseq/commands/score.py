@@ -31,7 +31,7 @@ given, only tells what the model costs.
 
 Written to --out, and to standard output: scores.json, scores.md, scores.tsv; and for each direction a folder with
 the translations (hyp.TGT), references and sources as plain text. Run again, finished directions are skipped. BLEU's
-tokenizer follows the language (13a, but zh, ja-mecab, ko-mecab or char where words are not spaced); spbleu is BLEU on
+tokenizer follows the language (13a, but zh, ja-mecab, ko-mecab or char if words are not spaced); spbleu is BLEU on
 the pieces of flores200.
 
 examples:

@@ -81,7 +81,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     """
 
     counts_dummy_batches = True  # see distributed/stats_reduce.py
-    tells_routers = True  # see checks.py
+    tells_routers = True  # see routers.py
 
     def __init__(
         self,

@@ -69,9 +69,9 @@ def find_directions(run: Path, task: str | None, data: Path) -> list[Direction]:
     """Lists the directions that were decoded, ``SRC-TGT``, each a folder of ``RUN/generate``.
 
     Args:
-        run: the folder of the run; nothing was decoded where it has no such folders.
+        run: the folder of the run; nothing was decoded if it has no such folders.
         data: folder whose languages they are of.
-        task: ``multilingual_NAME``; where the benchmark NAME fixes its languages, the folders must be its directions,
+        task: ``multilingual_NAME``; if the benchmark NAME fixes its languages, the folders must be its directions,
             no fewer and no more, and come in its order.
 
     Raises:
@@ -178,7 +178,7 @@ class Seconds:
 
 
 def read_seconds(path: Path) -> Mapping[str, float]:
-    """Reads the seconds of every stage, ``{"data": 3.1, "train": 80.2}``; none where the file is absent.
+    """Reads the seconds of every stage, ``{"data": 3.1, "train": 80.2}``; none if the file is absent.
 
     Raises:
         UserError: the file is not a flat JSON object of numbers from 0.

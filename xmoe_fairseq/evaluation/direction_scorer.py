@@ -135,7 +135,7 @@ def read_benchmark(data: Path) -> Benchmark:
 
 
 def read_groups_of(data: Path, benchmark: Benchmark) -> dict[str, str]:
-    """Returns the group of each language; none where the data names no groups."""
+    """Returns the group of each language; none if the data names no groups."""
     if not benchmark.groups and not is_there(data / "groups.tsv"):
         return {}
     groups = read_groups(str(data / "bin"), benchmark)

@@ -40,12 +40,12 @@ class ScoreJob:
         data: folder made by data_prep/prepare.sh.
         checkpoint: to translate with; None if the translations are there.
         decoding: how to translate.
-        pairs: directions, such as ``en-ca``; where there are none, those that the model was trained on, or that were
+        pairs: directions, such as ``en-ca``; if there are none, those that the model was trained on, or that were
             translated.
         metrics: names of `METRICS`.
         tokenizer: BLEU's, whatever the language.
         generated: folder of what fairseq-generate wrote; None to translate.
-        trained_by: the checkpoint that says what was trained, where ``checkpoint`` is None.
+        trained_by: the checkpoint that says what was trained, if ``checkpoint`` is None.
 
     Raises:
         UserError: a direction is unknown, or a metric cannot be had.

@@ -21,7 +21,7 @@ from .trained_model import TrainedModel
 def trace(checkpoint: Path, data: Path, samples: Sequence[Sample]) -> list[TracedSample]:
     """Runs a model over sources and its own translations of them, which it reads as it did when it wrote them.
 
-    Where the translation has several spellings in pieces, SentencePiece's is taken. Sentences that are too long for
+    If the translation has several spellings in pieces, SentencePiece's is taken. Sentences that are too long for
     the model are left out.
 
     Args:

@@ -16,7 +16,8 @@ from fairseq.trainer import Trainer
 
 from ..checkpoints import loading, reading, saving, selection
 from ..common import guard, locks
-from ..criterions.checks import check_routers, check_softmax
+from ..criterions.routers import check_routers
+from ..criterions.softmax import check_softmax
 from ..distributed import checkpoint_experts, launch
 from ..errors import UserError
 from ..tasks.lengths import check_valid_sets
@@ -45,7 +46,7 @@ def count_updates(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Stock, where a file has no optimizer's state, makes all updates again, in the middle of the data."""
+    """Stock, if a file has no optimizer's state, makes all updates again, in the middle of the data."""
     extra_state = stock(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
     last = trainer._optim_history[-1] if extra_state and trainer._optim_history else {}
     updates = last.get("num_updates", 0)

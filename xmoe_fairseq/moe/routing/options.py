@@ -18,7 +18,8 @@ class RouterOptions:
 
     Attributes:
         threshold: probability mass, in [0, 1], that a token's experts must reach (threshold router).
-        top_k: experts per token, at least 1 (top-k router).
+        top_k: experts per token, at least 1 (top-k, loss-free and null routers), or their mean (ReLU and expert
+            threshold).
         weights: what weighs the experts' outputs: ``raw``, the probabilities, or ``normalized``, the probabilities
             divided by their sum over a token's experts.
         balance: what the balance loss counts as an expert's load: ``first``, the tokens whose first choice it is;
@@ -42,7 +43,28 @@ class RouterOptions:
         high=1,
         alias="--threshold",
     )
-    top_k: int = router_option(2, "topk router: experts per token", low=1, alias="--moe-k")
+    top_k: int = router_option(
+        2,
+        "experts per token: of topk and lossfree routers; of null routers, null experts included; of relu and "
+        "expert_threshold routers, on average",
+        low=1,
+        alias="--moe-k",
+    )
+    capacity_factor: float = router_option(
+        0.0,
+        "in training, an expert takes at most this multiple of (tokens / experts) tokens and drops the rest, lower "
+        "choices first; 0 disables dropping; evaluation never drops",
+        low=0,
+        alias="--capacity-factor",
+    )
+    min_capacity: int = router_option(4, "least capacity of an expert, in tokens, whatever the capacity factor", low=0)
+    second_expert: str = router_option(
+        "gate",
+        "gshard router, in training: the second expert is the second most probable (gate) or sampled by probability "
+        "(sampling)",
+        choices=("gate", "sampling"),
+    )
+    static: bool | None = None
     weights: str = router_option(
         "raw",
         "threshold and topk routers: the experts' outputs are weighted by the probabilities (raw), or by these divided "
@@ -62,18 +84,3 @@ class RouterOptions:
         low=-1000,
         high=1000,
     )
-    capacity_factor: float = router_option(
-        0.0,
-        "in training, an expert takes at most this multiple of (tokens / experts) tokens and drops the rest, lower "
-        "choices first; 0 disables dropping; evaluation never drops",
-        low=0,
-        alias="--capacity-factor",
-    )
-    min_capacity: int = router_option(4, "least capacity of an expert, in tokens, whatever the capacity factor", low=0)
-    second_expert: str = router_option(
-        "gate",
-        "gshard router, in training: the second expert is the second most probable (gate) or sampled by probability "
-        "(sampling)",
-        choices=("gate", "sampling"),
-    )
-    static: bool | None = None
