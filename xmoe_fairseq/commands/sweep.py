@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from ..metrics.corpus import METRICS
 from ..render.score_tables import PAGES
 from ..render.sweep_figure import draw_sweep, save
 from ..render.sweep_tables import render_markdown, render_tsv
+from ..results.decoding import Decoding
 from ..results.direction_sets import ZERO_SHOT
 from ..results.scores import SystemScores
 from ..results.sweep import Sweep
@@ -57,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         value: ScoreJob(
             args.data,
             args.checkpoint,
-            dataclasses.replace(decoding, **{f"moe_{dial}": value}),
+            _at(decoding, dial, value),
             pairs=args.pairs,
             metrics=_METRICS,
         )
@@ -121,6 +123,11 @@ def _values(args: argparse.Namespace) -> tuple[str, list[float]]:
     if args.shifts is None:
         return "threshold", read_thresholds(args.thresholds)
     return "shift", read_thresholds(args.shifts, "shifts", -1000, 1000)[::-1]
+
+
+def _at(decoding: Decoding, dial: str, value: float) -> Decoding:
+    changed: dict[str, Any] = {f"moe_{dial}": value}
+    return dataclasses.replace(decoding, **changed)
 
 
 def _score(jobs: dict[float, ScoreJob], out: Path, dial: str, quiet: bool) -> dict[float, SystemScores]:

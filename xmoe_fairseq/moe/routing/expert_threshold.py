@@ -91,8 +91,9 @@ class ExpertThresholdRouter(UpdateState, LinearRouter):
 
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
         scores = logits.sigmoid()
-        order, capacity = self._best(scores, padding_mask) if self.training else (None, None)
-        if order is not None and self.chooses_tokens():
+        best = self._best(scores, padding_mask) if self.training else None
+        if best is not None and self.chooses_tokens():
+            order, capacity = best
             places = torch.arange(len(scores), device=scores.device).unsqueeze(-1)
             chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, order, (places < capacity).expand_as(order))
         else:
@@ -104,7 +105,7 @@ class ExpertThresholdRouter(UpdateState, LinearRouter):
             scores,
             scores.detach().argmax(-1),
             padding_mask,
-            partial(self._sums, chosen, scores, order, capacity),
+            partial(self._sums, chosen, scores, best),
             probs=scores.detach() / total.clamp(min=torch.finfo(total.dtype).tiny),
         )
 
@@ -115,17 +116,18 @@ class ExpertThresholdRouter(UpdateState, LinearRouter):
         mean = keep.sum().double() * self.options.top_k / self.num_experts
         return masked.argsort(dim=0, descending=True, stable=True), mean.round().clamp(min=1).long()
 
-    def _sums(
-        self, chosen: Tensor, scores: Tensor, order: Tensor | None, capacity: Tensor | None, keep: Tensor
-    ) -> RouterSums:
+    def _sums(self, chosen: Tensor, scores: Tensor, best: tuple[Tensor, Tensor] | None, keep: Tensor) -> RouterSums:
         rows, real, zero = keep.unsqueeze(-1), keep.sum(), scores.new_zeros(())
-        seen = None
-        if order is not None and capacity is not None:
-            seen = scores.new_zeros(self.num_experts, dtype=torch.float64)
-            if len(order):
-                last = order.index_select(0, (capacity - 1).view(1))
-                seen = scores.detach().gather(0, last).squeeze(0).double() * real
-        return RouterSums(real, (chosen & rows).sum(0), scores.masked_fill(~rows, 0.0).sum(0), zero, zero, seen=seen)
+        cuts = None if best is None else self._cuts(scores, *best) * real
+        return RouterSums(real, (chosen & rows).sum(0), scores.masked_fill(~rows, 0.0).sum(0), zero, zero, seen=cuts)
+
+    @staticmethod
+    def _cuts(scores: Tensor, order: Tensor, capacity: Tensor) -> Tensor:
+        """Returns the score of the last token that each expert would take: (E,) float64."""
+        if not len(order):
+            return scores.new_zeros(scores.shape[1], dtype=torch.float64)
+        last = order.index_select(0, (capacity - 1).view(1))
+        return scores.detach().gather(0, last).squeeze(0).double()
 
     def notice(self, seen: RouterSums) -> None:
         assert seen.seen is not None
