@@ -100,6 +100,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The baselines and the stratified models of Xu et al. 2023.
     "moe_transformer": _M4 | _GSHARD,
     "moe_transformer_tiny": _SMALL | _GSHARD,
+    # XMoE's experts with the routers of others, for the FLOPs of GShard's top 2 of experts of twice the size.
+    "moe_transformer_topany": {"moe_router": "topany", "moe_any_experts": 4.0},
+    "moe_transformer_relu": {"moe_router": "relu", "moe_top_k": 4},
+    "moe_transformer_null": {"moe_router": "null", "moe_top_k": 8},
+    "moe_transformer_lossfree": {"moe_router": "lossfree", "moe_top_k": 4},
+    "moe_transformer_expert_threshold": {"moe_router": "expert_threshold", "moe_top_k": 4},
     "smoe_transformer": _M4 | _GSHARD | {"moe_strata": "4-4"},
     "smoe_transformer_tiny": _SMALL | _GSHARD | {"moe_strata": "2-2-2-2"},
     **_baselines("m4", _M4),

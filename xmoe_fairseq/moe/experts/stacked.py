@@ -116,6 +116,8 @@ class StackedExperts(ExpertSet):
 
     # The dataclass of the kind's options.
     Options: ClassVar[type[ExpertOptions]] = ExpertOptions
+    # The paper in a line: name, authors, year, arXiv number.
+    paper: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -278,6 +280,7 @@ class Experts(StackedExperts):
     """E feed-forward networks ``W2_e^T act(W1_e x + b1_e) + b2_e``; the arguments are those of `StackedExperts`."""
 
     network = staticmethod(feed_forward)
+    paper = "MoE: Shazeer et al. 2017, arXiv 1701.06538; GShard: Lepikhin et al. 2021, arXiv 2006.16668"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
