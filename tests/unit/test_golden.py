@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_golden import check_prune, check_selection, check_sparsify
+from helpers_golden_experts import check_mhmoe, check_mpoe, check_scmoe
 from helpers_upcycle import check_pesc, check_upcycle
 
 from xmoe_fairseq.moe import (
@@ -232,6 +233,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "smoe_block": check_smoe_block,
     "upcycle": check_upcycle,
     "pesc": check_pesc,
+    "scmoe": check_scmoe,
+    "mhmoe": check_mhmoe,
+    "mpoe": check_mpoe,
 }
 RELEASED = "_released"
 

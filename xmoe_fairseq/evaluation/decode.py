@@ -22,6 +22,7 @@ from ..moe.flops import count_parameters
 from ..results.decoding import Decoding, ModelSize, Translated
 from ..results.usage import LayerUsage
 from ..subword import SentencepieceBytes
+from ..tasks.contrast import contrast_settings
 from ..tasks.multilingual import MultilingualTask
 from .model_costs import measured, model_flops
 from .routing_usage import accumulate, make_batches, routings
@@ -92,6 +93,8 @@ class Translator:
         cfg = copy.deepcopy(self.cfg.task)
         with open_dict(cfg):
             cfg.source_lang, cfg.target_lang = source, target
+            for name, value in contrast_settings(self.decoding.contrast).items():
+                cfg[name] = value
         task = tasks.setup_task(cfg)
         task.data_manager.lines_of = {self.decoding.subset: self.decoding.lines}
         task.load_dataset(self.decoding.subset)

@@ -68,6 +68,8 @@ def _experts(cfg: Any) -> Iterator[str]:
     experts, sizes = expert_class(cfg).label(expert_options(cfg)), expert_sizes(cfg, "encoder")
     size = f"sizes {show_sizes(sizes)}" if sizes else f"size {hidden_size(cfg, 'encoder')}"
     yield f"{family}: {number} {experts} of hidden {size}, {taken}"
+    if cfg.moe_heads > 1:
+        yield f"{cfg.moe_heads} heads"
     if cfg.moe_stack > 1:
         yield f"{cfg.moe_stack} stacked"
     if str(cfg.moe_regularizer) != "none":

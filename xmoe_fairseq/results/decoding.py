@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .usage import LayerUsage
 
@@ -22,6 +23,7 @@ class Decoding:
         max_tokens: in a batch.
         moe_threshold: instead of the one trained with; None to keep that.
         fp16: with half precision.
+        contrast: the options ``--contrast-*`` by name, all of them; None to decode as usual.
     """
 
     subset: str = "test"
@@ -32,6 +34,7 @@ class Decoding:
     max_tokens: int = 6000
     moe_threshold: float | None = None
     fp16: bool = False
+    contrast: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
