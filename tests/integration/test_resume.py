@@ -48,10 +48,6 @@ def kill_and_resume(data: Path, folder: Path, kills: int) -> int:
     raise AssertionError("the runs end before they are killed")
 
 
-def test_killed_training_ends_with_the_same_parameters(toy_data: Path, tmp_path: Path) -> None:
-    assert kill_and_resume(toy_data, tmp_path, 6) >= 2
-
-
 @pytest.mark.slow
 def test_training_killed_twenty_times_ends_with_the_same_parameters(toy_data: Path, tmp_path: Path) -> None:
     assert kill_and_resume(toy_data, tmp_path, 20) >= 6

@@ -76,7 +76,8 @@ def logits(trained: TrainedModel, sample: dict[str, Any]) -> tuple[Tensor, Tenso
 
 
 def assert_dense_at_1(checkpoint: Path, sparse: Path, data: Path) -> None:
-    old, new = TrainedModel.load(checkpoint, data), TrainedModel.load(sparse, data, {"moe_threshold": 1.0})
+    old, new = TrainedModel.load(checkpoint, data), TrainedModel.load(sparse, data)
+    new.set_threshold(1.0)
     for sample in batches(old.task, "test"):
         real = sample["net_input"]["prev_output_tokens"].ne(1)
         for one, other in zip(logits(old, sample), logits(new, sample), strict=True):

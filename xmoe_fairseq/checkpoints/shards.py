@@ -112,7 +112,7 @@ def expert_places(state: dict[str, Any]) -> list[Place]:
 
 
 def optimizer_names(state: dict[str, Any]) -> dict[int, str]:
-    """Finds the parameter of each number in the optimizer's state; none where it is one flat vector.
+    """Finds the parameter of each number in the optimizer's state; none if it is one flat vector.
 
     torch numbers the parameters in the order of the model's, where buffers and the second names of tied
     parameters stand between them: those are recognised by their shapes.
@@ -145,7 +145,7 @@ def split(state: dict[str, Any], shards: int, name: str, source: str) -> Iterato
 
     Args:
         state: a whole checkpoint, which is changed.
-        shards: K; where it does not divide the experts, the first blocks have one more.
+        shards: K; if it does not divide the experts, the first blocks have one more.
         name: ``NAME.pt``.
         source: the checkpoint's `fingerprint`.
 

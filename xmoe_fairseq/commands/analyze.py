@@ -17,8 +17,9 @@ from ..common.command_line import CommandParser, bounded, comma_list, file_path
 from ..common.outputs import check_writable
 from ..common.schema import json_text
 from ..errors import UserError, printable
-from ..evaluation.direction_dataset import directions, load, origin, read
-from ..evaluation.routing_counts import Counts, collect, places, total_sentences
+from ..evaluation.direction_dataset import directions, origin, read, total_sentences
+from ..evaluation.routing_counts import Counts, count, places
+from ..evaluation.trained_model import TrainedModel
 from ..models.routing_recorder import INPUTS
 from ..render.analysis_folder import Analysis, analysis, write
 
@@ -64,13 +65,13 @@ def _analyze(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # fairseq's, not the user's
     start = time.monotonic()
     chosen = directions(args.checkpoint, args.data, args.split, args.pairs)
-    trained = load(args.checkpoint, args.data, chosen.pairs if chosen else ())
+    trained = TrainedModel.load(args.checkpoint, args.data, chosen.pairs if chosen else ())
     model, task = trained.model, trained.task
     if not places(model):
         raise UserError(f"the model of {args.checkpoint} is dense: there are no experts to analyse")
     texts = read(task, model, args.split, args.max_sentences, args.max_tokens)
     with tqdm(total=total_sentences(texts), desc="analyse", unit="sentence", disable=args.quiet) as progress:
-        counts = collect(model, texts, task.source_dictionary.pad(), progress)
+        counts = count(model, texts, task.source_dictionary.pad(), progress)
     counts.untrained = chosen.untrained if chosen else ()
     found = analysis(counts, _words(model, counts), args.min_count, args.tokens)
     about = {

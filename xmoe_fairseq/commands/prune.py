@@ -18,7 +18,7 @@ from ..common.schema import json_text
 from ..conversion import importance, pruning
 from ..conversion.outputs import RECORD, record_path
 from ..errors import UserError, printable
-from ..evaluation.routing_counts import total_sentences
+from ..evaluation.direction_dataset import total_sentences
 from ..render.tables import markdown, percent
 
 _EPILOG = """\

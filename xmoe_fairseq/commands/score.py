@@ -18,8 +18,9 @@ from ..common.outputs import check_writable
 from ..common.run_folder import default_out, generated_folder, scores_folder, seek_checkpoint
 from ..common.schema import json_text
 from ..errors import UserError, printable
+from ..evaluation.direction_scorer import read_benchmark
 from ..evaluation.model_directions import subset_name
-from ..evaluation.score_job import ScoreJob, read_benchmark
+from ..evaluation.score_job import ScoreJob
 from ..metrics.corpus import METRICS
 from ..render.score_tables import PAGES, render_markdown
 from ..results.decoding import Decoding
@@ -32,7 +33,7 @@ given, only tells what the model costs.
 
 Written to --out, and to standard output: scores.json, scores.md, scores.tsv; and for each direction a folder with
 the translations (hyp.TGT), references and sources as plain text. Run again, finished directions are skipped. BLEU's
-tokenizer follows the language (13a, but zh, ja-mecab, ko-mecab or char where words are not spaced); spbleu is BLEU on
+tokenizer follows the language (13a, but zh, ja-mecab, ko-mecab or char if words are not spaced); spbleu is BLEU on
 the pieces of flores200.
 
 examples:

@@ -25,8 +25,8 @@ from ..conversion.dense import Dense, read_dense, with_experts
 from ..conversion.inputs import layer_inputs, texts_of
 from ..conversion.outputs import RECORD, record_path
 from ..errors import UserError, printable
-from ..evaluation.direction_dataset import directions, load
-from ..evaluation.routing_counts import total_sentences
+from ..evaluation.direction_dataset import directions, total_sentences
+from ..evaluation.trained_model import TrainedModel
 from ..models.routing_recorder import INPUTS, stack_of
 from ..render.tables import markdown, number, percent
 
@@ -213,7 +213,7 @@ def _options(args: argparse.Namespace, experts: int) -> dict[str, Any]:
 def _inputs(args: argparse.Namespace, dense: Dense, layers: Sequence[str]) -> dict[str, Tensor]:
     """Reads text with the dense model and collects what enters its feed-forward networks."""
     chosen = directions(args.checkpoint, args.data, args.subset, args.pairs)
-    trained = load(args.checkpoint, args.data, chosen.pairs if chosen else ())
+    trained = TrainedModel.load(args.checkpoint, args.data, chosen.pairs if chosen else ())
     texts = texts_of(trained.task, trained.model, args.subset, args.tokens, args.max_tokens)
     modules = {layer: trained.model.get_submodule(f"{dense.networks[layer]}fc1") for layer in layers}
     padding = trained.task.source_dictionary.pad()

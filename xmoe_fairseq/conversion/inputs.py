@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.direction_dataset import DirectionDataset, read, read_through
-from ..models.routing_recorder import INPUTS, stack_of
+from ..evaluation.direction_dataset import DirectionDataset, collect, read
+from ..models.routing_recorder import INPUTS, run_forced, stack_of
 
 
 def texts_of(task: Any, model: Any, subset: str, tokens: int, max_tokens: int | None) -> list[DirectionDataset]:
@@ -93,7 +93,7 @@ def _watched(
         for name, module in modules.items():
             handle = module.register_forward_pre_hook(partial(take, name))
             hooks.callback(handle.remove)
-        for _, batch in read_through(model, texts, progress):
+        for _, batch, _ in collect(model, texts, run_forced, progress):
             yield batch
 
 

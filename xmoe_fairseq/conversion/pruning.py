@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from ..checkpoints import options, reading, shards
 from ..errors import UserError
-from ..evaluation.direction_dataset import DirectionDataset, directions, load, read
-from ..evaluation.routing_counts import total_sentences
+from ..evaluation.direction_dataset import DirectionDataset, directions, read, total_sentences
 from ..evaluation.trained_model import TrainedModel
 from ..models.config import expert_class
 from ..moe import Router, StackedExperts, TopKRouter
@@ -93,7 +92,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
         raise UserError("--select global does not work with strata or stacked layers: use --select layer")
     pairs = [] if args.pairs == ["all"] else args.pairs
     chosen = directions(args.checkpoint, args.data, args.subset, pairs)
-    trained = load(args.checkpoint, args.data, chosen.pairs if chosen else ())
+    trained = TrainedModel.load(args.checkpoint, args.data, chosen.pairs if chosen else ())
     _check_routers(trained, args.method)
     sites = [_site(trained.model, site) for site in expert_sites(trained.model)]
     texts = read(trained.task, trained.model, args.subset, args.lines, args.max_tokens)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -24,8 +25,9 @@ from ..results.usage import LayerUsage
 from ..subword import SentencepieceBytes
 from ..tasks.contrast import contrast_settings
 from ..tasks.multilingual import MultilingualTask
+from .direction_dataset import cut
 from .model_costs import measured, model_flops
-from .routing_usage import accumulate, make_batches, routings
+from .routing_usage import usage_of
 from .trained_model import TrainedModel
 
 
@@ -82,11 +84,11 @@ class Translator:
         """
         task = self._load(source, target)
         hypotheses, seconds, too_long = self._search(task)
-        return Translated(hypotheses, seconds, too_long, self._usage(task))
+        return Translated(hypotheses, seconds, too_long, self._usage(task, source, target))
 
     def usage(self, source: str, target: str) -> list[LayerUsage]:
         """Measures the use of experts on one direction, references as decoder inputs."""
-        return self._usage(self._load(source, target))
+        return self._usage(self._load(source, target), source, target)
 
     def _load(self, source: str, target: str) -> Any:
         """Returns the task of one direction with its data."""
@@ -101,9 +103,17 @@ class Translator:
         return task
 
     def _batches(self, task: Any) -> Any:
-        batches = make_batches(task, self.model, self.decoding.subset, self.decoding.max_tokens)
+        """Cuts the set into batches, without the sentences too long for the model, whose number fairseq logs."""
+        subset, most = self.decoding.subset, self.decoding.max_tokens
+        with enough_tokens(most):
+            batches = task.get_batch_iterator(
+                dataset=task.dataset(subset),
+                max_tokens=most,
+                max_positions=utils.resolve_max_positions(task.max_positions(), self.model.max_positions()),
+                ignore_invalid_inputs=True,
+            ).next_epoch_itr(shuffle=False)
         if len(batches) == 0:
-            raise UserError(f"no usable sentence in {self.decoding.subset} of {self.cfg.task.data}: all are too long")
+            raise UserError(f"no usable sentence in {subset} of {self.cfg.task.data}: all are too long")
         return batches
 
     def _search(self, task: Any) -> tuple[list[str], float, int]:
@@ -122,8 +132,9 @@ class Translator:
                 hypotheses[number] = self.bpe.decode(pieces)
         return [text or "" for text in hypotheses], seconds, hypotheses.count(None)
 
-    def _usage(self, task: Any) -> list[LayerUsage]:
-        return accumulate(routings(self.model, self._batches(task)))
+    def _usage(self, task: Any, source: str, target: str) -> list[LayerUsage]:
+        subset, most = self.decoding.subset, self.decoding.max_tokens
+        return usage_of(self.model, [cut(task.dataset(subset), task, self.model, subset, (source, target), 0, most)])
 
     def size(self, usage: Sequence[LayerUsage]) -> ModelSize:
         """Counts parameters and FLOPs, for the experts that tokens took.
@@ -143,3 +154,20 @@ class Translator:
             experts_per_token=received / tokens if tokens else 0.0,
             computation_saved=1 - received / pairs if pairs else None,
         )
+
+
+@contextmanager
+def enough_tokens(max_tokens: int) -> Iterator[None]:
+    """Says in one line that fairseq cannot cut batches of so few tokens.
+
+    Raises:
+        UserError: a sentence has more.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        if "max_tokens" not in str(error):
+            raise
+        raise UserError(
+            f"--max-tokens {max_tokens} is refused: a sentence has more tokens, give a larger one"
+        ) from error

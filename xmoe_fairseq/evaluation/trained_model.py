@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,25 +32,26 @@ class TrainedModel:
     task: Any
 
     @classmethod
-    def load(
-        cls, checkpoint: Path, data: Path, overrides: Mapping[str, Any] | None = None, fp16: bool = False
-    ) -> TrainedModel:
+    def load(cls, checkpoint: Path, data: Path, pairs: Sequence[str] = (), fp16: bool = False) -> TrainedModel:
         """Loads a model and its task; files are checked first.
 
         Args:
             checkpoint: as written by ``fairseq-train``.
             data: the folder made by ``xmoe prepare``, or its ``bin``.
-            overrides: options of the checkpoint's task or model that are not to be as in training.
+            pairs: directions, such as ``en-de``; none for those of the checkpoint's task.
             fp16: computes in half precision.
 
         Raises:
-            UserError: a file is missing or refused.
+            UserError: a file is missing or refused, or the data lack a direction.
         """
         if not checkpoint.is_file():
             raise UserError(f"there is no checkpoint {checkpoint}: check the name")
         if not data.is_dir():
             raise UserError(f"there is no data folder {data}: give the folder made by data_prep/prepare.sh")
-        given = {"data": str(binarised(data)), **(overrides or {})}
+        # Only options that the checkpoint's task has are replaced; --valid-lines is for validation while training.
+        given: dict[str, Any] = {"data": str(binarised(data)), "valid_lines": 0}
+        if pairs:
+            given["lang_pairs"] = ",".join(pairs)
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=given)
         model = models[0].eval()
         if fp16:

@@ -187,7 +187,7 @@ def _renumbered(state_dict: Mapping[str, Tensor], stack: str, kept: Sequence[int
 
 
 def _take_quantized(attention: Any, _: Any) -> None:
-    """torch's attention reads the weights of its projections, which have none to read where they are quantised; fairseq
-    computes it by calling them where it is told not to check dimensions."""
+    """torch's attention reads the weights of its projections, which have none to read if they are quantised; fairseq
+    computes it by calling them if it is told not to check dimensions."""
     if callable(attention.q_proj.weight):
         attention.skip_embed_dim_check = True

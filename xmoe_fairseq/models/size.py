@@ -59,7 +59,7 @@ def least_parameters(cfg: Namespace, entries: int, group: ExpertGroup | None) ->
 
 
 def _memory() -> int:
-    """Bytes of main memory, where the system says it."""
+    """Bytes of main memory, if the system says it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

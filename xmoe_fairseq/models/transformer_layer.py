@@ -121,7 +121,7 @@ class MoEFeedForwardMixin:
     def make_generation_fast_(
         self, retain_dropout: bool = False, retain_dropout_modules: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        """Keeps dropout inside the experts where ``--retain-dropout`` keeps that of this kind of layer."""
+        """Keeps dropout inside the experts if ``--retain-dropout`` keeps that of this kind of layer."""
         if hasattr(super(), "make_generation_fast_"):
             super().make_generation_fast_(**kwargs)
         kept = retain_dropout and (

@@ -45,7 +45,7 @@ def count_updates(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Stock, where a file has no optimizer's state, makes all updates again, in the middle of the data."""
+    """Stock, if a file has no optimizer's state, makes all updates again, in the middle of the data."""
     extra_state = stock(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
     last = trainer._optim_history[-1] if extra_state and trainer._optim_history else {}
     updates = last.get("num_updates", 0)

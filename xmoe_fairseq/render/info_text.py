@@ -43,7 +43,7 @@ class Info:
         layers: one a set of experts; none for a dense model.
         assumption: where ``layers[i].taken`` is from.
         flops: see `Flops`.
-        flops_range: their total where tokens take the fewest and the most experts.
+        flops_range: their total if tokens take the fewest and the most experts.
     """
 
     arch: str
