@@ -100,8 +100,8 @@ def check(cfg: Namespace) -> None:
     _check_router(cfg, cfg.moe_num_experts, f"--moe-num-experts {cfg.moe_num_experts}")
     _check_layer_experts(cfg)
     _check_experts(cfg)
-    _check_strata(cfg)
     _check_heads(cfg)
+    _check_strata(cfg)
     if cfg.moe_regularizer == "cmr" and (cfg.encoder_layerdrop or cfg.decoder_layerdrop):
         raise ValueError("--moe-regularizer cmr does not work with LayerDrop: its budget counts all layers' gates")
     for name in ("quant_noise_pq", "quant_noise_scalar", "base_layers"):

@@ -96,7 +96,8 @@ def _canonical(matrix: Tensor, rows: Sequence[int], columns: Sequence[int]) -> t
         bond = q.shape[1]
     tensors.append(rest.reshape(bond, rows[-1], columns[-1], 1))
     # The tensors left of a bond are orthonormal: what is right of it, in triangular form, has the singular values.
-    right, values = matrix.new_ones(1, 1, dtype=torch.float64), []
+    right = matrix.new_ones(1, 1, dtype=torch.float64)
+    values: list[Tensor] = []
     gauges: list[tuple[Tensor, Tensor]] = []
     for tensor in reversed(tensors[1:]):
         lower = torch.linalg.qr((tensor @ right).reshape(len(tensor), -1).t()).R.t()
@@ -205,9 +206,9 @@ class MPOExperts(Experts):
         self.masked = random.Random(f"{self.seed} {updates}").random() < self.options.mpo_mask
 
     def built(self) -> dict[str, Tensor]:
-        parts = {name: self.get_parameter(name) for name in ("fc1_bias", "fc2_bias")}
+        parts: dict[str, Tensor] = {name: self.get_parameter(name) for name in ("fc1_bias", "fc2_bias")}
         for name in _MATRICES:
-            central = self.get_parameter(f"{name}_central")
+            central: Tensor = self.get_parameter(f"{name}_central")
             if self.masked:
                 central = central.detach() + 0 * central  # a gradient of zeros, which data parallelism waits for
             own = [self.get_parameter(f"{name}_tensor_{k}") for k in range(_PLACES) if k != _CENTRAL]
