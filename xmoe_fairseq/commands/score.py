@@ -42,7 +42,7 @@ examples:
   xmoe score runs/demo4 --data data/demo4 --json
 """
 # The options of translating, by their names in `Decoding`.
-_TRANSLATING = ("beam", "lenpen", "max_len_b", "max_tokens", "moe_threshold", "fp16", "lines", "subset")
+_TRANSLATING = ("beam", "lenpen", "max_len_b", "max_tokens", "moe_threshold", "moe_shift", "fp16", "lines", "subset")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -97,6 +97,12 @@ def _parser() -> CommandParser:
         help="another threshold than the model was trained with",
     )
     gen_parser_from_dataclass(parser, ContrastConfig(), delete_default=True)
+    parser.add_argument(
+        "--moe-shift",
+        type=bounded(float, -1000, 1000),
+        metavar="X",
+        help="another --moe-shift than the model was trained with",
+    )
     add_output_options(parser)
     return parser
 

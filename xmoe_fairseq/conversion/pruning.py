@@ -17,7 +17,7 @@ from ..checkpoints import options, reading, shards
 from ..errors import UserError
 from ..evaluation.direction_dataset import DirectionDataset, directions, read, total_sentences
 from ..evaluation.trained_model import TrainedModel
-from ..models.config import expert_class
+from ..models.config import PREFIX, expert_class, router_class, router_options
 from ..moe import Router, StackedExperts, TopKRouter
 from ..moe.flops import ExpertSite, expert_sites
 from ..moe.routing.base import LinearRouter, ProbabilityRouter
@@ -104,6 +104,12 @@ def _check_routers(trained: TrainedModel, method: str) -> None:
     name = trained.model.cfg.moe_router
     if not all(isinstance(router, LinearRouter) for router in routers):
         raise UserError(f"{trained.checkpoint} cannot be pruned: its router {name} has no scores of experts to cut")
+    cfg = trained.model.cfg
+    if cfg.moe_strata and getattr(cfg, "moe_null_experts", 0) < 0 and name == "null":
+        raise UserError(
+            f"{trained.checkpoint} cannot be pruned: by --moe-null-experts -1 each stratum has null experts of its "
+            "own, which no option of a smaller model can express"
+        )
     probable = all(isinstance(router, ProbabilityRouter) for router in routers)
     if method in ("importance", "merge") and not probable:
         raise UserError(f"--method {method} needs probabilities, which the router {name} does not have: use activity")
@@ -115,7 +121,13 @@ def _site(model: Any, site: ExpertSite) -> Site:
     found = _LAYER.match(f"{site.name}.")
     assert found is not None, site.name
     module = model.get_submodule(site.name)
-    return Site(site.name, f"{found[1]}.{int(found[2]) + 1}", site.num_experts, getattr(module, "sizes", ()))
+    return Site(
+        site.name,
+        f"{found[1]}.{int(found[2]) + 1}",
+        site.num_experts,
+        getattr(module, "sizes", ()),
+        router_class(model.cfg).kept_whole,
+    )
 
 
 def select(args: argparse.Namespace, subject: Subject, measured: Tallies, chosen: Sequence[int]) -> Pruned:
@@ -247,6 +259,9 @@ def _options(subject: Subject, pruned: Pruned) -> dict[str, Any]:
             "--ratio 1"
         )
     changed: dict[str, Any] = {"moe_num_experts": most, "moe_layer_experts": "" if equal else listed}
+    cfg = subject.trained.model.cfg
+    for name, value in router_class(cfg).after_pruning(router_options(cfg), cfg.moe_num_experts).items():
+        changed[PREFIX + name] = value
     if sizes:
         changed["moe_strata"] = "-".join(map(str, importance.stratum_numbers(sizes, most)))
     return changed

@@ -55,25 +55,28 @@ class Translator:
         self.search = GenerationConfig(beam=decoding.beam, lenpen=decoding.lenpen, max_len_b=decoding.max_len_b)
         self.model.prepare_for_inference_(SimpleNamespace(generation=self.search))
         self.decoding = decoding
-        self.at(decoding.moe_threshold)
+        self.at(decoding.moe_threshold, decoding.moe_shift)
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.trained.device
 
-    def at(self, threshold: float | None) -> Translator:
-        """Translates with another threshold from now on.
+    def at(self, threshold: float | None, shift: float | None = None) -> Translator:
+        """Translates with another threshold, or shift, from now on.
 
         Args:
             threshold: of the routers; None leaves it as it is.
+            shift: of the routers; None leaves it as it is.
 
         Raises:
             UserError: the model has none.
         """
         if threshold is not None:
             self.trained.set_threshold(threshold)
-        self.decoding = replace(self.decoding, moe_threshold=threshold)
+        if shift is not None:
+            self.trained.turn("shift", shift)
+        self.decoding = replace(self.decoding, moe_threshold=threshold, moe_shift=shift)
         return self
 
     def translate(self, source: str, target: str) -> Translated:

@@ -93,7 +93,7 @@ class ScoreJob:
 
     def take(self, translator: Translator | None) -> None:
         """Translates with the model of another job, whose decoding differs in the threshold at most."""
-        self._translator = translator and translator.at(self.decoding.moe_threshold)
+        self._translator = translator and translator.at(self.decoding.moe_threshold, self.decoding.moe_shift)
 
     def run(self, out: Path, bar: tqdm, pages: Mapping[str, Callable[[SystemScores], str]]) -> SystemScores:
         """Translates what is not finished, scores everything and writes it to ``out``.

@@ -11,7 +11,7 @@ import torch
 from fairseq import checkpoint_utils
 
 from ..errors import UserError
-from ..moe import Router
+from ..moe import ROUTERS, Router
 from ..moe.flops import expert_sites
 
 
@@ -65,30 +65,42 @@ class TrainedModel:
         return device
 
     def set_threshold(self, threshold: float) -> None:
-        """Gives all threshold routers another threshold.
+        """Gives all threshold routers another threshold; see `turn`."""
+        self.turn("threshold", threshold)
+
+    def turn(self, dial: str, value: float) -> None:
+        """Gives all routers another value of the option that trades quality for computation.
+
+        Args:
+            dial: ``threshold`` or ``shift``, of `Router.dial`.
+            value: of it.
 
         Raises:
-            UserError: the model has none, or the threshold is not in [0, 1].
+            UserError: the model has no such option, or the value is out of range.
         """
         routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        turned = [router for router in routers if router.dial == "threshold"]
+        turned = [router for router in routers if router.dial == dial]
         if not turned:
+            known = " or ".join(name for name, router in ROUTERS.items() if router.dial == dial)
             raise UserError(
-                f"{self.checkpoint} has no threshold to choose: {self._instead()}; use a model with --moe-router "
-                "threshold"
+                f"{self.checkpoint} has no {dial} to choose: {self._instead(routers)}; use a model with --moe-router "
+                f"{known}"
             )
         for router in turned:
             try:
-                router.turn(threshold)
+                router.turn(value)
             except ValueError as error:
                 raise UserError(str(error)) from error
 
-    def _instead(self) -> str:
+    def _instead(self, routers: Sequence[Router]) -> str:
         if not expert_sites(self.model):
             return "it is dense, without experts"
-        return (
-            f"its router is {self.model.cfg.moe_router}, which gives every token the experts that it was trained with"
-        )
+        kind = f"its router is {self.model.cfg.moe_router}, which"
+        if routers and routers[0].dial:
+            return (
+                f"{kind} has a {routers[0].dial} (xmoe sweep --{routers[0].dial}s, xmoe score --moe-{routers[0].dial})"
+            )
+        return f"{kind} gives every token the experts that it was trained with"
 
 
 def binarised(data: Path) -> Path:

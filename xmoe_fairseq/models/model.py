@@ -16,7 +16,7 @@ from ..distributed.gradients import is_expert
 from ..distributed.groups import parallel_groups
 from ..errors import UserError
 from ..moe import ExpertGroup, Router, StackedExperts
-from .config import kept_layers, placed, resolve, transformer_config
+from .config import kept_layers, placed, resolve, router_class, transformer_config
 from .config_checks import check
 from .encoder_decoder import MoETransformerDecoder, MoETransformerEncoder
 from .size import check_memory
@@ -73,6 +73,7 @@ class MoETransformerModel(TransformerModelBase):
             nested.parallel_groups = groups  # fairseq hands the configuration on to each layer, and nothing else
             model = super().build_model(nested, task)
             model.parallel_groups = groups
+            router_class(resolved).join([module for module in model.modules() if isinstance(module, Router)])
             if resolved.moe_train_only == "experts":
                 _train_only_experts(model)
             for module in model.modules():

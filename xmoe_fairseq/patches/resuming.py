@@ -16,6 +16,7 @@ from fairseq.trainer import Trainer
 
 from ..checkpoints import loading, reading, saving, selection
 from ..common import guard, locks
+from ..criterions.routers import check_routers
 from ..criterions.softmax import check_softmax
 from ..distributed import checkpoint_experts, launch
 from ..errors import UserError
@@ -117,6 +118,7 @@ def load_checkpoint(stock: Any, cfg: Any, trainer: Any, *args: Any, **kwargs: An
     if not isinstance(trainer, Trainer):  # of another program, with options of its own
         return stock(cfg, trainer, *args, **kwargs)
     check_softmax(trainer.cfg, trainer.get_model())
+    check_routers(trainer.cfg, trainer.get_model())
     launch.check(trainer.cfg, trainer.cuda)
     launch.check_files(trainer.cfg)
     if trainer.data_parallel_rank == 0 and not cfg.no_save:

@@ -22,6 +22,7 @@ class Decoding:
             the longest one of the batch.
         max_tokens: in a batch.
         moe_threshold: instead of the one trained with; None to keep that.
+        moe_shift: as ``moe_threshold``, for routers with a shift.
         fp16: with half precision.
         contrast: the options ``--contrast-*`` by name, all of them; None to decode as usual.
     """
@@ -33,6 +34,7 @@ class Decoding:
     max_len_b: int = 200
     max_tokens: int = 6000
     moe_threshold: float | None = None
+    moe_shift: float | None = None
     fp16: bool = False
     contrast: Mapping[str, Any] | None = None
 
