@@ -14,7 +14,7 @@ import torch
 from fairseq import tasks
 from fairseq.sequence_generator import EnsembleModel
 from helpers import Built, batches, build
-from helpers_decoding import generate, learn, write_checkpoint
+from helpers_decoding import generate, interactive, learn, write_checkpoint
 from helpers_golden_experts import dense_weights
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -189,35 +189,59 @@ def test_flops_are_one_encoder_and_two_decoders(built: Built) -> None:
     assert weak_decoder < decoder  # one expert instead of several
 
 
-def decode(data: Path, path: Path, *words: str) -> dict[int, list[str]]:
-    found = generate(data, path, "--decoder-langtok", "--beam", "1", *words)
-    return {number: one.texts for number, one in found.items()}
+def translations(
+    built: Built, size: int = 20, beam: int = 1, prefix: int = 0, sampling: bool = False, **contrast: Any
+) -> dict[int, list[list[int]]]:
+    """Translates the test set in batches of a size: the tokens of all hypotheses of each sentence."""
+    task = task_of(built, **contrast)
+    task.load_dataset("test")
+    dataset, found = task.dataset("test"), {}
+    search = Namespace(beam=beam, max_len_a=0, max_len_b=9, sampling=sampling)
+    generator = task.build_generator([built.model], search)
+    for start in range(0, len(dataset), size):
+        sample = dataset.collater([dataset[i] for i in range(start, min(start + size, len(dataset)))])
+        forced = sample["target"][:, :prefix] if prefix else None
+        hypotheses = task.inference_step(generator, [built.model], sample, prefix_tokens=forced)
+        for number, one in zip(sample["id"].tolist(), hypotheses, strict=True):
+            found[number] = [hypothesis["tokens"].tolist() for hypothesis in one]
+    return found
 
 
-CONTRASTS = [
-    ("--contrast-with", "routing"),
-    ("--contrast-with", "routing", "--contrast-routing", "rank-2", "--contrast-stack", "both"),
-    ("--contrast-with", "source"),
-    ("--contrast-with", "language", "--contrast-language", "yy"),
+CONTRASTS: list[dict[str, Any]] = [
+    {"with": "routing"},
+    {"with": "routing", "routing": "rank-2", "stack": "both"},
+    {"with": "source"},
+    {"with": "language", "language": "yy"},
 ]
 
 
-@pytest.mark.parametrize("words", CONTRASTS)
-def test_translations_depend_on_their_sentence_alone(toy_data: Path, path: Path, words: tuple[str, ...]) -> None:
-    given = ("--contrast-beta", "0.7", *words)
-    together = decode(toy_data, path, *given)
-    assert together == decode(toy_data, path, *given, "--batch-size", "3")
-    assert together != decode(toy_data, path)
-    wide = decode(toy_data, path, *given, "--beam", "5", "--nbest", "5", "--prefix-size", "2")
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_translations_depend_on_their_sentence_alone(built: Built, contrast: dict[str, Any]) -> None:
+    together = translations(built, beta=0.7, **contrast)
+    assert together == translations(built, 3, beta=0.7, **contrast)
+    assert together != translations(built)
+    wide = translations(built, beam=5, prefix=2, beta=0.7, **contrast)
     assert all(len(one) == 5 for one in wide.values())
+    # The language's token, and the first of the reference, are given.
+    assert all(len({tuple(tokens[:2]) for tokens in one}) == 1 for one in wide.values())
 
 
-def test_alpha_of_1_is_the_strong_models_choice(toy_data: Path, path: Path) -> None:
+def test_alpha_of_1_is_the_strong_models_choice(built: Built) -> None:
     """Invariant 2; and every beam ends, though a single token is valid in each step."""
-    alone = ("--contrast-beta", "0.9", "--contrast-alpha", "1")
-    assert decode(toy_data, path, *alone) == decode(toy_data, path)
-    assert all(len(one) == 5 for one in decode(toy_data, path, *alone, "--beam", "5", "--nbest", "5").values())
-    decode(toy_data, path, *alone, "--sampling")
+    assert translations(built, beta=0.9, alpha=1.0) == translations(built)
+    assert all(len(one) == 5 for one in translations(built, beam=5, beta=0.9, alpha=1.0).values())
+    assert all(translations(built, sampling=True, beta=0.9, alpha=1.0).values())
+
+
+def test_commands_take_the_options(
+    toy_data: Path, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence alone is translated as in a test set, for another sentence comes from the development set."""
+    words = ("--decoder-langtok", "--beam", "1", "--contrast-beta", "0.7", "--contrast-with", "source")
+    generated = generate(toy_data, path, *words)
+    (tmp_path / "typed").write_text(generated[0].lines["S"][0].partition(" ")[2] + "\n")
+    typed = interactive(capsys, toy_data, path, tmp_path / "typed", *words)
+    assert typed[0].texts == generated[0].texts
 
 
 def test_other_sentences_follow_the_seed(built: Built) -> None:
