@@ -50,8 +50,8 @@ def catalogue() -> dict[str, str]:
         for name, kind in kinds.items():
             sentence = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
             lines[f"{flag} {name}"] = f"{sentence.rstrip('.').replace('`', '')}; {kind.paper}"
-    lines["--moe-expert-sizes"] = f"Experts of different hidden sizes; {SizedExperts.paper}"
-    lines["--moe-heads"] = f"Parts of a token that are routed on their own; {MultiHeadMoE.paper}"
+    lines["--moe-expert-sizes hybrid"] = f"Experts of different hidden sizes; {SizedExperts.paper}"
+    lines["--moe-heads 2"] = f"Parts of a token that are routed on their own; {MultiHeadMoE.paper}"
     return lines
 
 
