@@ -388,6 +388,8 @@ def test_options_are_declared_by_the_kinds() -> None:
         "adapter_dim",
         "adapter_scale",
         "adapter_dropout",
+        "mpo_bond",
+        "mpo_mask",
     ]
     assert not names.keys() & declared(router.Options for router in ROUTERS.values()).keys()
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_golden import check_prune, check_selection, check_sparsify
+from helpers_golden_experts import check_mhmoe, check_mpoe, check_scmoe
 from helpers_neighbours import check_dynmoe, check_expert_threshold, check_lossfree, check_null, check_relu
 from helpers_upcycle import check_pesc, check_upcycle
 
@@ -224,6 +225,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "smoe_block": check_smoe_block,
     "upcycle": check_upcycle,
     "pesc": check_pesc,
+    "scmoe": check_scmoe,
+    "mhmoe": check_mhmoe,
+    "mpoe": check_mpoe,
     "dynmoe": check_dynmoe,
     "relu": check_relu,
     "null": check_null,

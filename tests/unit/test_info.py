@@ -295,7 +295,8 @@ def test_every_architecture_is_listed_with_a_line(capsys: pytest.CaptureFixture[
     for name, kind in (*ROUTERS.items(), *EXPERTS.items()):
         assert kind.paper, name  # each says where it is from
     others = [" ".join(line.split()[:2]) for line in lines[count:]]
-    assert others == [*(f"--moe-router {name}" for name in ROUTERS), *(f"--moe-expert {name}" for name in EXPERTS)]
+    kinds = [*(f"--moe-router {name}" for name in ROUTERS), *(f"--moe-expert {name}" for name in EXPERTS)]
+    assert others == [*kinds, "--moe-expert-sizes hybrid", "--moe-heads 2"]
     assert all("arXiv" in line for line in lines)
     assert catalogue()["smoe_transformer"].endswith(
         "SMoE: Xu et al. 2023, arXiv 2305.02176; GShard: Lepikhin et al. 2021, arXiv 2006.16668"

@@ -56,6 +56,7 @@ _NEEDED_OF_EXPERTS: tuple[tuple[str, Any, str], ...] = (
     ("moe_strata", "", "transformers has no strata"),
     ("moe_layer_experts", "", "transformers has equally many experts in all layers"),
     ("moe_stack", 1, "transformers has one MoE layer per place"),
+    ("moe_heads", 1, "transformers routes whole tokens"),
     ("moe_split_ratio", 1, "transformers has experts as large as its feed-forward networks"),
 )
 

@@ -165,7 +165,15 @@ def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, Taken], as
         parameters=count_parameters(model, taken),
         layers=tuple(
             MoELayerInfo(
-                s.name, s.num_experts, s.low, s.high, number_taken(taken[s.name]), dict(Counter(s.experts.sizes))
+                s.name,
+                s.num_experts,
+                s.low,
+                s.high,
+                number_taken(taken[s.name]),
+                dict(Counter(s.experts.sizes)),
+                s.heads,
+                s.experts.dim * s.heads,
+                round(sum(s.experts.flops()) / (2 * s.experts.dim * sum(s.experts.sizes))),
             )
             for s in sites
         ),

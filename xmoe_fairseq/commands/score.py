@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fairseq.dataclass.utils import gen_parser_from_dataclass
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from ..evaluation.score_job import ScoreJob
 from ..metrics.corpus import METRICS
 from ..render.score_tables import PAGES, render_markdown
 from ..results.decoding import Decoding
+from ..tasks.contrast import OPTIONS, ContrastConfig, check_contrast, contrast_settings
 from .language_models import add_cutting_options, check_no_cutting_options, measure_perplexity
 from .text_options import add_text_options
 
@@ -106,6 +108,7 @@ def _parser() -> CommandParser:
         help="another threshold than the model was trained with",
     )
     add_cutting_options(parser)
+    gen_parser_from_dataclass(parser, ContrastConfig(), delete_default=True)
     parser.add_argument(
         "--moe-shift",
         type=bounded(float, -1000, 1000),
@@ -156,7 +159,7 @@ def _job(args: argparse.Namespace) -> tuple[ScoreJob, Path]:
         )
     if args.data is None:
         raise UserError(f"{args.folder} is a run: give --data, the folder whose test sets it translated")
-    given = [name for name in _TRANSLATING if name != "subset" and getattr(args, name) is not None]
+    given = [name for name in (*_TRANSLATING, *OPTIONS) if name != "subset" and getattr(args, name) is not None]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} goes with a data folder: {args.folder} was translated before")
     trained_by = args.checkpoint or seek_checkpoint(args.folder)
@@ -174,4 +177,19 @@ def decoding_options(args: argparse.Namespace, data: Path) -> Decoding:
     benchmark = read_benchmark(data)
     options: dict[str, Any] = {name: getattr(args, name, None) for name in _TRANSLATING}
     given = {name: value for name, value in options.items() if value is not None}
+    given["contrast"] = _contrast({name: getattr(args, name, None) for name in OPTIONS})
     return Decoding(**({"beam": benchmark.beam, "lenpen": benchmark.lenpen} | given))
+
+
+def _contrast(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Checks and completes the options of decoding by contrast; None if it is not wanted.
+
+    Raises:
+        UserError: one is out of range, or given without ``--contrast-beta``.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and "contrast_beta" not in given:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} has no effect without --contrast-beta: give it, too")
+    settings = contrast_settings(given)
+    check_contrast(argparse.Namespace(**settings))
+    return settings if settings["contrast_beta"] else None

@@ -197,6 +197,7 @@ def _options(args: argparse.Namespace, experts: int) -> dict[str, Any]:
         "moe_expert_sizes": "",
         "moe_strata": "",
         "moe_stack": 1,
+        "moe_heads": 1,
         "moe_regularizer": "none",
         "moe_kernel": "auto",
         "moe_expert_parallel": 1,

@@ -89,6 +89,8 @@ def read_state(path: str, select: str) -> dict[str, Any]:
     for name in ("moe_expert_sizes", "encoder_layers_to_keep", "decoder_layers_to_keep"):
         if model.get(name):
             raise UserError(f"{path} cannot be pruned: it has the option --{name.replace('_', '-')} {model[name]}")
+    if model.get("moe_heads", 1) > 1:
+        raise UserError(f"{path} cannot be pruned: it has --moe-heads {model['moe_heads']}, whose parts are no tokens")
     if select == "global" and (model.get("moe_strata") or model.get("moe_stack", 1) > 1):
         raise UserError("--select global does not work with strata or stacked layers: use --select layer")
     return state

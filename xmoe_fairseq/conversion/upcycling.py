@@ -167,7 +167,7 @@ def _check(options: Mapping[str, Any], kind: str) -> None:
     """Refuses what a dense network has no equal of."""
     if options["moe_expert"] not in ("ffn", "adapter"):
         raise UserError(f"--moe-expert {options['moe_expert']}: a dense network becomes experts ffn or adapter only")
-    refused = (("moe_stack", 1), ("moe_expert_sizes", ""), ("moe_layer_experts", ""))
+    refused = (("moe_stack", 1), ("moe_heads", 1), ("moe_expert_sizes", ""), ("moe_layer_experts", ""))
     for name, only in refused:
         if options[name] != only:
             raise UserError(f"--{name.replace('_', '-')} {options[name]} does not work here: leave it out")

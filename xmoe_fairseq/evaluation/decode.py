@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..results.decoding import Decoding, ModelSize, Translated
 from ..results.usage import LayerUsage
 from ..subword import SentencepieceBytes
+from ..tasks.contrast import contrast_settings
 from ..tasks.multilingual import MultilingualTask
 from .direction_dataset import cut
 from .model_costs import model_size
@@ -96,6 +97,8 @@ class Translator:
         cfg = copy.deepcopy(self.cfg.task)
         with open_dict(cfg):
             cfg.source_lang, cfg.target_lang = source, target
+            for name, value in contrast_settings(self.decoding.contrast).items():
+                cfg[name] = value
         task = tasks.setup_task(cfg)
         task.data_manager.lines_of = {self.decoding.subset: self.decoding.lines}
         task.load_dataset(self.decoding.subset)

@@ -67,7 +67,7 @@ def _place(layer: Any, cfg: Any) -> MoELayerSpec:
         name=layer.moe_name,
         experts=sum(site.num_experts for site in sites),
         most=sum(site.high for site in sites),
-        routers=sum(isinstance(module, Router) for module in layer.moe.modules()),
+        routers=cfg.moe_heads * sum(isinstance(module, Router) for module in layer.moe.modules()),
         strata=bool(cfg.moe_strata),
         chooses=any(site.low < site.high for site in sites),
         expert_flops=sum(costs) / len(costs),

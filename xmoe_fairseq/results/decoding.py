@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .usage import LayerUsage
 
@@ -23,6 +24,7 @@ class Decoding:
         moe_threshold: instead of the one trained with; None to keep that.
         moe_shift: as ``moe_threshold``, for routers with a shift.
         fp16: with half precision.
+        contrast: the options ``--contrast-*`` by name, all of them; None to decode as usual.
     """
 
     subset: str = "test"
@@ -34,6 +36,7 @@ class Decoding:
     moe_threshold: float | None = None
     moe_shift: float | None = None
     fp16: bool = False
+    contrast: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

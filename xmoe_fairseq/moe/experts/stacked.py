@@ -260,11 +260,15 @@ class StackedExperts(ExpertSet):
 
     def _weights(self, device: torch.device) -> StackedWeights:
         """Prepares the parameters for one use."""
-        parts = {name: getattr(self, name) for name in self.names}
+        parts = self.built()
         if torch.is_autocast_enabled(device.type):
             # Autocast does not look into custom autograd functions.
             parts = {name: part.to(torch.get_autocast_dtype(device.type)) for name, part in parts.items()}
         return self.prepare(parts)
+
+    def built(self) -> dict[str, Tensor]:
+        """Returns the stacked tensors that experts compute with, by name: the parameters, or what is made of them."""
+        return {name: getattr(self, name) for name in self.names}
 
     def prepare(self, tensors: dict[str, Tensor]) -> StackedWeights:
         """Wraps the stacked tensors, by name, for the kernels."""
