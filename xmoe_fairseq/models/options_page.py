@@ -35,7 +35,8 @@ kernels are described in [performance.md](performance.md), kinds and sizes of ex
 """
 ROUTING = """## Routers
 
-Values of `--moe-router`, and the options of the table above that each of them reads.
+Values of `--moe-router`, and the options of the table above that each of them reads; [routers.md](routers.md) compares
+them.
 """
 LOSS = """## Loss
 
