@@ -69,7 +69,9 @@ class Subword:
         except OSError as error:
             raise UserError(f"cannot read {model}: {error.strerror}") from error
         except (RuntimeError, ValueError) as error:  # of its own messages, some are not UTF-8
-            raise UserError(f"{model} is not a SentencePiece model, or is damaged: prepare the data again") from error
+            raise UserError(
+                f"{model} is not a SentencePiece model, or is damaged: get it again, or prepare the data again"
+            ) from error
         self.byte_fallback: bool = self.processor.is_byte(self.processor.piece_to_id("<0x00>"))
         needed = records_bytes(Path(model)) if byte_fallback is None else byte_fallback
         if needed and not self.byte_fallback:

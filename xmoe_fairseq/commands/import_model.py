@@ -131,8 +131,8 @@ def _write_data(vocabulary: Vocabulary, folder: Path) -> None:
     (folder / "dict.txt").write_text(lines, encoding="utf-8")
     (folder / "langs.txt").write_text("".join(f"{code}\n" for code in vocabulary.languages), encoding="utf-8")
     if vocabulary.sentencepiece is not None:
+        has_bytes = Subword(vocabulary.sentencepiece, byte_fallback=False).byte_fallback
         shutil.copyfile(vocabulary.sentencepiece, folder / MODEL)
-        has_bytes = Subword(folder / MODEL, byte_fallback=False).byte_fallback
         words = {"byte_fallback": has_bytes, "imported_from": os.path.abspath(vocabulary.sentencepiece)}
         (folder / VOCABULARY_RECORD).write_text(json_text(words, RECORD), encoding="utf-8")
 

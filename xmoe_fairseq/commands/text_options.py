@@ -39,9 +39,11 @@ def add_text_options(
         metavar="SRC-TGT,...",
         help="directions, such as en-de,de-en (default: all trained ones)",
     )
+    # A command that has to know whether lines are limited has no number for all of them.
+    lines = "the first N (default: all)" if keep_unset else "the first N; 0 for all (default: 0)"
     for name, reads, default, metavar, meaning in (
         ("--subset", kind, subset, "SET", f"{allowed} (default: {subset})"),
-        ("--lines", bounded(int, 0, 10**9), 0, "N", "of each direction, the first N; 0 for all (default: all)"),
+        ("--lines", bounded(int, int(keep_unset), 10**9), 0, "N", f"of each direction, {lines}"),
         ("--max-tokens", bounded(int, 1, 10**9), max_tokens, "N", f"the most of a batch (default: {max_tokens})"),
     ):
         parser.add_argument(

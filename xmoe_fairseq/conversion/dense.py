@@ -95,7 +95,7 @@ def read_dense(path: str) -> Dense:
         raise UserError(f"{path} is a model {name}: only dense models of fairseq's transformer can get experts")
     for stack in ("encoder", "decoder"):
         numbers = sorted(int(one.partition(".")[2]) for one in networks if one.startswith(stack))
-        asked = found.get(f"{stack}_layers", len(numbers))
+        asked = found.get(f"{stack}_layers") or found.get("encoder_layers", len(numbers))
         if asked != len(numbers) or numbers != list(range(1, len(numbers) + 1)):
             listed = ", ".join(map(str, numbers[:20]))
             raise UserError(
