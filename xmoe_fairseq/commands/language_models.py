@@ -17,12 +17,14 @@ from ..evaluation.perplexity import PerplexityJob
 from ..render.perplexity_tables import draw, render_markdown, render_tsv
 from ..render.sweep_figure import save
 from ..results.perplexity import PerplexitySweep
+from ..tasks.contrast import OPTIONS
 
 SAMPLE_BREAK_MODES = ("none", "complete", "complete_doc", "eos")
 # Options of translating, by their defaults.
 _TRANSLATING: dict[str, Any] = {
     **{"pairs": [], "lines": None, "beam": None, "lenpen": None, "max_len_b": None},
-    **{"metrics": ["bleu", "chrf"], "tokenize": None, "lose": 0.5, "max_moe_flops": None},
+    **{"metrics": ["bleu", "chrf"], "tokenize": None, "lose": 0.5, "max_moe_flops": None, "moe_shift": None},
+    **dict.fromkeys(OPTIONS),
 }
 
 
