@@ -50,10 +50,8 @@ train() {
         --log-interval 20 --log-file "$RUN/train.log" ${TRAIN:-}
 }
 
-# translate DIRECTION
 translate() {
-    rm -rf "$RUN/generate/$1"
-    bash scripts/translate.sh "$DATA" "$RUN" "$RUN/checkpoints/checkpoint_last.pt" "$1" -- --max-len-b 100
+    bash scripts/translate.sh "$DATA" "$RUN" "$RUN/checkpoints/checkpoint_last.pt" -- --max-len-b 100
 }
 
 analyze() {
@@ -79,13 +77,7 @@ PY
 # shellcheck disable=SC2086
 stage data bash data_prep/prepare.sh --benchmark demo4 --out "$DATA" ${PREPARE:-}
 stage train train
-while read -r direction; do
-    [[ $direction =~ ^[a-z]+-[a-z]+$ ]] || {
-        echo "error: $DATA/bin/lang_pairs.txt has the line '$direction', which is no direction: prepare the data again" >&2
-        exit 1
-    }
-    stage "translate-$direction" translate "$direction" < /dev/null
-done < "$DATA/bin/lang_pairs.txt"
+stage translate translate
 stage analyze analyze
 report
 echo "== report: $RUN/report.html, $RUN/report.md, $RUN/report.png"

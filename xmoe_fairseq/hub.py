@@ -33,14 +33,14 @@ from .tasks.decoding import languages_of, pairs
 SPM = "spm.model"
 # The --bpe that read such a file.
 _SENTENCEPIECE = ("sentencepiece_bytes", "sentencepiece")
-# Tokens of a batch where neither the caller nor the checkpoint says how many.
+# Tokens of a batch if neither the caller nor the checkpoint says how many.
 _MAX_TOKENS = 12000
 
 
 class Translator(hub_utils.GeneratorHubInterface):
     """fairseq's interface to trained models; the direction is an argument of each call.
 
-    Where a call names no direction, that of ``from_pretrained`` is taken. Options of the search have fairseq's names:
+    If a call names no direction, that of ``from_pretrained`` is taken. Options of the search have fairseq's names:
     ``translate(..., beam=4, lenpen=0.6)``; ``max_tokens`` and ``batch_size`` are those of one batch.
     """
 

@@ -54,7 +54,7 @@ class Subword:
         byte_fallback: whether the model has byte pieces.
 
     Raises:
-        UserError: where the file is missing, no SentencePiece model, or one without byte pieces.
+        UserError: the file is missing, no SentencePiece model, or one without byte pieces.
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class Subword:
         except OSError as error:
             raise UserError(f"cannot read {model}: {error.strerror}") from error
         except (RuntimeError, ValueError) as error:  # of its own messages, some are not UTF-8
-            raise UserError(f"{model} is not a SentencePiece model, or is damaged: prepare the data again") from error
+            raise UserError(
+                f"{model} is not a SentencePiece model, or is damaged: get it again, or prepare the data again"
+            ) from error
         self.byte_fallback: bool = self.processor.is_byte(self.processor.piece_to_id("<0x00>"))
         needed = records_bytes(Path(model)) if byte_fallback is None else byte_fallback
         if needed and not self.byte_fallback:
@@ -167,7 +169,7 @@ def records_bytes(model: Path) -> bool:
 
 def _replace(pieces: list[str], old: list[str], new: list[str]) -> list[str]:
     """Replaces each run of ``old`` in ``pieces`` by ``new``."""
-    # "<0xF3>" stands in joined pieces only where it is a byte piece: SentencePiece keeps signs and digits apart.
+    # "<0xF3>" stands in joined pieces only if it is a byte piece: SentencePiece keeps signs and digits apart.
     return " ".join(pieces).replace(" ".join(old), " ".join(new)).split(" ")
 
 
@@ -176,11 +178,11 @@ class SentencepieceBytes(SentencepieceBPE):
     """``--bpe sentencepiece_bytes``: fairseq's ``sentencepiece`` with the same options, but byte pieces are decoded.
 
     Raises:
-        UserError: where ``--sentencepiece-model`` is missing, not a model, or one without byte pieces.
+        UserError: ``--sentencepiece-model`` is missing, not a model, or one without byte pieces.
     """
 
     def __init__(self, cfg: SentencepieceConfig) -> None:
-        # Not the parent's: it fails with a traceback where the file is missing or damaged.
+        # Not the parent's: it fails with a traceback if the file is missing or damaged.
         try:
             model = file_utils.cached_path(cfg.sentencepiece_model)
         except (OSError, ValueError) as error:

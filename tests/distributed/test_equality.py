@@ -18,6 +18,10 @@ MODELS = {
         *("--moe-regularizer", "cmr", "--moe-cmr-gate-dropout", "0", "--moe-loss-combine", "average"),
     ),
     "top-k": ("--arch", "xmoe_transformer_tiny", *TINY, "--moe-router", "topk"),
+    "relu": (
+        *("--arch", "xmoe_transformer_tiny", *TINY[:-2], "--moe-router", "relu", "--moe-relu-start", "0.1"),
+        *("--activation-fn", "gelu"),
+    ),
 }
 # With ReLU, a hidden unit of a dense layer that comes near to 0 in update 5 is on another side in several processes.
 ENTROPY = ("--moe-entropy-loss-coeff", "0.3", "--activation-fn", "gelu")
@@ -34,6 +38,7 @@ CASES = [
     ("top-k", 4, 4, 1, "pytorch_ddp"),
     ("xmoe, entropy", 4, 2, 2, "legacy_ddp"),
     ("smoe, entropy", 2, 1, 1, "pytorch_ddp"),
+    ("relu", 2, 2, 2, "legacy_ddp"),
 ]
 SHOWN = (
     "loss",

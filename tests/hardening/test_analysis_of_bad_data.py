@@ -67,9 +67,7 @@ def test_tokens_beyond_the_dictionary(folder: Path, tmp_path: Path, token: int, 
 def test_too_few_tokens_for_a_sentence(folder: Path, tmp_path: Path) -> None:
     message = r"--max-tokens is 3, but line \d+ of test, en-xx, has \d+ pieces: give at least"
     refused(message, *words(folder, tmp_path / "out", "--max-tokens", "3"))
-    with pytest.raises(
-        UserError, match=r"--max-tokens .* is 3, but line \d+ of test, .*, has \d+ pieces: give at least"
-    ):
+    with pytest.raises(UserError, match=message):
         measure(folder / "c.pt", folder / "data", 3)
     assert not (tmp_path / "out").exists()
 

@@ -13,7 +13,7 @@ from xmoe_fairseq.common.files import is_there
 from xmoe_fairseq.common.run_folder import seek_checkpoint
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.build_report import read_seconds
-from xmoe_fairseq.evaluation.score_job import read_groups_of
+from xmoe_fairseq.evaluation.direction_scorer import read_groups_of
 from xmoe_fairseq.evaluation.test_sets import MADE, find_raw, read_made
 from xmoe_fairseq.mt_benchmarks import BENCHMARKS
 

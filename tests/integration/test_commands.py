@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import sacrebleu
 import torch
-from fairseq import checkpoint_utils
 from helpers import ROOT
 from helpers_commands import run, run_warm
 
 from xmoe_fairseq import cli
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.routing_usage import accumulate, make_batches, routings
+from xmoe_fairseq.evaluation.direction_dataset import read
+from xmoe_fairseq.evaluation.routing_usage import usage_of
+from xmoe_fairseq.evaluation.trained_model import TrainedModel
 from xmoe_fairseq.results.usage import LayerUsage
 from xmoe_fairseq.subword import Subword
 
@@ -177,8 +178,8 @@ def test_score_translates_as_fairseq_generate_does(
     (row,) = found["rows"]
     references = (tmp_path / "out/en-ka/ref.ka").read_text().split("\n")[:-1]
     assert row["scores"]["bleu"] == pytest.approx(sacrebleu.corpus_bleu(lines, [references]).score)
-    taken = {layer.layer: layer.mean_experts for layer in usage_of(demo, trained, "en-ka", threshold)}
-    assert row["experts_per_token"] == pytest.approx(weighted(usage_of(demo, trained, "en-ka", threshold)))
+    taken = {layer.layer: layer.mean_experts for layer in usage_on(demo, trained, "en-ka", threshold)}
+    assert row["experts_per_token"] == pytest.approx(weighted(usage_on(demo, trained, "en-ka", threshold)))
     assert len(taken) == 2 and found["model"]["experts_per_token"] == row["experts_per_token"]
     # Only experts depend on what tokens take: two matrices each, twice a multiplication, in each layer.
     matrices = {n: t[0].numel() for n, t in parameters(trained).items() if "experts.fc" in n and n.endswith("weight")}
@@ -186,14 +187,12 @@ def test_score_translates_as_fairseq_generate_does(
     assert len(matrices) == 4 and found["model"]["moe_flops"] == pytest.approx(naive)
 
 
-def usage_of(demo: Path, checkpoint: Path, pair: str, threshold: float | None) -> list[LayerUsage]:
+def usage_on(demo: Path, checkpoint: Path, pair: str, threshold: float | None) -> list[LayerUsage]:
     """The use of experts on one direction, in batches of another size."""
-    source, target = pair.split("-")
-    overrides = {"data": str(demo / "bin"), "source_lang": source, "target_lang": target}
-    overrides |= {"moe_threshold": threshold} if threshold else {}
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
-    task.load_dataset("test")
-    return accumulate(routings(models[0].eval(), make_batches(task, models[0], "test", 120)))
+    model = TrainedModel.load(checkpoint, demo, [pair])
+    if threshold:
+        model.set_threshold(threshold)
+    return usage_of(model.model, read(model.task, model.model, "test", 0, 120))
 
 
 def weighted(usage: list[LayerUsage]) -> float:

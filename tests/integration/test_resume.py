@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_commands import run_warm
 from helpers_training import MODEL, Run, assert_same, flipped_bit, train
 
@@ -48,10 +50,6 @@ def kill_and_resume(data: Path, folder: Path, kills: int) -> int:
     raise AssertionError("the runs end before they are killed")
 
 
-def test_killed_training_ends_with_the_same_parameters(toy_data: Path, tmp_path: Path) -> None:
-    assert kill_and_resume(toy_data, tmp_path, 6) >= 2
-
-
 @pytest.mark.slow
 def test_training_killed_twenty_times_ends_with_the_same_parameters(toy_data: Path, tmp_path: Path) -> None:
     assert kill_and_resume(toy_data, tmp_path, 20) >= 6
@@ -83,6 +81,28 @@ def test_the_number_of_resumptions_changes_nothing(options: tuple[str, ...], toy
         parts = train(toy_data, tmp_path / "parts", updates, *options)
     assert parts.said.count("Loaded checkpoint") == 3
     assert_same(parts.parameters(), whole.parameters())
+
+
+STATE = {
+    "topany": ("--moe-any-adapt", "2", "--moe-any-experts", "1"),
+    "relu": ("--moe-relu-start", "0.01"),
+}
+
+
+@pytest.mark.parametrize("kind", STATE)
+def test_the_state_of_routers_moves_once_per_update_and_resumes(kind: str, toy_data: Path, tmp_path: Path) -> None:
+    options = ("--arch", "moe_transformer_tiny", *TINY, "--moe-router", kind, *STATE[kind], "--update-freq", "2")
+    whole = train(toy_data, tmp_path / "whole", 6, *options)
+    for updates in (3, 6):
+        parts = train(toy_data, tmp_path / "parts", updates, *options)
+    assert parts.said.count("Loaded checkpoint") == 1
+    assert_same(parts.parameters(), whole.parameters())
+    state = {name.rpartition(".")[2]: value for name, value in whole.parameters().items() if ".router." in name}
+    # The last update was made after the state had moved for the one before.
+    assert state["update"] == 5 and state["weight"].dtype == torch.float32
+    if kind == "relu":
+        ratio = math.log(state["coefficient"] / 0.01, 1.2)
+        assert ratio == pytest.approx(round(ratio)) and round(ratio) % 2 == 1
 
 
 def test_a_trained_run_stays_as_it_is(toy_data: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ claims:
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     """Starts the study in a group of its own, as `setsid` would."""
     words = ["-m", "xmoe_fairseq", "study", "--data", folder / "data", "--out", folder / "study", "--jobs", "2"]
-    words += ["--rows", folder / "rows.yaml", "--seeds", "1,2", "--updates", "8", "--beam", "1", *more]
+    words += ["--rows", folder / "rows.yaml", "--seeds", "1", "--updates", "8", "--beam", "1", *more]
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=folder,
@@ -62,15 +62,15 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
     said = done.communicate(timeout=600)[1]
     assert done.returncode == 0, said[-3000:]
     results = json.loads((study / "results.json").read_text())
-    assert [(row["name"], row["seeds"]) for row in results["rows"]] == [("gshard", [1, 2]), ("xmoe", [1, 2])]
+    assert [(row["name"], row["seeds"]) for row in results["rows"]] == [("gshard", [1]), ("xmoe", [1])]
     training = read_training([study / "gshard-1/train.log"])
     assert training is not None and training.restarts and training.updates == 8
     (claim,) = results["claims"]
-    assert claim["verdict"] == "seen" and 0 < claim["moe_flops"] <= 0.5
+    assert claim["verdict"] == "undecided" and 0 < claim["moe_flops"] <= 0.5
     chosen = json.loads((study / "xmoe-1.json").read_text())
     assert chosen["sweep"]["threshold"] in (0.1, 0.5) and len(chosen["chosen"]["bleu_draws"]) == 1000
     assert len(chosen["valid"]["updates"]) == len(chosen["valid"]["loss"]) == 8
 
     again = start(tmp_path)
     assert again.wait(120) == 0
-    assert "0 of 4" not in again.communicate()[1]
+    assert "0 of 2" not in again.communicate()[1]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,5 +84,5 @@ def test_wrong_arguments_are_one_line(trained: Path) -> None:
         (["data", "empty"], "there is no checkpoint empty/checkpoints/checkpoint_best.pt or empty/checkpoint"),
         (["data", "run", "cat-nso"], "there is no direction 'cat-nso': choose from eng-nso, nso-eng"),
     ):
-        failed = translate(trained, *arguments)
+        failed = run_warm("xmoe", "translate", *arguments, check=False, before=partial(os.chdir, trained))
         assert failed.returncode == 1 and message in failed.stderr and failed.stderr.count("\n") == 1

@@ -14,7 +14,7 @@ from helpers_routing import MODELS, Naive, flattened, sharpen
 
 from xmoe_fairseq.analysis.tokens import text_tokens
 from xmoe_fairseq.evaluation.direction_dataset import DirectionDataset, read
-from xmoe_fairseq.evaluation.routing_counts import collect
+from xmoe_fairseq.evaluation.routing_counts import count
 from xmoe_fairseq.models.routing_recorder import INPUTS, stack_of
 from xmoe_fairseq.render.analysis_folder import analysis
 
@@ -29,7 +29,7 @@ class Case:
         self.model, self.task = built.model.double().eval(), built.task
         sharpen(self.model)
         self.texts = read(self.task, self.model, "test", 0, max_tokens)
-        self.counts = collect(self.model, self.texts, padding=1)
+        self.counts = count(self.model, self.texts, padding=1)
         words = text_tokens(self.model.encoder.dictionary, ["en", "xx", "yy"])
         self.words = {stack: words for stack in INPUTS}
         self.found = analysis(self.counts, self.words, MIN_COUNT, SHOWN)

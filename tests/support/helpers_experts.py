@@ -18,16 +18,20 @@ from xmoe_fairseq.moe import (
     ExpertSet,
     GatedExperts,
     MoELayer,
+    MultiHeadMoE,
     RouterOptions,
     SizedExperts,
     StackedMoE,
     StratifiedMoE,
 )
 from xmoe_fairseq.moe.expert_parallel.group import block
+from xmoe_fairseq.moe.experts.mpo import MPOExperts
 
 DIM, HIDDEN = 8, 16
 LAYERS = (
     "glu",
+    "mpo",
+    "heads",
     "sized",
     "threshold",
     "topk",
@@ -65,16 +69,18 @@ def make_layer(
     options = RouterOptions(threshold=0.7, top_k=2, capacity_factor=capacity, min_capacity=1, static=static)
 
     def router(count: int = experts) -> nn.Module:
-        routers = {"strata": "threshold", "strata_topk": "topk", "glu": "threshold", "sized": "topk"}
-        return ROUTERS[routers.get(kind, kind)](DIM, count, options)
+        routers = {"strata": "threshold", "strata_topk": "topk", "sized": "topk", "mpo": "topk"}
+        routers |= {"glu": "threshold", "heads": "threshold"}
+        return ROUTERS[routers.get(kind, kind)](width, count, options)
 
     def stacked() -> ExpertSet:
         ways = {"activation": torch.tanh, "kernel": kernel, "group": group, "exchange": exchange}
         if kind == "sized":
             small = 3 if experts >= 6 else 0  # each of up to three processes must hold one of every size
             return SizedExperts(Experts, [HIDDEN // 2] * small + [HIDDEN] * (experts - small), DIM, **ways)
-        return (GatedExperts if kind == "glu" else Experts)(experts, DIM, HIDDEN, **ways)
+        return {"glu": GatedExperts, "mpo": MPOExperts}.get(kind, Experts)(experts, width, HIDDEN, **ways)
 
+    width = DIM // 2 if kind == "heads" else DIM
     layer: nn.Module
     if kind.startswith("strata"):
         sizes = [experts - 4, 2, 2] if experts > 4 else [experts]
@@ -89,6 +95,7 @@ def make_layer(
             layer = ConditionalMoE(layer, DIM, HIDDEN)
     else:
         layer = MoELayer(router(), stacked())
+        layer = MultiHeadMoE(layer, DIM, 2) if kind == "heads" else layer
     return layer if dtype == torch.float32 else layer.to(dtype)
 
 

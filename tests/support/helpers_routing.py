@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xmoe_fairseq.moe import ROUTERS, Router
 from xmoe_fairseq.moe.routing.base import LinearRouter
+from xmoe_fairseq.moe.routing.expert_threshold import ExpertThresholdRouter
 
 MODELS = {
     **{kind: (*TINY_ARGS, "--moe-router", kind) for kind in ROUTERS},
@@ -33,11 +34,43 @@ def sharpen(model: torch.nn.Module) -> None:
         if isinstance(module, Router):
             for weight in module.parameters():
                 torch.nn.init.normal_(weight, std=1.0)
+            if isinstance(module, ExpertThresholdRouter):
+                module.threshold.fill_(0.5)
 
 
-def one_pass(router: Any, logits: list[float], token: int) -> tuple[list[int], float, float]:
+def entropy_of(probs: list[float]) -> float:
+    return -sum(p * math.log(p) for p in probs if p)
+
+
+def scored(kind: str, router: Any, logits: list[float], x: list[float]) -> tuple[list[int], float, float]:
+    """As `one_pass`, for routers whose scores are no softmax over the experts."""
+    scores = [1 / (1 + math.exp(-value)) for value in logits]
+    if kind == "topany":
+        lengths = [math.hypot(*row) for row in router.weight.tolist()]
+        cosines = [value / math.hypot(*x) / length for value, length in zip(logits, lengths, strict=True)]
+        scores = [1 / (1 + math.exp(-value)) for value in cosines]
+        taken = [e for e, value in enumerate(cosines) if value > float(router.thresholds[e])]
+    elif kind == "relu":
+        scores = [max(value, 0.0) for value in logits]
+        taken = [e for e, value in enumerate(logits) if value > 0]
+    elif kind == "expert_threshold":
+        taken = [e for e, value in enumerate(scores) if value > 0.5]
+    else:
+        taken = []
+    ranked = sorted(range(len(scores)), key=lambda e: -scores[e])
+    if kind == "lossfree":
+        taken = ranked[: router.options.top_k]
+    if kind == "topany" and not taken:
+        taken = ranked[:1]
+    total = sum(scores) or 1.0
+    return taken, scores[ranked[0]] / total, entropy_of([score / total for score in scores])
+
+
+def one_pass(router: Any, logits: list[float], token: int, x: list[float]) -> tuple[list[int], float, float]:
     """One pass of one token by the papers' words: its experts, the first choice's probability, the entropy."""
     kind = next(name for name, made in ROUTERS.items() if type(router) is made)
+    if kind in ("topany", "relu", "lossfree", "expert_threshold"):
+        return scored(kind, router, logits, x)
     if kind == "hash":
         return [token * 2654435761 % 2**32 * router.num_experts // 2**32], 1.0, 0.0
     total = sum(math.exp(value) for value in logits)
@@ -46,11 +79,19 @@ def one_pass(router: Any, logits: list[float], token: int) -> tuple[list[int], f
     if kind == "balanced":
         return ranked[:1], 1 / (1 + math.exp(-logits[ranked[0]])), 0.0
     taken = ranked[: router.options.top_k]
+    if kind == "null":
+        taken, ranked = ([e for e in some if e < router.num_experts] for some in (taken, ranked))
     if kind in ("threshold", "parts"):
         taken = []
         while not taken or sum(probs[e] for e in taken) < router.options.threshold:
             taken.append(ranked[len(taken)])
-    return taken, probs[ranked[0]], -sum(p * math.log(p) for p in probs)
+    return taken, probs[ranked[0]], entropy_of(probs)
+
+
+def weights_of(router: Any) -> Tensor:
+    """The rows that scores are made of, those of null experts last."""
+    rows: Tensor = torch.cat([router.weight, *([router.null_weight] if hasattr(router, "null_weight") else [])])
+    return rows.detach()
 
 
 class Naive:
@@ -84,14 +125,15 @@ class Naive:
             for i, row in enumerate(here):
                 if not real[row]:
                     continue
-                logits = (router.weight.detach() @ x[i]).tolist() if isinstance(router, LinearRouter) else []
-                chosen, probability, entropy = one_pass(router, logits, int(ids[i]))
+                logits = (weights_of(router) @ x[i]).tolist() if isinstance(router, LinearRouter) else []
+                chosen, probability, entropy = one_pass(router, logits, int(ids[i]), x[i].tolist())
                 for expert in chosen:
                     rows[row]["taken"][start + expert] += 1
                 rows[row]["passes"] += 1
                 rows[row]["top1_prob"] += probability
                 rows[row]["entropy"] += entropy
-                stratum[row] = sum(end <= start + chosen[0] for end in ends) + 1
+                if ends:
+                    stratum[row] = sum(end <= start + chosen[0] for end in ends) + 1
         return rows
 
 

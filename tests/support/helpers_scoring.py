@@ -58,8 +58,8 @@ class FakeTranslator:
         self.data, self.decoding = data, decoding
         self.device = type("Device", (), {"type": "cpu"})()
 
-    def at(self, threshold: float | None) -> FakeTranslator:
-        self.decoding = replace(self.decoding, moe_threshold=threshold)
+    def at(self, threshold: float | None, shift: float | None = None) -> FakeTranslator:
+        self.decoding = replace(self.decoding, moe_threshold=threshold, moe_shift=shift)
         return self
 
     def translate(self, source: str, target: str) -> Translated:

@@ -27,7 +27,7 @@ from xmoe_fairseq.evaluation.routing_counts import (
     Counts,
     LayerCounts,
     MoELayerSpec,
-    collect,
+    count,
     places,
     power_of_two,
 )
@@ -177,7 +177,7 @@ def test_any_model_can_be_analysed_and_drawn(name: str, toy_data: Path) -> None:
     built = build(toy_data, *MODELS[name])
     model = built.model.eval()
     sharpen(model)
-    counts = collect(model, read(built.task, model, "test", 3, 500), padding=1)
+    counts = count(model, read(built.task, model, "test", 3, 500), padding=1)
     words = text_tokens(model.encoder.dictionary, ["en", "xx", "yy"])
     found = analysis(counts, {stack: words for stack in INPUTS}, 1, 3)
     assert found.varies == (name == "cmr")
@@ -199,8 +199,8 @@ def test_batches_do_not_matter(threshold: Case, toy_data: Path) -> None:
 
 def test_memory_does_not_grow_with_the_text(threshold: Case) -> None:
     model, task = threshold.model, threshold.task
-    few = collect(model, read(task, model, "test", 1, 500), padding=1)
-    many = collect(model, read(task, model, "train", 0, 500), padding=1)
+    few = count(model, read(task, model, "test", 1, 500), padding=1)
+    many = count(model, read(task, model, "train", 0, 500), padding=1)
     vocabulary = len(model.encoder.dictionary)
     for name, layer in many.layers.items():
         place = layer.place

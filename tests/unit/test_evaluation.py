@@ -10,13 +10,14 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fairseq import checkpoint_utils, models, tasks
+from fairseq import models, tasks
+from helpers import build, save_checkpoint
+from helpers_routing import MODELS, sharpen
 from helpers_translation import generated, sacrebleu_program, write_output
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,8 @@ from xmoe_fairseq.common.outputs import replacing
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation import routing_usage, score
 from xmoe_fairseq.evaluation.generate_output import read_hypotheses
-from xmoe_fairseq.evaluation.routing_usage import accumulate
+from xmoe_fairseq.evaluation.routing_usage import add_up
+from xmoe_fairseq.evaluation.trained_model import TrainedModel
 from xmoe_fairseq.metrics import corpus
 from xmoe_fairseq.moe.routing.statistics import RouterSums, RoutingStats
 from xmoe_fairseq.results.usage import computation_saved
@@ -227,22 +229,20 @@ def stats(layer: str, experts: int, seed: int, tokens: int | None = None) -> Rou
     )
 
 
-def batches(count: int) -> list[routing_usage.Routing]:
+def records(count: int) -> list[RoutingStats]:
+    """What three layers did in some forward passes."""
+    layers = (("encoder.1", 4), ("encoder.3", 8), ("decoder.1", 4))
     return [
-        {
-            "encoder": [stats("encoder.1", 4, 3 * seed), stats("encoder.3", 8, 3 * seed + 1)],
-            "decoder": [stats("decoder.1", 4, 3 * seed + 2)],
-        }
-        for seed in range(count)
+        stats(name, experts, 3 * one + place) for one in range(count) for place, (name, experts) in enumerate(layers)
     ]
 
 
 def test_sums_are_those_of_naive_float64() -> None:
-    data = batches(50)
-    layers = accumulate(iter(data))
+    data = records(50)
+    layers = add_up(iter(data))
     assert [use.layer for use in layers] == ["encoder.1", "encoder.3", "decoder.1"]
     for use in layers:
-        same = [s for routing in data for s in itertools.chain(*routing.values()) if s.layer == use.layer]
+        same = [s for s in data if s.layer == use.layer]
         for name in ("tokens", "wanted", "received", "first_dropped", "expert_load", "first_choices"):
             expected = np.sum([getattr(s, name).numpy().astype(np.float64) for s in same], axis=0)
             np.testing.assert_array_equal(getattr(use, name), expected)
@@ -256,55 +256,16 @@ def test_sums_are_those_of_naive_float64() -> None:
 def test_counts_stay_exact_where_float32_stops() -> None:
     tokens = 2**23 + 1
     one = stats("encoder.1", 2, 0, tokens)
-    (use,) = accumulate({"encoder": [one], "decoder": []} for _ in range(9))
+    (use,) = add_up(one for _ in range(9))
     assert use.tokens == 9 * tokens
     assert int(sum([one.tokens] * 9)) != 9 * tokens
 
 
-def test_dense_model_has_no_layers_and_faults_are_refused() -> None:
-    assert accumulate([{}, {}]) == []
+def test_faults_of_records_are_refused() -> None:
     with pytest.raises(ValueError, match="name of its layer"):
-        accumulate([{"encoder": [stats("", 2, 0)]}])
+        add_up([stats("", 2, 0)])
     with pytest.raises(ValueError, match=r"'encoder.1' routed no token"):
-        accumulate([{"encoder": [stats("encoder.1", 2, 0, tokens=0)]}])
-
-
-class FakeModel(torch.nn.Module):
-    """Gives one layer's statistics for each batch and notes how it was called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-        self.modes: list[tuple[bool, bool]] = []
-
-    def max_positions(self) -> tuple[int, int]:
-        return (64, 64)
-
-    def forward(self, src_tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, routing_usage.Routing]]:
-        self.modes.append((self.training, torch.is_inference_mode_enabled()))
-        seed = int(src_tokens.sum())
-        return src_tokens, {"routing": {"encoder": [stats("encoder.1", 4, seed)], "decoder": []}}
-
-
-class FakeTask:
-    """A task whose test set is a list of batches."""
-
-    def __init__(self, count: int) -> None:
-        self.samples = [{"net_input": {"src_tokens": torch.tensor([seed])}} for seed in range(count)]
-        self.asked: dict[str, Any] = {}
-
-    def load_dataset(self, split: str) -> None:
-        assert split == "test"
-
-    def dataset(self, split: str) -> str:
-        return split
-
-    def max_positions(self) -> tuple[int, int]:
-        return (100, 50)
-
-    def get_batch_iterator(self, **asked: Any) -> SimpleNamespace:
-        self.asked = asked
-        return SimpleNamespace(next_epoch_itr=lambda shuffle: self.samples)
+        add_up([stats("encoder.1", 2, 0, tokens=0)])
 
 
 @pytest.fixture
@@ -315,25 +276,26 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-def test_measure_runs_the_whole_test_set_in_inference_mode(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    model, task, loaded = FakeModel(), FakeTask(3), []
-
-    def load(paths: list[str], arg_overrides: dict[str, str]) -> tuple[list[FakeModel], None, FakeTask]:
-        loaded.append((paths, arg_overrides))
-        return [model], None, task
-
-    monkeypatch.setattr(checkpoint_utils, "load_model_ensemble_and_task", load)
-    bin_dir = checkpoint.with_name("bin")
-    (use,) = routing_usage.measure(checkpoint, bin_dir, max_tokens=77)
-    assert loaded == [([str(checkpoint)], {"data": str(bin_dir)})]
-    assert use == accumulate([{"encoder": [stats("encoder.1", 4, seed)]} for seed in range(3)])[0]
-    assert model.modes == [(False, True)] * 3
-    assert task.asked == {
-        "dataset": "test", "max_tokens": 77, "max_positions": (64, 50), "ignore_invalid_inputs": True
-    }  # fmt: skip
-    task.samples.clear()
-    with pytest.raises(UserError, match="no usable sentence"):
-        routing_usage.measure(checkpoint, bin_dir)
+def test_measure_is_one_sentence_at_a_time(toy_data: Path, tmp_path: Path) -> None:
+    built = build(toy_data, *MODELS["smoe"])
+    sharpen(built.model)
+    path = save_checkpoint(built, tmp_path / "checkpoint.pt")
+    found = routing_usage.measure(path, toy_data, max_tokens=300, pairs=["en-xx"])
+    trained = TrainedModel.load(path, toy_data, ["en-xx"])
+    trained.task.load_dataset("test")
+    data = trained.task.dataset("test")
+    seen: dict[str, list[RoutingStats]] = {}
+    with torch.inference_mode():
+        for index in range(len(data)):
+            _, extra = trained.model(**data.collater([data[index]])["net_input"])
+            for one in itertools.chain(*extra["routing"].values()):
+                seen.setdefault(one.layer, []).append(one)
+    assert [use.layer for use in found] == list(seen)
+    for use in found:
+        for name in ("tokens", "received", "passes", "expert_load", "first_choices"):
+            expected = np.sum([getattr(one, name).double().numpy() for one in seen[use.layer]], axis=0)
+            np.testing.assert_array_equal(getattr(use, name), expected)
+        assert use.top1_prob == pytest.approx(sum(float(one.top1_prob) for one in seen[use.layer]), rel=1e-5)
 
 
 def test_measure_names_what_is_missing(checkpoint: Path) -> None:
@@ -366,5 +328,5 @@ def test_measure_of_a_dense_fairseq_model(toy_data: Path, tmp_path: Path, monkey
     torch.save(state, tmp_path / "dense.pt")
     assert routing_usage.measure(tmp_path / "dense.pt", bin_dir) == []
     (bin_dir / "test.en-xx.en.idx").unlink()
-    with pytest.raises(UserError, match="no binarised test set"):
+    with pytest.raises(UserError, match="the data has no split test"):
         routing_usage.measure(tmp_path / "dense.pt", bin_dir)

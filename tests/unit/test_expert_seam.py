@@ -28,7 +28,7 @@ from xmoe_fairseq.analysis.tables import flops as flops_table
 from xmoe_fairseq.checkpoints import shards
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation.direction_dataset import read
-from xmoe_fairseq.evaluation.routing_counts import collect, places
+from xmoe_fairseq.evaluation.routing_counts import count, places
 from xmoe_fairseq.models.architectures import build_on_meta
 from xmoe_fairseq.models.routing_recorder import per_token
 from xmoe_fairseq.models.size import least_parameters
@@ -388,6 +388,8 @@ def test_options_are_declared_by_the_kinds() -> None:
         "adapter_dim",
         "adapter_scale",
         "adapter_dropout",
+        "mpo_bond",
+        "mpo_mask",
     ]
     assert not names.keys() & declared(router.Options for router in ROUTERS.values()).keys()
 
@@ -448,7 +450,7 @@ def test_analysis_counts_each_token_at_the_sizes_of_its_own_experts(toy_data: Pa
                 if any(taken):  # no padding
                     spent[layer].append(sum(number * cost for number, cost in zip(taken, costs, strict=True)))
     router, everything = 2 * 32 * 8, sum(costs)
-    for row in flops_table(collect(model, texts, padding=1)).records():
+    for row in flops_table(count(model, texts, padding=1)).records():
         assert row["flops"] == pytest.approx(router + fmean(spent[row["layer"]]))
         assert row["flops_of_all_experts"] == router + everything
     assert [place.flops_by_expert for place in places(model)] == [tuple(costs)] * 2

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers_golden import check_prune, check_selection, check_sparsify
+from helpers_golden_experts import check_mhmoe, check_mpoe, check_scmoe
+from helpers_neighbours import check_dynmoe, check_expert_threshold, check_lossfree, check_null, check_relu
 from helpers_upcycle import check_pesc, check_upcycle
 
 from xmoe_fairseq.moe import (
@@ -85,18 +88,16 @@ def check_topk_gate(golden: Golden) -> None:
     check_gate(golden, TopKRouter, top_k=int(golden["k"]))
 
 
-class NormalizedThresholdRouter(ThresholdRouter):
-    """Divides a token's weights by their sum."""
-
-    normalize = True
-
-
 def check_top_p(golden: Golden) -> None:
-    """Checks all but ``balance_chosen``, a balance loss over all choices, which no router has."""
     logits = torch.from_numpy(golden["logits"]).requires_grad_()
-    kind = NormalizedThresholdRouter if golden["normalize"] else ThresholdRouter
-    router = kind(1, logits.shape[1], RouterOptions(threshold=float(golden["threshold"])))
+    options = RouterOptions(
+        threshold=float(golden["threshold"]), weights="normalized" if golden["normalize"] else "raw"
+    )
+    router = ThresholdRouter(1, logits.shape[1], options)
     router.measures_entropy = True
+    of_all = ThresholdRouter(1, logits.shape[1], replace(options, balance="chosen"))
+    plan_of_all = of_all.train().plan(logits, torch.from_numpy(golden["padding_mask"]))
+    close(plan_of_all.stats.balance_loss, golden["balance_chosen"])
     plan = router.train().plan(logits, torch.from_numpy(golden["padding_mask"]))
     weights, stats = combine_weights(plan, logits.shape[1]), plan.stats
     close(weights, golden["combine_weights"])
@@ -155,12 +156,6 @@ def check_smoe_block(golden: Golden, expected: Golden | None = None) -> None:
         close(experts.fc1_weight.grad, outputs["grad_fc1_weight"])
 
 
-class NormalizedTopKRouter(TopKRouter):
-    """Divides a token's weights by their sum."""
-
-    normalize = True
-
-
 def each_expert(experts: ExpertSet) -> Iterator[tuple[StackedExperts, int]]:
     """Gives the experts in their order: where each is stacked, and its number there."""
     for part in experts.parts if isinstance(experts, SizedExperts) else [experts]:
@@ -171,10 +166,10 @@ def check_hmoe(golden: Golden) -> None:
     """Checks experts of different sizes, and the penalty as the balance loss of the load counted in hidden units."""
     sizes, (num_experts, dim) = golden["sizes"].tolist(), golden["gate_weight"].shape
     kind, options = {
-        "topk": (NormalizedTopKRouter, RouterOptions(top_k=int(golden["value"]))),
-        "top_p": (NormalizedThresholdRouter, RouterOptions(threshold=float(golden["value"]))),
+        "topk": (TopKRouter, RouterOptions(top_k=int(golden["value"]))),
+        "top_p": (ThresholdRouter, RouterOptions(threshold=float(golden["value"]))),
     }[str(golden["router"])]
-    router = kind(dim, num_experts, options)
+    router = kind(dim, num_experts, replace(options, weights="normalized", balance="cost"))
     router.measures_entropy = True
     given = ExpertOptions(expert_sizes="-".join(map(str, sizes)))
     experts = make_experts(EXPERTS["ffn"], num_experts, dim, 1, given)
@@ -189,11 +184,9 @@ def check_hmoe(golden: Golden) -> None:
             part.fc2_bias[number] = torch.from_numpy(golden["fc2_bias"])[expert]
     x = torch.from_numpy(golden["x"]).requires_grad_()
     y, plan = MoELayer(router, experts)(x, torch.from_numpy(golden["padding_mask"]))
-    stats, sums = plan.stats, plan.stats.routers[0]
+    stats, sums, penalty = plan.stats, plan.stats.routers[0], plan.stats.balance_loss
     close(y, golden["y"])
     close(combine_weights(plan, num_experts), golden["combine_weights"])
-    relative = torch.tensor(sizes) / (sum(sizes) / len(sizes))
-    penalty = balance_loss(sums.probs, stats.expert_load * relative, stats.tokens)
     close(penalty, golden["p_penalty"])
     close(balance_loss(sums.probs, stats.expert_load, stats.tokens), golden["balance_chosen"])
     close(stats.entropy_loss, golden["entropy"])
@@ -232,6 +225,14 @@ CHECKS: dict[str, Callable[..., None]] = {
     "smoe_block": check_smoe_block,
     "upcycle": check_upcycle,
     "pesc": check_pesc,
+    "scmoe": check_scmoe,
+    "mhmoe": check_mhmoe,
+    "mpoe": check_mpoe,
+    "dynmoe": check_dynmoe,
+    "relu": check_relu,
+    "null": check_null,
+    "lossfree": check_lossfree,
+    "expert_threshold": check_expert_threshold,
 }
 RELEASED = "_released"
 

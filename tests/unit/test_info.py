@@ -19,9 +19,9 @@ from xmoe_fairseq import cli
 from xmoe_fairseq.commands import info
 from xmoe_fairseq.errors import UserError
 from xmoe_fairseq.evaluation import model_costs
-from xmoe_fairseq.models.architectures import architectures, build_on_meta
+from xmoe_fairseq.models.architectures import architectures, build_on_meta, catalogue
 from xmoe_fairseq.models.presets import PRESETS
-from xmoe_fairseq.moe import StratifiedMoE
+from xmoe_fairseq.moe import EXPERTS, ROUTERS, StratifiedMoE
 from xmoe_fairseq.moe.flops import count_flops, count_parameters, expert_sites
 from xmoe_fairseq.results.usage import LayerUsage
 
@@ -288,9 +288,19 @@ def test_every_architecture_is_listed_with_a_line(capsys: pytest.CaptureFixture[
     cli.main(["info", "--list"])
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines]
-    assert names == list(architectures()) and set(PRESETS) < set(names) and "transformer" in names
+    count = len(architectures())
+    assert names[:count] == list(architectures()) and set(PRESETS) < set(names) and "transformer" in names
     assert all(len(line.split()) > 5 for line in lines)
-    assert ask(capsys, "--list") == architectures()
+    assert ask(capsys, "--list") == catalogue()
+    for name, kind in (*ROUTERS.items(), *EXPERTS.items()):
+        assert kind.paper, name  # each says where it is from
+    others = [" ".join(line.split()[:2]) for line in lines[count:]]
+    kinds = [*(f"--moe-router {name}" for name in ROUTERS), *(f"--moe-expert {name}" for name in EXPERTS)]
+    assert others == [*kinds, "--moe-expert-sizes hybrid", "--moe-heads 2"]
+    assert all("arXiv" in line for line in lines)
+    assert catalogue()["smoe_transformer"].endswith(
+        "SMoE: Xu et al. 2023, arXiv 2305.02176; GShard: Lepikhin et al. 2021, arXiv 2006.16668"
+    )
     assert architectures()["moe_transformer_m4_cmr"] == (
         "MoE: 8 experts of hidden size 2048, top 2 (GShard); CMR; 1 layer in 2 of both stacks; "
         "d 512, feed-forward 2048, 6+6 layers"

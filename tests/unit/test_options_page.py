@@ -14,7 +14,12 @@ from xmoe_fairseq.models.options_page import own_fields, router_flags, whole_pag
 from xmoe_fairseq.moe import ROUTERS, RouterOptions
 
 # A value of each option that changes the plan of some router in training, from the options below.
-CHANGED = {"threshold": 0.1, "top_k": 1, "capacity_factor": 0.5, "min_capacity": 31, "second_expert": "sampling"}
+CHANGED = {
+    **{"threshold": 0.1, "top_k": 1, "capacity_factor": 0.5, "min_capacity": 31, "second_expert": "sampling"},
+    **{"weights": "normalized", "balance": "chosen", "shift": 0.3},
+}
+# What routers are told beside, so that they read all their options in one plan.
+BESIDE: dict[str, dict[str, Any]] = {"expert_threshold": {"threshold_warmup": 0}}
 OPTIONS = RouterOptions(threshold=0.9, top_k=2, capacity_factor=1.5, min_capacity=0)
 
 
@@ -45,9 +50,15 @@ def changed(option: str) -> RouterOptions:
     return dataclasses.replace(OPTIONS, **values)
 
 
-def plan_of(name: str, options: RouterOptions) -> tuple[list[int], list[float]]:
+def plan_of(name: str, options: RouterOptions) -> tuple[list[Any], ...]:
     """Routes the same tokens, which prefer some experts, by a router with the same weights and random numbers."""
     torch.manual_seed(1)
-    router = ROUTERS[name](8, 4, options).train()
+    kind = ROUTERS[name]
+    router = kind(8, 4, kind.Options(**vars(options), **BESIDE.get(name, {}))).train()
+    if name == "expert_threshold":
+        router.threshold.fill_(0.5)
     plan = router(torch.randn(32, 8) + 2, tokens=torch.arange(32))
-    return plan.token.tolist(), plan.weight.tolist()
+    sums = [
+        [*one.load.tolist(), *([] if one.seen is None else one.seen.reshape(-1).tolist())] for one in plan.stats.routers
+    ]
+    return plan.token.tolist(), plan.weight.tolist(), sums

@@ -155,8 +155,10 @@ def test_each_direction_gets_the_checkpoint_that_it_gets_alone(make: Make, toy_d
 
 def layers(path: Path, data: Path, threshold: float | None = None) -> Any:
     """Returns the encoder's MoE layer of a checkpoint in float64."""
-    given = {} if threshold is None else {"moe_threshold": threshold}
-    return TrainedModel.load(path, data, given).model.encoder.layers[1].moe.double()
+    trained = TrainedModel.load(path, data)
+    if threshold is not None:
+        trained.set_threshold(threshold)
+    return trained.model.encoder.layers[1].moe.double()
 
 
 def chosen_of(plan: Any, tokens: int, experts: int) -> Tensor:

@@ -186,7 +186,7 @@ def put(path: str, text: str) -> Callable[[Path], object]:
     [
         (lose(f"generate/en-{XX}/generate-test.txt"), f"cannot read the output of fairseq-generate .*en-{XX}"),
         (lose(f"../data/raw/test.en-{XX}.{XX}"), f"no raw reference .*test.en-{XX}.{XX} or .*test.{XX}-en.{XX}"),
-        (put(f"../data/raw/test.en-{YY}.{YY}", "a\n"), "25 hypotheses, .* but the reference has 1 lines"),
+        (put(f"../data/raw/test.en-{YY}.{YY}", "a\n"), f"test.en-{YY}.en has 25 lines but .*test.en-{YY}.{YY} has 1"),
         (put(f"../data/raw/test.en-{XX}.en", "a\n"), f"en has 1 lines but .*test.en-{XX}.{XX} has 25"),
         (put("seconds.json", "{"), "seconds.json is not JSON"),
         (put("seconds.json", '{"train": "long"}'), "stages.train is 'long', it must be a number; it must map each"),

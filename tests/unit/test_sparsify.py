@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conversion import use_oracle
 from helpers import batches, build, save_checkpoint, write_toy_data
 from torch import Tensor
 from torch.nn import functional as F
 
 from xmoe_fairseq.cli import main
 from xmoe_fairseq.conversion import splitting
-from xmoe_fairseq.conversion.inputs import layer_inputs, texts_of
+from xmoe_fairseq.conversion.inputs import layer_inputs, lines_of
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.evaluation.direction_dataset import read
 from xmoe_fairseq.evaluation.routing_counts import per_token
 from xmoe_fairseq.evaluation.trained_model import TrainedModel
 from xmoe_fairseq.moe import EXPERTS, ROUTERS, MoELayer, RouterOptions, SharedBias
@@ -76,7 +78,8 @@ def logits(trained: TrainedModel, sample: dict[str, Any]) -> tuple[Tensor, Tenso
 
 
 def assert_dense_at_1(checkpoint: Path, sparse: Path, data: Path) -> None:
-    old, new = TrainedModel.load(checkpoint, data), TrainedModel.load(sparse, data, {"moe_threshold": 1.0})
+    old, new = TrainedModel.load(checkpoint, data), TrainedModel.load(sparse, data)
+    new.set_threshold(1.0)
     for sample in batches(old.task, "test"):
         real = sample["net_input"]["prev_output_tokens"].ne(1)
         for one, other in zip(logits(old, sample), logits(new, sample), strict=True):
@@ -182,7 +185,8 @@ def test_files_refused(checkpoint: Path, sparse: Path, toy_data: Path, tmp_path:
 
 def test_inputs_are_those_of_the_first_lines_in_their_order(checkpoint: Path, toy_data: Path) -> None:
     trained = TrainedModel.load(checkpoint, toy_data)
-    texts = texts_of(trained.task, trained.model, "valid", 100, 60)
+    lines = lines_of(read(trained.task, trained.model, "valid", 0, 60), 100)
+    texts = read(trained.task, trained.model, "valid", lines, 60)
     module = trained.model.decoder.layers[1].fc1
     found = layer_inputs(trained.model, {"decoder.2": module}, texts, 1, 100, None)["decoder.2"]
     seen: list[Tensor] = []
@@ -295,6 +299,21 @@ def test_relu_leaves_out_silent_experts_for_nothing() -> None:
     pairs = Assignments(token, torch.ones(len(token), dtype=torch.float64), speaks.sum(0))
     found = layer.moe.experts(case.x, pairs) + layer.bias  # type: ignore[operator, union-attr]
     torch.testing.assert_close(found, dense, rtol=1e-12, atol=1e-12)
+
+
+def test_the_oracle_takes_the_fewest_experts_that_do_the_share() -> None:
+    case = Small()
+    layer = case.layer()
+    use_oracle(layer)
+    layer.moe.router.turn(0.7)  # type: ignore[operator, union-attr]
+    _, plan = layer(case.x)
+    kept, target, _ = splitting.shares(case.network, case.x, case.labels, "contribution")
+    (row,) = splitting.covers(case.router, kept, target, (0.7,))
+    silent = len(case.x) - len(kept)  # such a token takes one expert
+    assert int(plan.group_sizes.sum()) - silent == pytest.approx(row.oracle_experts * len(kept))
+    layer.moe.router.turn(1.0)  # type: ignore[operator, union-attr]
+    dense = F.linear(case.network.hidden(case.x), case.fc2, case.bias2)
+    torch.testing.assert_close(layer(case.x)[0], dense, rtol=1e-12, atol=1e-12)
 
 
 def test_padding_is_zero_and_underflow_loses_no_expert_at_threshold_1() -> None:

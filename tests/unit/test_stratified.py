@@ -35,7 +35,7 @@ def make_block(
     sizes: tuple[int, ...] = (2, 3), kind: str = "gshard", threshold: float = 0.7, released: bool = False
 ) -> StratifiedMoE:
     torch.manual_seed(0)
-    options = RouterOptions(threshold=threshold)
+    options = ROUTERS[kind].Options(threshold=threshold)
     routers = [ROUTERS[kind](DIM, sum(sizes[i:]), options) for i in range(len(sizes))]
     for router in routers:
         for weight in router.parameters():

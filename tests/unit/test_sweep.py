@@ -137,3 +137,20 @@ def test_bad_input_is_one_line_and_writes_nothing(more: list[str], message: str,
     with pytest.raises(UserError, match=message):
         cli.main(["sweep", "--data", str(data), "--checkpoint", str(checkpoint), *more, "--quiet"])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_shifts_are_swept_from_the_sparsest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, checkpoint, out = write_data(tmp_path / "data"), write_checkpoint(tmp_path / "c.pt"), tmp_path / "out"
+    fake_translator(monkeypatch, spoil(3))
+    words = ["sweep", "--data", str(data), "--checkpoint", str(checkpoint), "--out", str(out), "--quiet"]
+    cli.main([*words, "--shifts=-0.5:1:0.5", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["dial"] == "shift" and [one["threshold"] for one in found["points"]] == [1.0, 0.5, 0.0, -0.5]
+    settings = json.loads((out / "shift--0.5/scores.json").read_text())["settings"]
+    assert settings["moe_shift"] == -0.5 and settings["moe_threshold"] is None
+    page = (out / "sweep.md").read_text()
+    assert page.startswith("# c by shift") and "is the largest that loses no more than" in page
+    with pytest.raises(UserError, match="--shifts 2000 is out of range: it must name shifts in"):
+        cli.main([*words, "--shifts", "2000"])

@@ -59,7 +59,7 @@ def _cell(value: Any) -> str:
 
 
 def measure(counts: Counts) -> str:
-    """What a token's capacity is: ``passes`` (RC) where layers are stratified, ``experts`` elsewhere."""
+    """What a token's capacity is: ``passes`` (RC) if layers are stratified, ``experts`` elsewhere."""
     return "passes" if any(layer.place.strata for layer in counts.layers.values()) else "experts"
 
 
@@ -106,7 +106,7 @@ def by_layer(counts: Counts) -> Table:
 def flops(counts: Counts) -> Table:
     """Layers: FLOPs for a token, routers and gates included, and the share saved of what it is compared with.
 
-    Compared with all experts of the layer, and with the feed-forward network of a dense model; negative where the
+    Compared with all experts of the layer, and with the feed-forward network of a dense model; negative if the
     layer costs more.
     """
     rows: list[tuple[Any, ...]] = []
@@ -188,7 +188,7 @@ def distribution(counts: Counts) -> Table:
 def together(counts: Counts) -> Table:
     """Pairs of experts: tokens that took both, and how often that is against chance (lift).
 
-    Lift is P(both) / (P(one) P(other)): 1 where choices are independent.
+    Lift is P(both) / (P(one) P(other)): 1 if choices are independent.
     """
     rows = []
     for layer in counts.layers.values():

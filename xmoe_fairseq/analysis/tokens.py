@@ -10,7 +10,7 @@ import numpy as np
 from ..evaluation.routing_counts import Counts
 from .tables import MEANS, Table, add, means
 
-# A token counts as of high or low capacity where it belongs to this share of the token types.
+# A token counts as of high or low capacity if it belongs to this share of the token types.
 EXTREME_SHARE = 0.1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -46,7 +46,7 @@ def extremes(tokens: Table, value: str, min_count: int, shown: int) -> Table:
         tokens: of `by_token`.
         value: the column to order by.
         min_count: occurrences that a token needs.
-        shown: tokens at each end; fewer where the two would meet.
+        shown: tokens at each end; fewer if the two would meet.
     """
     rows, column, total = [], tokens.columns.index(value), tokens.columns.index("tokens")
     for stack in dict.fromkeys(tokens.column("stack")):

@@ -1,4 +1,4 @@
-"""How a model was trained to see languages: these options of its checkpoint hold where a command is not given them."""
+"""How a model was trained to see languages: these options of its checkpoint hold unless a command is given others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def adopt(parser: argparse.ArgumentParser, parsed: argparse.Namespace, words: Se
     """Sets the options that were not given to what the checkpoints of ``--path`` were trained with.
 
     Stock fairseq translates with the defaults of the command, and a model that was trained with others translates badly
-    and in silence. What is given holds, with a warning where the model was trained with something else.
+    and in silence. What is given holds, with a warning if the model was trained with something else.
 
     Args:
         parser: of the command, with the options of its task.
@@ -74,7 +74,7 @@ def warn_of_others(state: Mapping[str, Any], path: str, task: argparse.Namespace
 
 
 def _trained(path: str) -> Mapping[str, Any]:
-    """Returns the options of a checkpoint's task; none where fairseq will refuse the file."""
+    """Returns the options of a checkpoint's task; none if fairseq will refuse the file."""
     try:
         return _of_task(reading.peek(path))
     except UserError:

@@ -39,7 +39,7 @@ def is_version(name: str) -> bool:
 
 
 def begin(state: dict[str, Any], path: str) -> None:
-    """Lets averages begin with the parameters where the checkpoint that a training goes on from has none; stock fairseq
+    """Lets averages begin with the parameters if the checkpoint that a training goes on from has none; stock fairseq
     looks for the parameters when it has removed them.
 
     Args:

@@ -129,7 +129,7 @@ def _renamed(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def near(name: str, known: Any) -> str:
-    """Gives `, did you mean ...?` where a known name is like the one that was given."""
+    """Gives `, did you mean ...?` if a known name is like the one that was given."""
     found = difflib.get_close_matches(name, [one for one in known if isinstance(one, str)], n=1)
     return f", did you mean {found[0]}?" if found else ""
 

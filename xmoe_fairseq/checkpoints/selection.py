@@ -43,7 +43,7 @@ def check_metric(trainer: Any) -> None:
 
 
 def translation_metrics(task: Any) -> tuple[str, ...]:
-    """Names what validation gives where it translates."""
+    """Names what validation gives if it translates."""
     if hasattr(task, "translation_metrics"):
         names: tuple[str, ...] = task.translation_metrics
         return names
@@ -97,7 +97,7 @@ def restore(cfg: Any, extra_state: Any) -> None:
     from fairseq import checkpoint_utils
 
     kept = (extra_state or {}).get(_KEY)
-    # fairseq has set it where the run goes on, and not where it is tuned or its counts are reset.
+    # fairseq has set it if the run goes on, and not if it is tuned or its counts are reset.
     if not isinstance(kept, dict) or getattr(checkpoint_utils.save_checkpoint, "best", None) is None:
         return
     if kept.get("metric") != cfg.best_checkpoint_metric:

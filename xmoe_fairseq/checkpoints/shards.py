@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..moe.expert_parallel.group import block
 from ..moe.experts.kinds import EXPERTS
 from .reading import SHARD, SHARD_SET, DamagedCheckpoint, check_sums, read_shard
+from .saving import Writer
 
 Place = list[Any]  # keys from the state down to a tensor
 Concatenate = Callable[[list[Tensor]], Tensor]
@@ -112,7 +113,7 @@ def expert_places(state: dict[str, Any]) -> list[Place]:
 
 
 def optimizer_names(state: dict[str, Any]) -> dict[int, str]:
-    """Finds the parameter of each number in the optimizer's state; none where it is one flat vector.
+    """Finds the parameter of each number in the optimizer's state; none if it is one flat vector.
 
     torch numbers the parameters in the order of the model's, where buffers and the second names of tied
     parameters stand between them: those are recognised by their shapes.
@@ -145,7 +146,7 @@ def split(state: dict[str, Any], shards: int, name: str, source: str) -> Iterato
 
     Args:
         state: a whole checkpoint, which is changed.
-        shards: K; where it does not divide the experts, the first blocks have one more.
+        shards: K; if it does not divide the experts, the first blocks have one more.
         name: ``NAME.pt``.
         source: the checkpoint's `fingerprint`.
 
@@ -164,6 +165,32 @@ def split(state: dict[str, Any], shards: int, name: str, source: str) -> Iterato
     for place, tensor in zip(places, tensors, strict=True):
         holder(state, place)[place[-1]] = tensor[:0].clone()
     state[SHARD_SET] = vars(ShardSet(source, shards, fewest, places))
+
+
+def writers(state: dict[str, Any], out: str, shards: int, source: str) -> dict[str, Writer]:
+    """Returns what writes the files of a set of shards, in their order, for `saving.write`.
+
+    Args:
+        state: a whole checkpoint, which is changed.
+        out: the path of ``NAME.pt``.
+        shards, source: as of `split`.
+
+    Raises:
+        UserError: the checkpoint has fewer experts than shards, or none.
+    """
+    check_number(state, shards)
+    parts = split(state, shards, os.path.basename(out), source)
+
+    def one(file: Any) -> None:
+        torch.save(next(parts), file)
+
+    def rest(file: Any) -> None:
+        for _ in parts:  # takes the experts out
+            pass
+        torch.save(state, file)
+
+    # NAME.pt, which comes last, is the state that the shards were taken from.
+    return {shard_path(out, number, shards): one for number in range(shards)} | {out: rest}
 
 
 def check_number(state: dict[str, Any], shards: int) -> int:

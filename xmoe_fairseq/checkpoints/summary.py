@@ -25,7 +25,7 @@ class Summary:
         experts: in each MoE layer.
         dtype: of the parameters.
         optimizer: whether its state is there, so that training can resume as if it had not stopped.
-        files: sizes in bytes by path; more than one where the experts are in shards.
+        files: sizes in bytes by path; more than one if the experts are in shards.
     """
 
     arch: str

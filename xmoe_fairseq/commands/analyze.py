@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from ..analysis.tokens import text_tokens
 from ..common import locks
-from ..common.command_line import CommandParser, bounded, comma_list, file_path
+from ..common.command_line import CommandParser, bounded, file_path
 from ..common.outputs import check_writable
 from ..common.schema import json_text
 from ..errors import UserError, printable
-from ..evaluation.direction_dataset import directions, load, origin, read
-from ..evaluation.routing_counts import Counts, collect, places, total_sentences
+from ..evaluation.direction_dataset import origin, total_sentences
+from ..evaluation.routing_counts import Counts, count, places
 from ..models.routing_recorder import stack_inputs
 from ..render.analysis_folder import Analysis, analysis, write
+from .text_options import add_text_options, load_model, read_text
 
 _EPILOG = """\
 A token's capacity is the number of experts that it takes or, in stratified layers, of strata that it passes (RC). The
@@ -37,7 +38,7 @@ written to --out, each figure as .png and .svg beside the .tsv of its numbers:
 
 examples:
   xmoe analyze --checkpoint runs/demo4/checkpoints/checkpoint_best.pt --data data/demo4 --out runs/demo4/analysis
-  xmoe analyze --checkpoint model.pt --data data/local --pairs en-de,de-en --split valid --max-sentences 500 --out de
+  xmoe analyze --checkpoint model.pt --data data/local --pairs en-de,de-en --subset valid --lines 500 --out de
 """
 # The picture of more is higher than matplotlib draws.
 MOST_TOKENS = 1000
@@ -63,22 +64,21 @@ def _analyze(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # fairseq's, not the user's
     start = time.monotonic()
-    chosen = directions(args.checkpoint, args.data, args.split, args.pairs)
-    trained = load(args.checkpoint, args.data, chosen.pairs if chosen else ())
+    trained, chosen = load_model(args)
     model, task = trained.model, trained.task
     if not places(model):
         raise UserError(f"the model of {args.checkpoint} is dense: there are no experts to analyse")
-    texts = read(task, model, args.split, args.max_sentences, args.max_tokens)
+    texts = read_text(trained, args)
     with tqdm(total=total_sentences(texts), desc="analyse", unit="sentence", disable=args.quiet) as progress:
-        counts = collect(model, texts, task.source_dictionary.pad(), progress)
+        counts = count(model, texts, task.source_dictionary.pad(), progress)
     counts.untrained = chosen.untrained if chosen else ()
     found = analysis(counts, _words(model, counts), args.min_count, args.tokens)
     about = {
         "checkpoint": str(args.checkpoint),
         "data": str(args.data),
-        "split": args.split,
+        "split": args.subset,
         "seconds": round(time.monotonic() - start, 1),
-        "of": origin(args.checkpoint, args.data, args.split),
+        "of": origin(args.checkpoint, args.data, args.subset),
     }
     paths = write(found, args.out, about)
     if args.json:
@@ -100,30 +100,7 @@ def _parser() -> CommandParser:
         "--data", type=file_path, required=True, metavar="DATA", help="folder made by data_prep/prepare.sh, or its bin/"
     )
     parser.add_argument("--out", type=file_path, required=True, metavar="DIR", help="folder for figures and tables")
-    parser.add_argument(
-        "--pairs",
-        type=comma_list,
-        default=[],
-        metavar="A-B,...",
-        help="directions, such as en-de,de-en (default: all trained ones)",
-    )
-    parser.add_argument(
-        "--subset", "--split", dest="split", default="test", metavar="SET", help="train, valid, test, test1, ... (test)"
-    )
-    parser.add_argument(
-        "--max-sentences",
-        type=bounded(int, 0, 10**9),
-        default=0,
-        metavar="N",
-        help="of each direction, the first N (default: all)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=bounded(int, 1, 10**9),
-        default=4096,
-        metavar="N",
-        help="the most tokens in a batch (default: 4096)",
-    )
+    add_text_options(parser, "test", 4096, aliases={"--subset": "--split", "--lines": "--max-sentences"})
     parser.add_argument(
         "--min-count",
         type=bounded(int, 1, 10**9),

@@ -7,10 +7,9 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,20 +110,8 @@ def _shard(args: argparse.Namespace) -> None:
         saving.check_free(path, args.force)
     if state.get("last_optimizer_state") and not shards.optimizer_names(state):
         print(f"the optimizer's state is one vector (--fp16 with flat gradients): it stays whole in {args.out}")
-    parts = shards.split(state, args.shards, os.path.basename(args.out), shards.fingerprint(args.file))
-    # NAME.pt, which comes last, is the state that the shards were taken from.
-    saving.write({path: partial(_save_next, parts) for path in paths} | {args.out: partial(_save_rest, parts, state)})
+    saving.write(shards.writers(state, args.out, args.shards, shards.fingerprint(args.file)))
     print(_lines("written:", args.out, *paths))
-
-
-def _save_next(parts: Iterator[dict[str, Any]], file: Any) -> None:
-    torch.save(next(parts), file)
-
-
-def _save_rest(parts: Iterator[dict[str, Any]], state: dict[str, Any], file: Any) -> None:
-    for _ in parts:  # takes the experts out
-        pass
-    torch.save(state, file)
 
 
 def _consolidate(args: argparse.Namespace) -> None:

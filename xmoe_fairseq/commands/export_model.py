@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..checkpoints import options, reading, shards
 from ..common import locks
-from ..common.command_line import CommandParser
+from ..common.command_line import CommandParser, file_path
 from ..common.identity import of_folder
 from ..common.schema import json_text
 from ..conversion import names, safetensors, tokenizer_files
-from ..conversion.outputs import DTYPES, RECORD, check_free, whole_folder
+from ..conversion.model_options import build_on_meta, changed_options, check_parameters, flat
+from ..conversion.outputs import DTYPES, RECORD, check_free, progress, whole_folder
 from ..conversion.source import SPECIAL
 from ..conversion.transformers_folder import ACTIVATIONS, DENSE, MOE
 from ..errors import UserError
@@ -56,6 +57,7 @@ _NEEDED_OF_EXPERTS: tuple[tuple[str, Any, str], ...] = (
     ("moe_strata", "", "transformers has no strata"),
     ("moe_layer_experts", "", "transformers has equally many experts in all layers"),
     ("moe_stack", 1, "transformers has one MoE layer per place"),
+    ("moe_heads", 1, "transformers routes whole tokens"),
     ("moe_split_ratio", 1, "transformers has experts as large as its feed-forward networks"),
 )
 
@@ -87,11 +89,14 @@ def _parser() -> CommandParser:
         description="Makes a folder that transformers loads from a dense checkpoint or one with GShard MoE layers.",
         epilog=_EPILOG,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the file; of shards, their NAME.pt")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data folder of the checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("checkpoint", type=file_path, metavar="CHECKPOINT", help="the file; of shards, their NAME.pt")
+    parser.add_argument(
+        "--data", type=file_path, required=True, metavar="DIR", help="the data folder of the checkpoint"
+    )
+    parser.add_argument("--out", type=file_path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="precision of the folder (default: the checkpoint's)")
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
@@ -103,7 +108,14 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     shards.join(state, path)
     found = options.sections(state)
     tensors = state["model"]
+    for stack in ("encoder", "decoder"):
+        if f"{stack}.embed_tokens.weight" not in tensors:
+            raise UserError(f"{path} lacks {stack}.embed_tokens.weight: get the file again")
     config = _config(found["model"], tensors, path)
+    dense = {} if config["model_type"] == MOE else {"moe_placement": "none"}
+    asked = changed_options(flat(found["model"]), {**dense, "moe_expert_parallel": 1}, "xmoe_transformer")
+    # Files of older versions of fairseq lack the output layer, which is the embeddings.
+    check_parameters(build_on_meta(asked, tensors), {names.TIED[2]: tensors[names.EMBEDDINGS], **tensors}, path)
     data = args.data / "bin" if (args.data / "bin").is_dir() else args.data
     symbols, languages = _symbols(data, found["task"], config["vocab_size"])
     dtype = DTYPES[args.dtype] if args.dtype else None
@@ -119,8 +131,9 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         _write_json(made / "languages.json", languages)
         record["src_lang"] = tokenizer_files.write(symbols, languages, data, made)
         renamed = dict(_renamed(tensors, config["model_type"] == MOE))
-        with open(made / "model.safetensors", "wb") as file:
-            safetensors.write(renamed, file, dtype)
+        size = sum(one.numel() * (dtype or one.dtype).itemsize for one in renamed.values())
+        with progress(size, args.quiet) as watch, open(made / "model.safetensors", "wb") as file:
+            watch(lambda out: safetensors.write(renamed, out, dtype))(file)
         _write_json(made / "export.json", record)
     return record
 

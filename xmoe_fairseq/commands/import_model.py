@@ -12,11 +12,11 @@ from typing import Any
 
 from ..checkpoints import saving, shards
 from ..common import locks
-from ..common.command_line import CommandParser
+from ..common.command_line import CommandParser, file_path
 from ..common.identity import checksum
 from ..common.schema import json_text
 from ..conversion import branch_files, building, transformers_folder
-from ..conversion.outputs import DTYPES, RECORD, check_free, whole_folder
+from ..conversion.outputs import DTYPES, RECORD, check_free, progress, whole_folder
 from ..conversion.source import SPECIAL, Source, Vocabulary
 from ..errors import UserError
 from ..subword import MODEL, VOCABULARY_RECORD, Subword
@@ -67,12 +67,12 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "source",
-        type=Path,
+        type=file_path,
         metavar="SOURCE",
         help="the model's folder, as transformers stores it; or a file of fairseq's nllb branch, of several the one "
         "that ends in -shared.pt",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--out", type=file_path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="precision of the checkpoint (default: the model's)")
     parser.add_argument("--shards", type=int, metavar="K", help="write the experts into K files beside the checkpoint")
     for name, text in (
@@ -80,8 +80,9 @@ def _parser() -> CommandParser:
         ("--languages", "its list of languages, in the order of their tokens"),
         ("--sentencepiece", "its SentencePiece model"),
     ):
-        parser.add_argument(name, type=Path, metavar="FILE", help=text)
+        parser.add_argument(name, type=file_path, metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
@@ -95,7 +96,8 @@ def _import(path: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
         if not args.json:
             print(f"{source.kind}: {_count(source):,} parameters", flush=True)
         dtype = DTYPES[args.dtype] if args.dtype else None
-        _write_checkpoint(building.Writer(checkpoint, source.parameters, dtype), made / CHECKPOINT, args.shards)
+        writer = building.Writer(checkpoint, source.parameters, dtype)
+        _write_checkpoint(writer, made / CHECKPOINT, args.shards, args.quiet)
         record = _record(source, path, args)
         (made / "import.json").write_text(json_text(record, RECORD), encoding="utf-8")
     return record
@@ -129,24 +131,26 @@ def _write_data(vocabulary: Vocabulary, folder: Path) -> None:
     (folder / "dict.txt").write_text(lines, encoding="utf-8")
     (folder / "langs.txt").write_text("".join(f"{code}\n" for code in vocabulary.languages), encoding="utf-8")
     if vocabulary.sentencepiece is not None:
+        has_bytes = Subword(vocabulary.sentencepiece, byte_fallback=False).byte_fallback
         shutil.copyfile(vocabulary.sentencepiece, folder / MODEL)
-        has_bytes = Subword(folder / MODEL, byte_fallback=False).byte_fallback
         words = {"byte_fallback": has_bytes, "imported_from": os.path.abspath(vocabulary.sentencepiece)}
         (folder / VOCABULARY_RECORD).write_text(json_text(words, RECORD), encoding="utf-8")
 
 
-def _write_checkpoint(writer: building.Writer, path: Path, count: int | None) -> None:
+def _write_checkpoint(writer: building.Writer, path: Path, count: int | None, quiet: bool) -> None:
     """Writes one file, or the shards and then what is left."""
-    if count is None:
-        return saving.write({str(path): writer.whole})
-    source = checksum(name.encode() for name in (*writer.checkpoint.shapes, str(os.urandom(16))))
-    parts = {
-        shards.shard_path(str(path), number, count): partial(
-            writer.shard, number=number, shards=count, name=path.name, source=source
-        )
-        for number in range(count)
-    }
-    saving.write({**parts, str(path): partial(writer.rest, shards=count, source=source)})
+    writers: dict[str, saving.Writer] = {str(path): writer.whole}
+    if count is not None:
+        source = checksum(name.encode() for name in (*writer.checkpoint.shapes, str(os.urandom(16))))
+        writers = {
+            shards.shard_path(str(path), number, count): partial(
+                writer.shard, number=number, shards=count, name=path.name, source=source
+            )
+            for number in range(count)
+        }
+        writers[str(path)] = partial(writer.rest, shards=count, source=source)
+    with progress(writer.size, quiet) as watch:
+        saving.write({name: watch(write) for name, write in writers.items()})
 
 
 def _record(source: Source, path: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -164,5 +168,4 @@ def _record(source: Source, path: Path, args: argparse.Namespace) -> dict[str, A
 
 
 def _count(source: Source) -> int:
-    experts = sum(part.numel() for parts in source.parameters.experts.values() for part in parts.values())
-    return experts + sum(tensor.numel() for tensor in source.parameters.plain.values())
+    return sum(one.numel() for one in (*source.parameters.plain.values(), *source.parameters.parts()))

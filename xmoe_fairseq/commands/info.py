@@ -15,7 +15,7 @@ from ..common.command_line import CommandParser
 from ..errors import UserError
 from ..evaluation.model_costs import CONTEXT, measured, model_flops
 from ..evaluation.routing_usage import measure
-from ..models.architectures import architectures, build_on_meta, check_arch, describe, is_language_model
+from ..models.architectures import build_on_meta, catalogue, check_arch, describe, is_language_model
 from ..moe.flops import ExpertSite, Flops, Taken, count_parameters, expert_sites, number_taken
 from ..render.info_text import Info, MoELayerInfo, columns, render
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     """
     args, model_options = _parser().parse_known_args(argv)
     if args.list:
-        names = architectures()
+        names = catalogue()
         print(json.dumps(names, indent=2) if args.json else "\n".join(columns(names.items())))
         return
     _check(args)
@@ -74,7 +74,11 @@ def _parser() -> CommandParser:
         description="Parameters and FLOPs per token of an architecture, from the model that fairseq would build.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--list", action="store_true", help="name all architectures, with a line on each, and stop")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="name all architectures, routers and kinds of experts, with a line and the paper of each, and stop",
+    )
     parser.add_argument("--arch", metavar="NAME", help="an architecture of this plugin, or fairseq's transformer*")
     parser.add_argument(
         "--vocab",
@@ -161,7 +165,15 @@ def inspect(args: argparse.Namespace, model: Any, taken: Mapping[str, Taken], as
         parameters=count_parameters(model, taken),
         layers=tuple(
             MoELayerInfo(
-                s.name, s.num_experts, s.low, s.high, number_taken(taken[s.name]), dict(Counter(s.experts.sizes))
+                s.name,
+                s.num_experts,
+                s.low,
+                s.high,
+                number_taken(taken[s.name]),
+                dict(Counter(s.experts.sizes)),
+                s.heads,
+                s.experts.dim * s.heads,
+                round(sum(s.experts.flops()) / (2 * s.experts.dim * sum(s.experts.sizes))),
             )
             for s in sites
         ),

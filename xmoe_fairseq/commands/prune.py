@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from ..checkpoints import saving
 from ..common import locks
-from ..common.command_line import CommandParser, bounded, comma_list, file_path
+from ..common.command_line import CommandParser, bounded, file_path
 from ..common.schema import json_text
 from ..conversion import importance, pruning
 from ..conversion.outputs import RECORD, record_path
 from ..errors import UserError, printable
+from ..evaluation.direction_dataset import total_sentences
 from ..evaluation.perplexity import refuse_language_model
-from ..evaluation.routing_counts import total_sentences
 from ..render.tables import markdown, percent
+from .text_options import add_text_options, load_model, read_text
 
 _EPILOG = """\
 The model reads the subset once, references as decoder inputs. An expert's importance is the share of tokens whose first
@@ -97,17 +98,8 @@ def _parser() -> CommandParser:
         "times norm of the output (reap); every expert that a token takes (unused); random ones; or merge similar "
         "experts (importance)",
     )
-    parser.add_argument(
-        "--pairs", type=comma_list, default=[], metavar="A-B,...", help="directions (default: all trained ones)"
-    )
+    add_text_options(parser, "valid", 4096)
     parser.add_argument("--each", action="store_true", help="a checkpoint for every direction")
-    parser.add_argument("--subset", default="valid", metavar="SET", help="train, valid, test, ... (valid)")
-    parser.add_argument(
-        "--lines", type=bounded(int, 0, 10**9), default=0, metavar="N", help="of each direction, the first N (all)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=bounded(int, 1, 10**9), default=4096, metavar="N", help="the most of a batch (4096)"
-    )
     parser.add_argument(
         "--seed", type=bounded(int, 0, 2**32 - 1), default=1, metavar="N", help="of --method random (1)"
     )
@@ -122,7 +114,11 @@ def _prune(args: argparse.Namespace, words: list[str]) -> list[dict[str, Any]]:
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # fairseq's, not the user's
     if not 0 < args.keep <= 1:
         raise UserError(f"--keep {args.keep:g} is out of range: it is the share of experts that stays, in (0, 1]")
-    subject = pruning.open_subject(args)
+    path = str(args.checkpoint)
+    state = pruning.read_state(path, args.select)
+    trained, _ = load_model(args)
+    pruning.check_routers(trained, args.method)
+    subject = pruning.Subject(path, state, trained, pruning.sites_of(trained.model), read_text(trained, args))
     names = [text.name for text in subject.texts]
     outs = {name: _out(args.out, name) for name in names} if args.each else {"": str(args.out)}
     for out in outs.values():

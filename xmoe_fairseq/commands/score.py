@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fairseq.dataclass.utils import gen_parser_from_dataclass
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
@@ -17,13 +18,16 @@ from ..common.outputs import check_writable
 from ..common.run_folder import default_out, generated_folder, scores_folder, seek_checkpoint
 from ..common.schema import json_text
 from ..errors import UserError, printable
+from ..evaluation.direction_scorer import read_benchmark
 from ..evaluation.model_directions import subset_name
 from ..evaluation.perplexity import is_language_model
-from ..evaluation.score_job import ScoreJob, read_benchmark
+from ..evaluation.score_job import ScoreJob
 from ..metrics.corpus import METRICS
 from ..render.score_tables import PAGES, render_markdown
 from ..results.decoding import Decoding
+from ..tasks.contrast import OPTIONS, ContrastConfig, check_contrast, contrast_settings
 from .language_models import add_cutting_options, check_no_cutting_options, measure_perplexity
+from .text_options import add_text_options
 
 _EPILOG = """\
 DATA is a folder made by data_prep/prepare.sh: its test sets are translated with --checkpoint. RUN is the folder of a
@@ -32,7 +36,7 @@ given, only tells what the model costs.
 
 Written to --out, and to standard output: scores.json, scores.md, scores.tsv; and for each direction a folder with
 the translations (hyp.TGT), references and sources as plain text. Run again, finished directions are skipped. BLEU's
-tokenizer follows the language (13a, but zh, ja-mecab, ko-mecab or char where words are not spaced); spbleu is BLEU on
+tokenizer follows the language (13a, but zh, ja-mecab, ko-mecab or char if words are not spaced); spbleu is BLEU on
 the pieces of flores200.
 
 Of a language model the perplexity is measured, per token and per word, on a folder of fairseq-preprocess --only-source.
@@ -44,7 +48,7 @@ examples:
   xmoe score runs/demo4 --data data/demo4 --json
 """
 # The options of translating, by their names in `Decoding`.
-_TRANSLATING = ("beam", "lenpen", "max_len_b", "max_tokens", "moe_threshold", "fp16", "lines", "subset")
+_TRANSLATING = ("beam", "lenpen", "max_len_b", "max_tokens", "moe_threshold", "moe_shift", "fp16", "lines", "subset")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -96,7 +100,6 @@ def _parser() -> CommandParser:
         "--metrics", type=comma_list, default=["bleu", "chrf"], metavar="NAMES", help="of bleu,chrf,spbleu (bleu,chrf)"
     )
     parser.add_argument("--tokenize", choices=BLEU.TOKENIZERS, metavar="NAME", help="BLEU's, for every language")
-    add_set_options(parser)
     add_translating_options(parser)
     parser.add_argument(
         "--moe-threshold",
@@ -105,26 +108,24 @@ def _parser() -> CommandParser:
         help="another threshold than the model was trained with",
     )
     add_cutting_options(parser)
+    gen_parser_from_dataclass(parser, ContrastConfig(), delete_default=True)
+    parser.add_argument(
+        "--moe-shift",
+        type=bounded(float, -1000, 1000),
+        metavar="X",
+        help="another --moe-shift than the model was trained with",
+    )
     add_output_options(parser)
     return parser
 
 
-def add_set_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what is translated."""
-    parser.add_argument(
-        "--pairs", type=comma_list, default=[], metavar="SRC-TGT,...", help="directions (default: all trained ones)"
-    )
-    parser.add_argument("--subset", type=subset_name, metavar="SET", help="test, valid, test1, ... (default: test)")
-    parser.add_argument("--lines", type=bounded(int, 1, 10**9), metavar="N", help="only the first N lines of each set")
-
-
 def add_translating_options(parser: argparse.ArgumentParser) -> None:
-    """Adds how it is translated."""
+    """Adds what is translated, and how; an option that is not given is None."""
+    add_text_options(parser, Decoding.subset, Decoding.max_tokens, subset_name, keep_unset=True)
     for option, kind, meaning in (
         ("--beam", bounded(int, 1, 1000), "hypotheses in the search (default: the benchmark's)"),
         ("--lenpen", bounded(float, -10, 10), "length penalty (default: the benchmark's)"),
         ("--max-len-b", bounded(int, 1, 10**6), "most pieces of a translation (default: 200)"),
-        ("--max-tokens", bounded(int, 1, 10**9), "pieces in a batch (default: 6000)"),
     ):
         parser.add_argument(option, type=kind, metavar="N" if kind is not float else "X", help=meaning)
     parser.add_argument("--fp16", action="store_const", const=True, help="half precision, for GPUs")
@@ -158,7 +159,7 @@ def _job(args: argparse.Namespace) -> tuple[ScoreJob, Path]:
         )
     if args.data is None:
         raise UserError(f"{args.folder} is a run: give --data, the folder whose test sets it translated")
-    given = [name for name in _TRANSLATING if name != "subset" and getattr(args, name) is not None]
+    given = [name for name in (*_TRANSLATING, *OPTIONS) if name != "subset" and getattr(args, name) is not None]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} goes with a data folder: {args.folder} was translated before")
     trained_by = args.checkpoint or seek_checkpoint(args.folder)
@@ -176,4 +177,19 @@ def decoding_options(args: argparse.Namespace, data: Path) -> Decoding:
     benchmark = read_benchmark(data)
     options: dict[str, Any] = {name: getattr(args, name, None) for name in _TRANSLATING}
     given = {name: value for name, value in options.items() if value is not None}
+    given["contrast"] = _contrast({name: getattr(args, name, None) for name in OPTIONS})
     return Decoding(**({"beam": benchmark.beam, "lenpen": benchmark.lenpen} | given))
+
+
+def _contrast(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Checks and completes the options of decoding by contrast; None if it is not wanted.
+
+    Raises:
+        UserError: one is out of range, or given without ``--contrast-beta``.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and "contrast_beta" not in given:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} has no effect without --contrast-beta: give it, too")
+    settings = contrast_settings(given)
+    check_contrast(argparse.Namespace(**settings))
+    return settings if settings["contrast_beta"] else None

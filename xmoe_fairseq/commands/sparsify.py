@@ -18,17 +18,17 @@ from tqdm import tqdm
 
 from ..checkpoints import saving
 from ..common import locks
-from ..common.command_line import CommandParser, bounded, comma_list, file_path
+from ..common.command_line import CommandParser, bounded, file_path
 from ..common.schema import json_text
 from ..conversion import splitting
 from ..conversion.dense import Dense, read_dense, with_experts
-from ..conversion.inputs import layer_inputs, texts_of
+from ..conversion.inputs import layer_inputs, lines_of
 from ..conversion.outputs import RECORD, record_path
 from ..errors import UserError, printable
-from ..evaluation.direction_dataset import directions, load
-from ..evaluation.routing_counts import total_sentences
+from ..evaluation.direction_dataset import total_sentences
 from ..models.routing_recorder import INPUTS, stack_of
 from ..render.tables import markdown, number, percent
+from .text_options import add_text_options, load_model, read_text
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 # Hidden units of an expert unless --experts says otherwise.
@@ -109,13 +109,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--tokens", type=bounded(int, 0, 10**9), default=50_000, metavar="N", help="for the fit, of each layer (50000)"
     )
-    parser.add_argument("--subset", default="valid", metavar="SET", help="train, valid, test, ... (valid)")
-    parser.add_argument(
-        "--pairs", type=comma_list, default=[], metavar="A-B,...", help="directions of the text (all trained ones)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=bounded(int, 1, 10**9), default=4096, metavar="N", help="the most of a batch (4096)"
-    )
+    add_text_options(parser, "valid", 4096)
     parser.add_argument(
         "--threshold", type=bounded(float, 0, 1), default=0.9, metavar="T", help="written into the model (0.9)"
     )
@@ -203,6 +197,7 @@ def _options(args: argparse.Namespace, experts: int) -> dict[str, Any]:
         "moe_expert_sizes": "",
         "moe_strata": "",
         "moe_stack": 1,
+        "moe_heads": 1,
         "moe_regularizer": "none",
         "moe_kernel": "auto",
         "moe_expert_parallel": 1,
@@ -211,9 +206,10 @@ def _options(args: argparse.Namespace, experts: int) -> dict[str, Any]:
 
 def _inputs(args: argparse.Namespace, dense: Dense, layers: Sequence[str]) -> dict[str, Tensor]:
     """Reads text with the dense model and collects what enters its feed-forward networks."""
-    chosen = directions(args.checkpoint, args.data, args.subset, args.pairs)
-    trained = load(args.checkpoint, args.data, chosen.pairs if chosen else ())
-    texts = texts_of(trained.task, trained.model, args.subset, args.tokens, args.max_tokens)
+    trained, _ = load_model(args)
+    lines = lines_of(read_text(trained, args), args.tokens)
+    args.lines = min(args.lines or lines, lines)
+    texts = read_text(trained, args)
     modules = {layer: trained.model.get_submodule(f"{dense.networks[layer]}fc1") for layer in layers}
     padding = trained.task.source_dictionary.pad()
     with tqdm(total=total_sentences(texts), desc="read", unit="sentence", disable=args.quiet) as progress:
@@ -222,10 +218,7 @@ def _inputs(args: argparse.Namespace, dense: Dense, layers: Sequence[str]) -> di
 
 def _cut(dense: Dense, layer: str, experts: int, x: Tensor, args: argparse.Namespace) -> Cut:
     """Cuts one network; x: (T, d) of its inputs, of which the last tenth is held out of the fit."""
-    prefix = dense.networks[layer]
-    fc1, bias1, fc2, bias2 = (
-        dense.model[f"{prefix}{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-    )
+    fc1, bias1, fc2, bias2 = dense.network(layer)
     activation = utils.get_activation_fn(str(dense.options.get("activation_fn", "relu")))
     network = splitting.Network(fc1.float(), bias1.float(), fc2.float(), activation)
     labels = splitting.split(network.fc1_weight, experts, args.split)

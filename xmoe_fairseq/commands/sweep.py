@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,7 +15,7 @@ from ..common.command_line import CommandParser, bounded, file_path, quiet_libra
 from ..common.outputs import check_no_folders, check_writable, replacing_all
 from ..common.run_folder import default_out
 from ..common.schema import json_text
-from ..errors import printable
+from ..errors import UserError, printable
 from ..evaluation.decode import Translator
 from ..evaluation.perplexity import is_language_model
 from ..evaluation.score_job import ScoreJob
@@ -22,17 +24,18 @@ from ..metrics.corpus import METRICS
 from ..render.score_tables import PAGES
 from ..render.sweep_figure import draw_sweep, save
 from ..render.sweep_tables import render_markdown, render_tsv
+from ..results.decoding import Decoding
 from ..results.direction_sets import ZERO_SHOT
 from ..results.scores import SystemScores
 from ..results.sweep import Sweep
 from .language_models import add_cutting_options, check_no_cutting_options, measure_perplexity
-from .score import add_output_options, add_set_options, add_translating_options, decoding_options
+from .score import add_output_options, add_translating_options, decoding_options
 
 _EPILOG = """\
-Nothing is trained: the routers get another threshold. Written to --out: sweep.json, sweep.tsv, sweep.md, the picture
-sweep.png and sweep.svg, and for each threshold a folder as xmoe score writes it, which xmoe compare reads. Run again,
-finished thresholds and directions are skipped. To choose a threshold honestly, sweep --subset valid. Of a language
-model the perplexity is measured.
+Nothing is trained: the routers get another threshold, or --moe-shift. Written to --out: sweep.json, sweep.tsv,
+sweep.md, the picture sweep.png and sweep.svg, and for each value a folder as xmoe score writes it, which xmoe compare
+reads. Run again, finished values and directions are skipped. To choose a value honestly, sweep --subset valid.
+Of a language model the perplexity is measured.
 
 examples:
   xmoe sweep --checkpoint runs/demo4/checkpoints/checkpoint_last.pt --data data/demo4 --thresholds 0.1:1.0:0.1
@@ -53,28 +56,30 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     quiet_libraries()
-    thresholds = read_thresholds(args.thresholds)
+    dial, values = _values(args)
     if is_language_model(args.checkpoint):
-        measure_perplexity(args, args.data, "sweep", thresholds)
+        if dial != "threshold":
+            raise UserError("--shifts is for translation models: sweep the --thresholds of a language model")
+        measure_perplexity(args, args.data, "sweep", values)
         return
     check_no_cutting_options(args)
     decoding = decoding_options(args, args.data)
     jobs = {
-        threshold: ScoreJob(
+        value: ScoreJob(
             args.data,
             args.checkpoint,
-            dataclasses.replace(decoding, moe_threshold=threshold),
+            _at(decoding, dial, value),
             pairs=args.pairs,
             metrics=_METRICS,
         )
-        for threshold in thresholds
+        for value in values
     }
     out = args.out or default_out(args.checkpoint, "sweep")
     check_writable(out)
     check_no_folders(_files(out))
     with locks.held(out):
-        found = _score(jobs, out, args.quiet)
-        sweep = _sweep(args.checkpoint.stem, found, args.lose, args.max_moe_flops)
+        found = _score(jobs, out, dial, args.quiet)
+        sweep = dataclasses.replace(_sweep(args.checkpoint.stem, found, args.lose, args.max_moe_flops), dial=dial)
         _write(sweep, out)
     if args.json:
         print(json_text(sweep.as_json(), "--json"), end="")
@@ -86,14 +91,19 @@ def main(argv: Sequence[str]) -> None:
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="xmoe sweep",
-        usage="xmoe sweep --checkpoint FILE --data DATA --thresholds FIRST:LAST:STEP [options]",
-        description="Measures BLEU, chrF++, FLOPs and speed of one trained model at many thresholds.",
+        usage="xmoe sweep --checkpoint FILE --data DATA --thresholds FIRST:LAST:STEP [options]\n"
+        "       xmoe sweep --checkpoint FILE --data DATA --shifts FIRST:LAST:STEP [options]",
+        description="Measures BLEU, chrF++, FLOPs and speed of one trained model at many thresholds, or shifts.",
         epilog=_EPILOG,
     )
     parser.add_argument("--checkpoint", type=file_path, required=True, metavar="FILE", help="with threshold routers")
     parser.add_argument("--data", type=file_path, required=True, metavar="DATA", help="made by data_prep/prepare.sh")
-    parser.add_argument(
-        "--thresholds", required=True, metavar="LIST", help="FIRST:LAST:STEP, the last included, or 0.3,0.5,0.9"
+    swept = parser.add_mutually_exclusive_group(required=True)
+    swept.add_argument("--thresholds", metavar="LIST", help="FIRST:LAST:STEP, the last included, or 0.3,0.5,0.9")
+    swept.add_argument(
+        "--shifts",
+        metavar="LIST",
+        help="of --moe-shift, for topany, relu, null and expert_threshold: --shifts=-1:1:0.5",
     )
     parser.add_argument(
         "--lose",
@@ -111,23 +121,34 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--out", type=file_path, metavar="DIR", help="results (default: CHECKPOINT-sweep beside the checkpoint)"
     )
-    add_set_options(parser)
     add_translating_options(parser)
     add_cutting_options(parser)
     add_output_options(parser)
     return parser
 
 
-def _score(jobs: dict[float, ScoreJob], out: Path, quiet: bool) -> dict[float, SystemScores]:
+def _values(args: argparse.Namespace) -> tuple[str, list[float]]:
+    """Returns what is swept and its values, the sparsest first."""
+    if args.shifts is None:
+        return "threshold", read_thresholds(args.thresholds)
+    return "shift", read_thresholds(args.shifts, "shifts", -1000, 1000)[::-1]
+
+
+def _at(decoding: Decoding, dial: str, value: float) -> Decoding:
+    changed: dict[str, Any] = {f"moe_{dial}": value}
+    return dataclasses.replace(decoding, **changed)
+
+
+def _score(jobs: dict[float, ScoreJob], out: Path, dial: str, quiet: bool) -> dict[float, SystemScores]:
     """Runs the jobs one after the other with one model, under one progress bar."""
     found: dict[float, SystemScores] = {}
     translator: Translator | None = None
     with tqdm(total=sum(len(job.pairs) for job in jobs.values()), unit="direction", disable=quiet) as bar:
         for threshold in list(jobs):
-            bar.set_postfix(threshold=f"{threshold:g}")
+            bar.set_postfix({dial: f"{threshold:g}"})
             job = jobs.pop(threshold)
             job.take(translator)
-            found[threshold] = job.run(out / f"threshold-{threshold:g}", bar, PAGES)
+            found[threshold] = job.run(out / f"{dial}-{threshold:g}", bar, PAGES)
             translator = job.translator
     return found
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import reduction
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.shards import fingerprint
-from ..common import locks
+from ..common import guard, locks
 from ..common.command_line import file_path
 from ..common.directions import Direction
 from ..common.outputs import writing
 from ..common.run_folder import find_checkpoint, generated_folder
 from ..errors import UserError
+from ..evaluation.direction_scorer import read_benchmark
 from ..evaluation.model_directions import Chosen, choose_directions, subset_name
 from ..evaluation.perplexity import refuse_language_model
-from ..evaluation.score_job import read_benchmark
 from ..evaluation.test_sets import MADE, check_made, read_made
 from ..mt_benchmarks import Benchmark
 from ..results.direction_sets import ZERO_SHOT
@@ -43,11 +45,13 @@ Translates a test set in all directions of a model, or in some. Run again, it re
   OPTION       more for fairseq-generate, such as --max-tokens 12000 --fp16
 
 Beam and length penalty are those of the benchmark that DATA was prepared for, language tokens those that the model
-was trained with. A folder under its final name is complete and is skipped; where it was translated with another
+was trained with. A folder under its final name is complete and is skipped; if it was translated with another
 checkpoint or other options, that is an error.
 
 Example: xmoe translate data/local runs/local en-ca ca-en -- --max-tokens 12000"""
 
+# Seconds in which an interrupted program may end.
+_PATIENCE = 2
 # Options of fairseq-generate that the words before ``--`` decide.
 _OURS = {
     "--gen-subset": "--subset before the --",
@@ -84,7 +88,7 @@ class Translation:
         """Returns the command for one direction."""
         source, target = pair.split("-")
         return [
-            *(sys.executable, "-m", "fairseq_cli.generate", str(self.data / "bin"), "--gen-subset", self.subset),
+            *("fairseq-generate", str(self.data / "bin"), "--gen-subset", self.subset),
             *("--user-dir", str(Path(__file__).parents[1]), "--task", f"multilingual_{self.benchmark.name}"),
             *("--source-lang", source, "--target-lang", target, "--path", str(self.checkpoint)),
             *("--bpe", "sentencepiece_bytes", "--sentencepiece-model", str(self.data / "bin" / "spm.model")),
@@ -130,9 +134,7 @@ def _translate(translation: Translation, pair: Direction, lock: int) -> None:
     with writing(translation.out):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-    # The program holds the lock as well: where this one is killed, it may go on.
-    words = translation.words(pair, part)
-    code = subprocess.run(words, stdin=subprocess.DEVNULL, pass_fds=(lock,), check=False).returncode
+    code = _run(translation.words(pair, part), lock)
     if code:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{pair} is not translated: fairseq-generate ended with code {code}, see above")
@@ -144,6 +146,40 @@ def _translate(translation: Translation, pair: Direction, lock: int) -> None:
             folder.rename(old)
         part.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _run(words: list[str], lock: int) -> int | None:
+    """Runs a program in a process that has imported what takes seconds to import, and returns its exit code."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["fairseq_cli.generate", "xmoe_fairseq"])
+    process = processes.Process(target=_generate, args=(words, reduction.DupFd(lock)))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:  # which the program hears as well
+        process.join(_PATIENCE)
+        process.kill()
+        raise
+    return process.exitcode
+
+
+def _generate(words: list[str], lock: Any) -> None:
+    """Is ``fairseq-generate``.
+
+    Args:
+        words: of the command.
+        lock: a descriptor; the process holds it as well: if ``xmoe translate`` is killed, this may go on.
+    """
+    lock.detach()
+    sys.argv = words
+    logging.root.handlers.clear()  # fairseq-generate sets up its own
+    from fairseq_cli import generate
+
+    try:
+        with guard.one_line():
+            generate.cli_main()
+    except KeyboardInterrupt as interrupt:
+        raise guard.ending(interrupt) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checkpoints import saving
+from ..checkpoints import saving, shards
 from ..common import locks
 from ..common.command_line import CommandParser, bounded, file_path
+from ..common.identity import checksum
 from ..common.schema import json_text
 from ..conversion import upcycling
 from ..conversion.dense import read_dense, with_experts
 from ..conversion.outputs import DTYPES, RECORD, record_path
-from ..errors import printable
+from ..errors import UserError, printable
 
 _EPILOG = """\
 All other options are those of fairseq-train for the architecture, such as --moe-num-experts 8 --moe-router gshard.
@@ -28,9 +29,9 @@ Sizes are the checkpoint's. What the feed-forward networks become (--kind):
   adapter  one network, and a small adapter for each expert, which adds nothing at first. Always the same translations
   auto     adapter with --moe-expert adapter, else slice if the split ratio is above 1, else copy
 
-Written: OUT.pt, without the optimizer's state, and the record OUT.upcycle.json. Train it on with --finetune-from-model
-OUT.pt and a constant learning rate; --moe-train-only experts trains adapters and routers alone. A dense checkpoint has
-no shards; xmoe checkpoint shard divides the result, and --moe-expert-parallel takes it as it is.
+Written: OUT.pt, without the optimizer's state, and the record OUT.upcycle.json; with --shards K, the experts in K files
+beside OUT.pt. Train it on with --finetune-from-model OUT.pt and a constant learning rate; --moe-train-only experts
+trains adapters and routers alone. --moe-expert-parallel takes the result as it is, in shards or not.
 
 examples:
   xmoe upcycle --checkpoint runs/dense/checkpoint_best.pt --arch moe_transformer --moe-router gshard \\
@@ -52,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     args, words = _parser().parse_known_args(argv)
     out = str(args.out)
     saving.check_out(out)
-    saving.check_free(record_path(out, "upcycle"))
+    for path in (record_path(out, "upcycle"), *_shard_paths(args)):
+        saving.check_free(path)
     with locks.held(out, file=True):
         record = _upcycle(args, words)
     if args.json:
@@ -83,6 +85,9 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), help="precision (default: the checkpoint's; float32 where that is not exact)"
     )
+    parser.add_argument(
+        "--shards", type=bounded(int, 1, 2**20), metavar="K", help="write the experts into K files beside OUT.pt"
+    )
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
@@ -91,10 +96,12 @@ def _parser() -> CommandParser:
 def _upcycle(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     dense = read_dense(str(args.checkpoint))
     grown = upcycling.grow(dense, args.arch, words, args.kind)
-    own = dense.model["encoder.embed_tokens.weight"].dtype
-    dtype = (
-        DTYPES[args.dtype] if args.dtype else own if grown.keeps_precision else torch.promote_types(own, torch.float32)
-    )
+    dtype = DTYPES[args.dtype] if args.dtype else grown.dtype
+    if args.shards is not None and args.shards > grown.options["moe_num_experts"]:
+        raise UserError(
+            f"--shards {args.shards} is out of range: the model has {grown.options['moe_num_experts']} experts, one "
+            "per shard at least"
+        )
     record = _record(args, words, grown, dtype)
     if not args.json:
         print("\n".join(_sizes(record)), flush=True)
@@ -104,7 +111,8 @@ def _upcycle(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         torch.manual_seed(args.seed)
         start = upcycling.Start(args.router_std, args.router_noise)
         layers = upcycling.parameters(grown, start, dtype)
-        for layer, tensors, factor in tqdm(layers, desc="layers", unit="layer", disable=args.quiet or args.json):
+        total = len(grown.layers)
+        for layer, tensors, factor in tqdm(layers, total=total, desc="layers", unit="layer", disable=args.quiet):
             made |= tensors
             factors |= {} if factor is None else {layer: factor}
     record["mean_weight"] = {layer: round(factor, 4) for layer, factor in factors.items()}
@@ -113,14 +121,19 @@ def _upcycle(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     model = upcycling.complete(grown, made, dtype)
     state = with_experts(dense, {name: value for name, value in grown.options.items() if name != "_name"}, model)
     state["cfg"]["model"]["_name"] = args.arch
-    text, out = json_text(record, RECORD).encode(), str(args.out)
-    saving.write({out: partial(torch.save, state), record_path(out, "upcycle"): lambda file: file.write(text)})
+    text, out = json_text(record, RECORD), str(args.out)
+    writers: dict[str, saving.Writer] = {out: partial(torch.save, state)}
+    if args.shards is not None:
+        # The same command makes the same files.
+        source = checksum(word.encode() for word in (text, shards.fingerprint(dense.path)))
+        writers = shards.writers(state, out, args.shards, source)
+    saving.write({**writers, record_path(out, "upcycle"): lambda file: file.write(text.encode())})
     return record
 
 
-def _precision(grown: upcycling.Grown) -> torch.dtype:
-    own = grown.dense.model["encoder.embed_tokens.weight"].dtype
-    return own if grown.keeps_precision else torch.promote_types(own, torch.float32)
+def _shard_paths(args: argparse.Namespace) -> list[str]:
+    """Names the files of experts that are written."""
+    return [shards.shard_path(str(args.out), number, args.shards) for number in range(args.shards or 0)]
 
 
 def _record(
@@ -136,6 +149,7 @@ def _record(
         "router_noise": args.router_noise,
         "seed": args.seed,
         "dtype": str(dtype).removeprefix("torch."),
+        "shards": args.shards,
         "exact": exact,
         **grown.sizes(),
     }

@@ -30,7 +30,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog=prog, epilog=epilog, allow_abbrev=False, **options)
 
     def print_help(self, file: Any = None) -> None:
-        """Prints the help; argparse itself is silent where nothing can be written."""
+        """Prints the help; argparse itself is silent if nothing can be written."""
         print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:

@@ -32,7 +32,7 @@ _handle_error = logging.Handler.handleError
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """Ends what is run in it as a command ends: with one line where something goes wrong.
+    """Ends what is run in it as a command ends: with one line if something goes wrong.
 
     Raises:
         SystemExit: see `ending`; one that was raised inside stays as it is.
@@ -102,7 +102,7 @@ def output_ending(error: OSError) -> SystemExit | None:
         _flush()
         return SystemExit(BROKEN_PIPE)
     end = _flush()
-    # Where output is not buffered, nothing is left to be written, and only the statement tells.
+    # If output is not buffered, nothing is left to be written, and only the statement tells.
     if end is None and _statement(error).startswith("print("):
         end = _not_written(error)
     return end if error.filename is None else None
@@ -140,7 +140,7 @@ def is_command() -> bool:
 
 
 def _flush_at_end() -> None:
-    """Python would end with a message of its own, and code 120, where the last output cannot be written."""
+    """Python would end with a message of its own, and code 120, if the last output cannot be written."""
     if not is_command():
         return
     end = _flush()

@@ -114,7 +114,7 @@ def check_trained_on(state: Mapping[str, Any], data: DataIdentity) -> DataIdenti
         data: that it is used with.
 
     Returns:
-        What is known of the data, from the checkpoint where the folder has no ``spm.model``.
+        What is known of the data, from the checkpoint if the folder has no ``spm.model``.
 
     Raises:
         UserError: dictionary, languages or SentencePiece model differ, or the entry is damaged.

@@ -52,7 +52,7 @@ class _Holder:
 def held(path: str | Path, file: bool = False) -> Iterator[int]:
     """Keeps other programs from writing a folder, or a file, for the length of the block.
 
-    A folder that is missing is made, and removed again where the block leaves nothing in it. In a process that holds
+    A folder that is missing is made, and removed again if the block leaves nothing in it. In a process that holds
     the path already, this does nothing more.
 
     Args:

@@ -51,7 +51,7 @@ def replacing_set(member: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
 
     Args:
         member: one of the files; its name without the ending names the set.
-        stale: names of files that earlier sets may have had, to be removed where this one does not have them.
+        stale: names of files that earlier sets may have had, to be removed if this one does not have them.
 
     Raises:
         UserError: a folder has the name of a file, or a file cannot be written.

@@ -9,7 +9,7 @@ from .files import is_there
 
 
 def find_checkpoint(run: Path) -> Path:
-    """Finds a run's best checkpoint, or its last one where none was the best.
+    """Finds a run's best checkpoint, or its last one if none was the best.
 
     Raises:
         UserError: there is neither.

@@ -131,6 +131,14 @@ class Writer:
         self.parameters = parameters
         self.dtype = dtype
 
+    @property
+    def size(self) -> int:
+        """Bytes of all parameters in the file's precision."""
+        return sum(
+            one.numel() * (self.dtype or one.dtype).itemsize
+            for one in (*self.parameters.plain.values(), *self.parameters.parts())
+        )
+
     def whole(self, file: IO[bytes]) -> None:
         """Writes a checkpoint in one file."""
         experts = {name: self._rows(name, range(len(parts))) for name, parts in self.parameters.experts.items()}
@@ -182,7 +190,6 @@ def check_dtypes(parameters: Parameters) -> None:
     Raises:
         UserError: names the type.
     """
-    parts = (part for stacked in parameters.experts.values() for part in stacked.values())
-    for tensor in (*parameters.plain.values(), *parts):
+    for tensor in (*parameters.plain.values(), *parameters.parts()):
         if not tensor.is_floating_point():
             raise UserError(f"a parameter has the type {tensor.dtype}: quantised models are not read, get the original")

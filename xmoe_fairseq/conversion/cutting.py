@@ -24,12 +24,14 @@ class Site:
         layer: that it belongs to, such as ``encoder.2``.
         experts: E.
         sizes: of the strata; empty for a plain layer.
+        kept_whole: names of tensors of its routers that have no row for each expert.
     """
 
     name: str
     layer: str
     experts: int
     sizes: tuple[int, ...] = ()
+    kept_whole: tuple[str, ...] = ()
 
     def first_visible(self, router: int) -> int:
         """Returns the first expert that a router sees: that of a stratum sees its own experts and all later ones."""
@@ -56,6 +58,8 @@ def cut(
                 continue
             router = _ROUTER.fullmatch(inner)
             start = site.first_visible(int(router[1] or 0)) if router else 0
+            if router and inner.rpartition(".")[2] in site.kept_whole:
+                continue
             # Buffers of a router over experts have as many rows as its weight.
             if (is_expert(name) or router) and tensor.dim() and len(tensor) == site.experts - start:
                 rest[name] = tensor[[expert - start for expert in kept[site.name] if expert >= start]]

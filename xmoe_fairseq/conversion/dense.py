@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from fairseq import models
 from fairseq.models.transformer import TransformerModel, TransformerModelBase
 from torch import Tensor
@@ -44,6 +45,27 @@ class Dense:
         parameters: Mapping[str, Tensor] = self.state["model"]
         return parameters
 
+    def network(self, layer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns a layer's feed-forward network: ``W1`` (H, d), ``b1`` (H,), ``W2`` (d, H) and ``b2`` (d,).
+
+        Raises:
+            UserError: a parameter is missing, has another shape or type, or holds NaN or infinity.
+        """
+        prefix = self.networks[layer]
+        hidden, dim = self.hidden(layer), self.model[f"{prefix}fc1.weight"].shape[-1]
+        shapes = {"fc1.weight": (hidden, dim), "fc1.bias": (hidden,), "fc2.weight": (dim, hidden), "fc2.bias": (dim,)}
+        found = []
+        for name, shape in shapes.items():
+            tensor = self.model.get(f"{prefix}{name}")
+            if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+                what = f"is {tensor.dtype} {tuple(tensor.shape)}" if tensor is not None else "is missing"
+                raise UserError(f"{self.path}: {prefix}{name} {what}, it must be {shape} fractions: get the file again")
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{self.path}: {prefix}{name} holds NaN or infinity: use an earlier checkpoint")
+            found.append(tensor)
+        fc1, bias1, fc2, bias2 = found
+        return fc1, bias1, fc2, bias2
+
     def hidden(self, layer: str) -> int:
         """Returns the hidden units of a layer's feed-forward network."""
         return len(self.model[f"{self.networks[layer]}fc1.weight"])
@@ -72,6 +94,16 @@ def read_dense(path: str) -> Dense:
     if not (ours or kind in (TransformerModel, TransformerModelBase)) or not networks:
         raise UserError(f"{path} is a model {name}: only dense models of fairseq's transformer can get experts")
     for stack in ("encoder", "decoder"):
+        numbers = sorted(int(one.partition(".")[2]) for one in networks if one.startswith(stack))
+        asked = found.get(f"{stack}_layers") or found.get("encoder_layers", len(numbers))
+        if asked != len(numbers) or numbers != list(range(1, len(numbers) + 1)):
+            listed = ", ".join(map(str, numbers[:20]))
+            raise UserError(
+                f"{path} has parameters of the {stack}'s layers {listed}, its options ask for {asked} layers: get the "
+                "file again"
+            )
+        if f"{stack}.embed_tokens.weight" not in state["model"]:
+            raise UserError(f"{path} lacks {stack}.embed_tokens.weight: get the file again")
         if found.get(f"{stack}_layers_to_keep"):
             raise UserError(f"{path} was made with --{stack}-layers-to-keep: give the checkpoint with all its layers")
     return Dense(path, state, found, networks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +27,6 @@ class Network:
     fc1_bias: Tensor
     fc2_weight: Tensor
     fc2_bias: Tensor
-
-    @classmethod
-    def of(cls, model: Mapping[str, Tensor], prefix: str) -> Network:
-        """Finds the network of a layer, whose parameters' names begin with the prefix."""
-        return cls(*(model[f"{prefix}{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")))
 
     def louder(self, factor: float) -> Network:
         """Returns the network whose output is so many times as large, computed in float32 at least."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..evaluation.direction_dataset import DirectionDataset, read_through
+from ..evaluation.direction_dataset import DirectionDataset, collect
+from ..models.routing_recorder import run_forced
 from ..moe import ExpertSet, MoELayer, RoutingPlan, StackedExperts, StratifiedMoE
 
 METHODS = ("importance", "activity", "mass", "reap", "unused", "random", "merge")
@@ -139,7 +140,7 @@ def measure(
 
     handles = [module.register_forward_hook(partial(watch, name)) for name, module in modules.items()]
     try:
-        for direction, _ in read_through(model, texts, progress):
+        for direction, _, _ in collect(model, texts, run_forced, progress):
             for name, (x, plan) in seen.items():
                 plans = plan.plans if isinstance(modules[name], StratifiedMoE) else [plan]
                 found = output_norms(modules[name].experts, x, plan) if norms else None

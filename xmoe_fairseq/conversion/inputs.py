@@ -5,44 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.direction_dataset import DirectionDataset, read, read_through
-from ..models.routing_recorder import INPUTS, stack_of
+from ..evaluation.direction_dataset import DirectionDataset, collect
+from ..models.routing_recorder import INPUTS, run_forced, stack_of
 
 
-def texts_of(task: Any, model: Any, subset: str, tokens: int, max_tokens: int | None) -> list[DirectionDataset]:
-    """Opens the first lines of a subset: as many of every direction as have so many tokens together, on either side.
+def lines_of(texts: Sequence[DirectionDataset], tokens: int) -> int:
+    """Returns how many lines of every direction together have so many tokens, on either side.
 
     Args:
-        task: of the model.
-        model: reads the text.
-        subset: such as ``valid``.
-        tokens: at least 1; all lines if they have fewer.
-        max_tokens: the most tokens of a batch.
-
-    Raises:
-        UserError: as of `direction_dataset.read`.
+        texts: one per direction.
+        tokens: at least 1; the result is the length of the longest text if all lines have fewer.
     """
-    texts = read(task, model, subset, 0, max_tokens)
-    lines = _lines([text.dataset for text in texts], tokens)
-    return read(task, model, subset, lines, max_tokens)
-
-
-def _lines(datasets: Sequence[Any], tokens: int) -> int:
-    """Returns how many lines of every direction have so many tokens together."""
+    datasets = [text.dataset for text in texts]
     found = {stack: 0 for stack in INPUTS}
-    for line in count():
+    longest = max(map(len, datasets))
+    for line in range(longest):
         sizes = [dataset.size(line) for dataset in datasets if line < len(dataset)]
-        for stack, number in zip(found, map(sum, zip(*sizes, strict=True)), strict=False):
+        for stack, number in zip(found, map(sum, zip(*sizes, strict=True)), strict=True):
             found[stack] += int(number)
-        if not sizes or min(found.values()) >= tokens:
+        if min(found.values()) >= tokens:
             return line + 1
-    raise AssertionError("the loop ends by itself")
+    return longest
 
 
 def layer_inputs(
@@ -93,7 +81,7 @@ def _watched(
         for name, module in modules.items():
             handle = module.register_forward_pre_hook(partial(take, name))
             hooks.callback(handle.remove)
-        for _, batch in read_through(model, texts, progress):
+        for _, batch, _ in collect(model, texts, run_forced, progress):
             yield batch
 
 

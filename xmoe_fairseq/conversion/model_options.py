@@ -6,14 +6,20 @@ import argparse
 import dataclasses
 import enum
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
+from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.architectures import Symbols
 from ..models.config import MoETransformerConfig, resolve
 from ..models.config_checks import check
+from ..models.model import MoETransformerModel
+from .names import is_computed
 
 
 def flat(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +53,35 @@ def changed_options(options: Mapping[str, Any], changes: Mapping[str, Any], arch
     except ValueError as error:
         raise UserError(str(error)) from error
     return {**plain, "_name": arch}
+
+
+def build_on_meta(options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> MoETransformerModel:
+    """Builds the model of `changed_options` without memory for its parameters.
+
+    Args:
+        options: of the model.
+        tensors: with the embeddings of both stacks, whose rows are the vocabularies.
+    """
+    rows = [len(tensors[f"{stack}.embed_tokens.weight"]) for stack in ("encoder", "decoder")]
+    task = SimpleNamespace(source_dictionary=Symbols(rows[0]), target_dictionary=Symbols(rows[1]))
+    with torch.device("meta"):
+        return MoETransformerModel.build_model(options, task)
+
+
+def check_parameters(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    """Compares the parameters of a checkpoint with those that its options ask for.
+
+    Raises:
+        UserError: one is missing, is too many, or has another shape or type.
+    """
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not is_computed(name)}
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+            what = f"is {tensor.dtype} {tuple(tensor.shape)}" if tensor is not None else "is missing"
+            raise UserError(f"{path}: {name} {what}, its options ask for {tuple(shape)} fractions: get the file again")
+    if more := [name for name in tensors if name not in shapes and not is_computed(name)]:
+        raise UserError(f"{path} has {more[0]}, which the model of its options has no place for: get the file again")
 
 
 def configuration(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
+from ..checkpoints.saving import Writer
 from ..errors import UserError
 
 # What a record is called in messages.
@@ -30,6 +32,18 @@ def check_free(out: Path) -> None:
         raise UserError(f"there is no folder {out.parent} for --out {out}: make it first")
 
 
+@contextlib.contextmanager
+def progress(total: int, quiet: bool) -> Iterator[Callable[[Writer], Writer]]:
+    """Shows how many bytes are written; yields what is to wrap every writer.
+
+    Args:
+        total: bytes that all writers write, roughly.
+        quiet: shows nothing.
+    """
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="write", disable=quiet) as bar:
+        yield lambda write: lambda file: write(CallbackIOWrapper(bar.update, file, "write"))
+
+
 def record_path(out: str, command: str) -> str:
     """Names the record beside a checkpoint that a command writes."""
     return f"{out.removesuffix('.pt')}.{command}.json"
@@ -39,23 +53,18 @@ def record_path(out: str, command: str) -> str:
 def whole_folder(out: Path) -> Iterator[Path]:
     """Yields a hidden folder that gets its name when the block ends, and is removed if the block fails.
 
+    The caller holds the lock of ``out``, so a hidden folder that is there was left by a program that was killed.
+
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    made: Path | None = None
+    made = out.with_name(f".{out.name}.tmp")
     try:
-        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
         yield made
-        made.chmod(0o777 & ~_umask())
         os.rename(made, out)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; make room or give another folder") from error
     finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-
-
-def _umask() -> int:
-    before = os.umask(0)
-    os.umask(before)
-    return before
+        shutil.rmtree(made, ignore_errors=True)

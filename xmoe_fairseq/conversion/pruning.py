@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from ..checkpoints import options, reading, shards
 from ..errors import UserError
-from ..evaluation.direction_dataset import DirectionDataset, directions, load, read
-from ..evaluation.routing_counts import total_sentences
+from ..evaluation.direction_dataset import DirectionDataset, total_sentences
 from ..evaluation.trained_model import TrainedModel
-from ..models.config import expert_class
+from ..models.config import PREFIX, expert_class, router_class, router_options
 from ..moe import Router, StackedExperts, TopKRouter
 from ..moe.flops import ExpertSite, expert_sites
 from ..moe.routing.base import LinearRouter, ProbabilityRouter
@@ -70,13 +69,16 @@ class Pruned:
     routers: Mapping[str, Sequence[Statistics]]
 
 
-def open_subject(args: argparse.Namespace) -> Subject:
-    """Reads a checkpoint and opens the text.
+def read_state(path: str, select: str) -> dict[str, Any]:
+    """Reads a checkpoint with all of its experts.
+
+    Args:
+        path: of the file, or of a set of shards.
+        select: of the command.
 
     Raises:
         UserError: it is dense, or of a kind that cannot be pruned.
     """
-    path = str(args.checkpoint)
     state = reading.read(path)
     options.check(state, path)
     options.check_complete(state, path)
@@ -87,22 +89,29 @@ def open_subject(args: argparse.Namespace) -> Subject:
     for name in ("moe_expert_sizes", "encoder_layers_to_keep", "decoder_layers_to_keep"):
         if model.get(name):
             raise UserError(f"{path} cannot be pruned: it has the option --{name.replace('_', '-')} {model[name]}")
-    if args.select == "global" and (model.get("moe_strata") or model.get("moe_stack", 1) > 1):
+    if model.get("moe_heads", 1) > 1:
+        raise UserError(f"{path} cannot be pruned: it has --moe-heads {model['moe_heads']}, whose parts are no tokens")
+    if select == "global" and (model.get("moe_strata") or model.get("moe_stack", 1) > 1):
         raise UserError("--select global does not work with strata or stacked layers: use --select layer")
-    pairs = [] if args.pairs == ["all"] else args.pairs
-    chosen = directions(args.checkpoint, args.data, args.subset, pairs)
-    trained = load(args.checkpoint, args.data, chosen.pairs if chosen else ())
-    _check_routers(trained, args.method)
-    sites = [_site(trained.model, site) for site in expert_sites(trained.model)]
-    texts = read(trained.task, trained.model, args.subset, args.lines, args.max_tokens)
-    return Subject(path, state, trained, sites, texts)
+    return state
 
 
-def _check_routers(trained: TrainedModel, method: str) -> None:
+def check_routers(trained: TrainedModel, method: str) -> None:
+    """Makes sure that a model's routers have what a method needs.
+
+    Raises:
+        UserError: names the router.
+    """
     routers = [module for module in trained.model.modules() if isinstance(module, Router)]
     name = trained.model.cfg.moe_router
     if not all(isinstance(router, LinearRouter) for router in routers):
         raise UserError(f"{trained.checkpoint} cannot be pruned: its router {name} has no scores of experts to cut")
+    cfg = trained.model.cfg
+    if cfg.moe_strata and getattr(cfg, "moe_null_experts", 0) < 0 and name == "null":
+        raise UserError(
+            f"{trained.checkpoint} cannot be pruned: by --moe-null-experts -1 each stratum has null experts of its "
+            "own, which no option of a smaller model can express"
+        )
     probable = all(isinstance(router, ProbabilityRouter) for router in routers)
     if method in ("importance", "merge") and not probable:
         raise UserError(f"--method {method} needs probabilities, which the router {name} does not have: use activity")
@@ -110,11 +119,22 @@ def _check_routers(trained: TrainedModel, method: str) -> None:
         raise UserError("--method merge does not work with strata: use importance")
 
 
+def sites_of(model: Any) -> list[Site]:
+    """Finds the sets of experts of a model."""
+    return [_site(model, site) for site in expert_sites(model)]
+
+
 def _site(model: Any, site: ExpertSite) -> Site:
     found = _LAYER.match(f"{site.name}.")
     assert found is not None, site.name
     module = model.get_submodule(site.name)
-    return Site(site.name, f"{found[1]}.{int(found[2]) + 1}", site.num_experts, getattr(module, "sizes", ()))
+    return Site(
+        site.name,
+        f"{found[1]}.{int(found[2]) + 1}",
+        site.num_experts,
+        getattr(module, "sizes", ()),
+        router_class(model.cfg).kept_whole,
+    )
 
 
 def select(args: argparse.Namespace, subject: Subject, measured: Tallies, chosen: Sequence[int]) -> Pruned:
@@ -246,6 +266,9 @@ def _options(subject: Subject, pruned: Pruned) -> dict[str, Any]:
             "--ratio 1"
         )
     changed: dict[str, Any] = {"moe_num_experts": most, "moe_layer_experts": "" if equal else listed}
+    cfg = subject.trained.model.cfg
+    for name, value in router_class(cfg).after_pruning(router_options(cfg), cfg.moe_num_experts).items():
+        changed[PREFIX + name] = value
     if sizes:
         changed["moe_strata"] = "-".join(map(str, importance.stratum_numbers(sizes, most)))
     return changed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,10 @@ class Parameters:
         elif place is not None and not _same(self.plain.setdefault(place, tensor), tensor):
             raise UserError(f"{place} is stored twice, with different numbers: untied embeddings are not read")
 
+    def parts(self) -> Iterator[Tensor]:
+        """Yields all tensors of experts."""
+        return (part for parts in self.experts.values() for part in parts.values())
+
     def check_experts(self, wanted: int) -> None:
         """Makes sure that every layer has its experts.
 
@@ -76,11 +80,11 @@ class Parameters:
             UserError: one is missing, or there are too many, or two differ in shape or type.
         """
         for name, parts in self.experts.items():
-            if sorted(parts) != list(range(wanted)):
-                lacking = sorted(set(range(wanted)) - parts.keys())
+            lacking = next((number for number in range(wanted) if number not in parts), None)
+            if len(parts) != wanted or lacking is not None:
                 raise UserError(
                     f"{name} has {len(parts)} experts, the model has {wanted}"
-                    + (f": expert {lacking[0]} is missing; get all files of the model" if lacking else "")
+                    + (f": expert {lacking} is missing; get all files of the model" if lacking is not None else "")
                 )
             if len({(part.shape, part.dtype) for part in parts.values()}) > 1:
                 raise UserError(f"the experts of {name} differ in shape or type: get the files again")

@@ -35,7 +35,10 @@ def read(folder: Path) -> Source:
         parameters.add(names.of_transformers(name), tensor)
     if config.kind == MOE:
         parameters.check_experts(config.number("num_experts"))
-    vocabulary = read_vocabulary(folder, config.kind, config.number("vocab_size"))
+    entries, rows = config.number("vocab_size"), len(parameters.plain.get(names.EMBEDDINGS, ()))
+    if entries != rows:
+        raise UserError(f"{config.path}: vocab_size is {entries}, but the embeddings have {rows} rows: {_AGAIN}")
+    vocabulary = read_vocabulary(folder, config.kind, entries)
     return Source(f"transformers {config.kind}", words(options), parameters, vocabulary, tuple(notes))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.architectures import Symbols, parse_model
+from ..models.architectures import parse_model
 from ..models.config import FlatTransformerConfig, MoETransformerConfig, resolve, strata
 from ..models.model import MoETransformerModel
 from ..models.presets import PRESETS
@@ -20,7 +20,7 @@ from ..models.transformer_layer import MoEFeedForwardMixin
 from ..moe import ConditionalMoE, ExpertSet, Router, StackedExperts
 from . import growing, names
 from .dense import Dense
-from .model_options import changed_options
+from .model_options import build_on_meta, changed_options
 
 KINDS = ("copy", "slice", "adapter")
 # Options of a transformer that a model may change when it grows; all others are the checkpoint's.
@@ -73,6 +73,11 @@ class Grown:
         return self.kind == "adapter" or whole or (router == "gshard" and groups == 2)
 
     @property
+    def layers(self) -> list[str]:
+        """Names the layers whose networks become experts."""
+        return [one.moe_name for one in self.model.modules() if isinstance(one, MoEFeedForwardMixin)]
+
+    @property
     def groups(self) -> int:
         """Slices of a network; 1 if it is whole."""
         groups: int = self.options["moe_split_ratio"] if self.kind == "slice" else 1
@@ -88,10 +93,11 @@ class Grown:
         return bool(self.options["activation_fn"] == "relu")
 
     @property
-    def keeps_precision(self) -> bool:
-        """Whether the new parameters are exact in the checkpoint's precision."""
+    def dtype(self) -> torch.dtype:
+        """The checkpoint's precision if the new parameters are exact in it, otherwise at least float32."""
+        own = self.dense.model["encoder.embed_tokens.weight"].dtype
         scaled = self.kind == "slice" and not growing.keeps_precision(self.groups, self.relu)
-        return not scaled and self.louder == 1
+        return own if not scaled and self.louder == 1 else torch.promote_types(own, torch.float32)
 
     def sizes(self) -> dict[str, int]:
         """Counts the parameters of both models, shared ones once."""
@@ -129,11 +135,7 @@ def grow(dense: Dense, arch: str, words: Sequence[str], kind: str) -> Grown:
     _check_sizes(options, parsed, (stock & given) - _FREE)
     found = _kind(options, kind)
     _check(options, found)
-    rows = [len(dense.model[f"{stack}.embed_tokens.weight"]) for stack in ("encoder", "decoder")]
-    task = SimpleNamespace(source_dictionary=Symbols(rows[0]), target_dictionary=Symbols(rows[1]))
-    with torch.device("meta"):
-        model = MoETransformerModel.build_model(options, task)
-    return Grown(dense, found, options, model)
+    return Grown(dense, found, options, build_on_meta(options, dense.model))
 
 
 def _check_sizes(options: Mapping[str, Any], parsed: Any, given: set[str]) -> None:
@@ -165,7 +167,7 @@ def _check(options: Mapping[str, Any], kind: str) -> None:
     """Refuses what a dense network has no equal of."""
     if options["moe_expert"] not in ("ffn", "adapter"):
         raise UserError(f"--moe-expert {options['moe_expert']}: a dense network becomes experts ffn or adapter only")
-    refused = (("moe_stack", 1), ("moe_expert_sizes", ""), ("moe_layer_experts", ""))
+    refused = (("moe_stack", 1), ("moe_heads", 1), ("moe_expert_sizes", ""), ("moe_layer_experts", ""))
     for name, only in refused:
         if options[name] != only:
             raise UserError(f"--{name.replace('_', '-')} {options[name]} does not work here: leave it out")
@@ -203,7 +205,7 @@ def parameters(grown: Grown, start: Start, dtype: torch.dtype) -> Iterator[tuple
         if not isinstance(layer, MoEFeedForwardMixin):
             continue
         prefix = grown.dense.networks[layer.moe_name]
-        network = growing.Network.of(grown.dense.model, prefix)
+        network = growing.Network(*grown.dense.network(layer.moe_name))
         norm = {part: grown.dense.model[f"{prefix}final_layer_norm.{part}"] for part in ("weight", "bias")}
         made: dict[str, Tensor] = {}
         factor = None
@@ -302,5 +304,4 @@ _OF_NETWORK = tuple(f"{one}.{part}" for one in ("fc1", "fc2", "final_layer_norm"
 
 def _replaced(grown: Grown) -> Iterator[str]:
     """Yields the prefixes of the layers whose networks become experts."""
-    layers = (one for one in grown.model.modules() if isinstance(one, MoEFeedForwardMixin))
-    return (grown.dense.networks[layer.moe_name] for layer in layers)
+    return (grown.dense.networks[layer] for layer in grown.layers)

@@ -10,11 +10,11 @@ ADAPTIVE = "adaptive_loss"
 
 
 def check_softmax(cfg: Any, model: Any) -> None:
-    """Refuses criteria that fail in their first backward pass where the softmax is adaptive, as all but one do.
+    """Refuses criteria that fail in their first backward pass if the softmax is adaptive, as all but one do.
 
     Args:
         cfg: of a training.
-        model: that is trained; some of stock fairseq's language models leave the option out where the criterion is
+        model: that is trained; some of stock fairseq's language models leave the option out if the criterion is
             another one.
 
     Raises:

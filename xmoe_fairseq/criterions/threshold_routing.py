@@ -81,6 +81,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     """
 
     counts_dummy_batches = True  # see distributed/stats_reduce.py
+    tells_routers = True  # see routers.py
 
     def __init__(
         self,
@@ -195,7 +196,7 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             records = list(islice(ahead, len(own)))
             logging_output |= _sums(STACKS[stack], own, records, like)
             weighted = []
-            for name, weight in self._weights(records).items():
+            for name, weight in self._weights(records, parts).items():
                 total = _total(records, name, like)
                 weighted.append(weight * total)
                 logging_output[f"{STACKS[stack]}_{name}"] = total.detach() * sample_size
@@ -206,9 +207,12 @@ class ThresholdRoutingCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             loss = loss + self.moe_cmr_loss_coeff * (mean_gate - self.moe_cmr_budget).abs() * total_size
         return loss, logging_output
 
-    def _weights(self, records: Sequence[RoutingStats]) -> dict[str, float]:
-        """Weighs the losses of a stack's routers; a router's own one has its coefficient already."""
-        weights = {"balance_loss": self.moe_loss_coeff, "z_loss": self.moe_z_loss_coeff}
+    def _weights(self, records: Sequence[RoutingStats], parts: Mapping[str, MoEParts]) -> dict[str, Tensor | float]:
+        """Weighs the losses of a stack's routers, which are of one kind; their own one has its coefficient already."""
+        routers = (router for record in records if record.layer in parts for router in parts[record.layer].routers)
+        balance = (router.balance_coefficient() for router in islice(routers, 1))
+        weight = next((one for one in balance if one is not None), self.moe_loss_coeff)
+        weights: dict[str, Tensor | float] = {"balance_loss": weight, "z_loss": self.moe_z_loss_coeff}
         if self.moe_entropy_loss_coeff:
             weights["entropy_loss"] = self.moe_entropy_loss_coeff
         if any(router.own is not None for record in records for router in record.routers):

@@ -71,10 +71,10 @@ def write(raw: Path, spm: Path, layout: Layout, max_pieces: int, cut: int, folde
 
     Returns:
         For each text its number of tokens, the ends of sentences included, and its longest line; for each pair the
-        lines dropped, where there are any.
+        lines dropped, if there are any.
 
     Raises:
-        UserError: where no line of a pair is left.
+        UserError: no line of a pair is left.
     """
     for name in (*vocabulary_files(spm), *lists(layout.directions)):
         shutil.copyfile(spm / name, folder / name)

@@ -18,7 +18,7 @@ from babel.numbers import get_currency_name
 UnitLength = Literal["long", "short"]
 T = TypeVar("T")
 
-# Our code -> Babel's locale identifier, where the two differ.
+# Our code -> Babel's locale identifier, if the two differ.
 LOCALES = {"tl": "fil"}
 # Below 1000: Babel always writes the digit group separator, some languages leave it out of four-digit numbers.
 AMOUNTS = range(1, 1000)
@@ -142,7 +142,7 @@ def currency_names(language: Language, code: str) -> set[str]:
 def unit_words(language: Language, unit: str) -> tuple[UnitLength, set[str]]:
     """Return the length to write a unit in and the language's own words for it then, empty if it has none.
 
-    CLDR leaves the long form out where it equals the short one.
+    CLDR leaves the long form out if it equals the short one.
     """
     forms = plural_forms(language.locale).keys()
     lengths: tuple[UnitLength, ...] = ("long", "short")

@@ -50,13 +50,13 @@ class _OnTheWeb(urllib.request.HTTPRedirectHandler):
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> dict[str, Any]:
     """Brings a file to ``path``, which exists only when it is complete.
 
-    What an interrupted download left in ``path.part`` is continued where the server can, else begun again.
+    What an interrupted download left in ``path.part`` is continued if the server can, else begun again.
 
     Args:
         url: of the file.
         path: where to put it; one that is there already is only checked.
-        size: its bytes, where known.
-        sha256: its checksum, where known.
+        size: its bytes, if known.
+        sha256: its checksum, if known.
 
     Returns:
         Size and sha256.
@@ -109,7 +109,7 @@ def check(path: Path, size: int | None, sha256: str | None) -> dict[str, Any]:
     """Returns size and sha256 of a file.
 
     Raises:
-        UserError: where they are not those expected.
+        UserError: they are not those expected.
     """
     name = path.with_name(path.name.removesuffix(PART))
     if size is not None and path.stat().st_size != size:

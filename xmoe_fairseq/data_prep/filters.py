@@ -40,7 +40,7 @@ class Filter:
     seen: set[bytes] = field(default_factory=set)
 
     def reason(self, english: tuple[str, str], foreign: tuple[str, str]) -> str | None:
-        """Returns why a pair of lines is left out; ``None`` where it stays.
+        """Returns why a pair of lines is left out; ``None`` if it stays.
 
         Args:
             english: the language's code and the line.

@@ -22,7 +22,7 @@ TEMPORARY = ".tmp"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Bytes of a line: a longer one is no sentence, and one without an end would take all memory.
 LONGEST_LINE = 1 << 20
-# Bytes that stand in text now and then, and what it means where a line holds many or a file as many as lines.
+# Bytes that stand in text now and then, and what it means if a line holds many or a file as many as lines.
 MOST_STRAY = 10
 STRAY = {
     b"\r": "carriage returns inside, as where lines end with CR alone: convert line ends to LF (tr '\\r' '\\n')",
@@ -85,7 +85,7 @@ class SourceText:
         stray: how many carriage returns, and NUL bytes, stood inside lines.
 
     Raises:
-        UserError: while reading, where there is no file, its text is not UTF-8, a line is too long or of a table and
+        UserError: while reading, if there is no file, its text is not UTF-8, a line is too long or of a table and
             not of two columns, lines end with carriage returns alone, or the compressed file is damaged.
     """
 

@@ -43,7 +43,7 @@ def write(
         The number of pieces, and the lines of each language that were used.
 
     Raises:
-        UserError: where the text does not support that many pieces, or needs more.
+        UserError: the text does not support that many pieces, or needs more.
     """
     texts = {code: {name: lines[name] for name in layout.training_texts(code)} for code in layout.languages}
     counts = {language: sum(of.values()) for language, of in texts.items()}
@@ -63,7 +63,7 @@ def write(
 def sample_sizes(counts: Mapping[str, int], most: int, temperature: float) -> dict[str, int]:
     """Shares ``most`` lines among languages in proportion to ``count ** (1 / temperature)``, none above its count.
 
-    What a small language lacks goes to the larger ones. All lines are taken where there are no more than ``most``.
+    What a small language lacks goes to the larger ones. All lines are taken if there are no more than ``most``.
     """
     if sum(counts.values()) <= most:
         return dict(counts)
@@ -102,7 +102,7 @@ def train(text: Iterator[str], lines: int, vocab_size: int) -> bytes:
     """Learns byte-pair pieces that lose no character and returns the model file's content.
 
     Raises:
-        UserError: where the text does not support that many pieces, or needs more.
+        UserError: the text does not support that many pieces, or needs more.
     """
     model = io.BytesIO()
     stopped: list[BaseException] = []

@@ -102,7 +102,7 @@ def finished_stage(
         files: that it makes.
 
     Raises:
-        UserError: where ``out/name`` is of other parameters, damaged, or not from here.
+        UserError: ``out/name`` is of other parameters, damaged, or not from here.
     """
     folder = out / name
     if not os.path.lexists(folder):
@@ -178,7 +178,7 @@ def write_manifest(out: Path, records: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    """Returns what a file holds, ``None`` where that is no JSON."""
+    """Returns what a file holds, ``None`` if that is no JSON."""
     check_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -104,10 +104,10 @@ def _source_names() -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line and fills in the benchmark's own values where an option is not given.
+    """Reads the command line and fills in the benchmark's own values if an option is not given.
 
     Raises:
-        UserError: where an option is unknown, out of range, or has no meaning for the benchmark.
+        UserError: an option is unknown, out of range, or has no meaning for the benchmark.
     """
     parser = _parser()
     given = parser.parse_args(arguments)

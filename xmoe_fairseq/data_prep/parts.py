@@ -16,7 +16,7 @@ def names(parts: int) -> list[str]:
 
 
 def places(folder: Path, parts: int) -> list[Path]:
-    """Makes the folders that training text goes to, and gives them: the folder itself where there are no parts."""
+    """Makes the folders that training text goes to, and gives them: the folder itself if there are no parts."""
     if not parts:
         return [folder]
     made = [folder / name for name in names(parts)]

@@ -32,7 +32,7 @@ def prepare(given: argparse.Namespace) -> None:
     """Runs the stages that are not finished yet.
 
     Raises:
-        UserError: where the input or the output folder is not as it must be.
+        UserError: the input or the output folder is not as it must be.
     """
     benchmark = BENCHMARKS[given.benchmark]
     layout, local = arrange(given, benchmark)
@@ -67,7 +67,7 @@ def arrange(given: argparse.Namespace, benchmark: Benchmark) -> tuple[Layout, Co
     """Returns what is prepared, and the user's files.
 
     Raises:
-        UserError: where the input is not as it must be.
+        UserError: the input is not as it must be.
     """
     if not benchmark.languages:
         return local_layout.plan(given.input, given.english, given.lang_pairs)
@@ -94,7 +94,7 @@ def run_stages(
     """
     out, taken = given.out, given.vocabulary
     whole = vocabulary.join_languages(taken, layout, fixed=bool(benchmark.languages)) if taken else layout
-    # The text does not depend on these: where a first try shows that N is too large, it need not be made again.
+    # The text does not depend on these: if a first try shows that N is too large, it need not be made again.
     every = {
         **parameters,
         "vocab_size": taken.pieces if taken else given.vocab_size,
@@ -167,7 +167,7 @@ def write_text(given: argparse.Namespace, layout: Layout, local: Corpus, folder:
     """Brings the text of the chosen sources together and writes it into the stage's folder.
 
     Raises:
-        UserError: where a source cannot be had, or text is missing or not as it must be.
+        UserError: a source cannot be had, or text is missing or not as it must be.
     """
     store = Store(
         given.out / "download", given.url, {name: Path(path) for name, path in given.archive.items()}, given.sha256
@@ -188,7 +188,7 @@ def in_order(corpus: Corpus, layout: Layout, source: str) -> Corpus:
     """Puts a corpus in the order of the layout.
 
     Raises:
-        UserError: where a language has no text or is not of the benchmark.
+        UserError: a language has no text or is not of the benchmark.
     """
     missing = list(dict.fromkeys(text[-1] for text in layout.texts if text not in corpus))
     if missing:
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line.
 
     Raises:
-        UserError: where the user can set something right.
+        UserError: the user can set something right.
     """
     given = parse(arguments)
     try:

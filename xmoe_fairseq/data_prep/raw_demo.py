@@ -17,7 +17,7 @@ def write(languages: Sequence[str], sizes: Mapping[str, int], seed: int, folder:
     """Generates the corpus into ``folder``, English first in the names, and returns the lines of each pair of files.
 
     Raises:
-        UserError: where the generator cannot supply that many lines.
+        UserError: the generator cannot supply that many lines.
     """
     try:
         corpus = demo_corpus.build(languages, sizes, seed)

@@ -138,7 +138,7 @@ def _read_pairs(matches: Iterable[re.Match[str]], known: Collection[str]) -> dic
 
 def _read_pair(name: str, sides: set[str], languages: Collection[str]) -> Direction | None:
     options = [one for one in readings(name) if one.source != one.target]
-    # Where no reading has all sides, some of them are misnamed.
+    # If no reading has all sides, some of them are misnamed.
     found = [one for one in options if sides <= one.pair] or [one for one in options if sides & one.pair]
     for rank in (
         lambda one: sum(code in languages for code in one.pair),

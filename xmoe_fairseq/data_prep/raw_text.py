@@ -43,7 +43,7 @@ class _Copy:
         """Yields the rows of lines that stay.
 
         Raises:
-            UserError: where a file is not UTF-8, two are not aligned, or a line is blank that must not be.
+            UserError: a file is not UTF-8, two are not aligned, or a line is blank that must not be.
         """
         for sides in files:
             texts = [SourceText(side) for side in sides]
@@ -60,7 +60,7 @@ class _Copy:
                 self.stray += text.stray
 
     def _aligned(self, texts: Sequence[SourceText]) -> Iterator[tuple[str, ...]]:
-        """Yields what stays of two files, or of one; where the lengths of two differ both are read on."""
+        """Yields what stays of two files, or of one; if the lengths of two differ both are read on."""
         for row in zip_longest(*texts):
             if None in row:
                 continue
@@ -95,7 +95,7 @@ def write(corpus: Corpus, limits: Limits, keep_blank: bool, folder: Path) -> dic
         with a blank side; for each source file the lines that ended in CR LF; zeros of the last three are left out.
 
     Raises:
-        UserError: where the text is not UTF-8, not aligned, or empty; where a side of a valid or test line is blank.
+        UserError: the text is not UTF-8, not aligned, or empty; if a side of a valid or test line is blank.
     """
     record: dict[str, Any] = {"lines": {}, "dropped_lines": {}, "blank_lines": {}, "crlf_lines": {}}
     filter = Filter(limits, held_out(corpus) if limits.dedup else {})

@@ -17,7 +17,7 @@ Corpus = dict[tuple[str, str, str], list[tuple[Side | None, Side | None]]]
 
 
 def merge(*parts: Corpus) -> Corpus:
-    """Joins corpora; where two have the same split and pair their files follow each other."""
+    """Joins corpora; if two have the same split and pair their files follow each other."""
     whole: Corpus = {}
     for part in parts:
         for key, files in part.items():
@@ -51,7 +51,7 @@ class Store:
             places: the values of ``{pair}`` and ``{corpus}`` in its address.
 
         Raises:
-            UserError: the file cannot be had or is not the one expected; `NotThereError` where the server lacks it.
+            UserError: the file cannot be had or is not the one expected; `NotThereError` if the server lacks it.
         """
         name = source.file.format(**places)
         own_checksum = source.name in self.checksums

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,30 +11,28 @@ from tqdm import tqdm
 from .. import mt_benchmarks
 from ..common import schema
 from ..common.directions import Direction
-from ..common.files import is_there, read_lines, write_lines
+from ..common.files import is_there, write_lines
 from ..common.run_folder import default_out
 from ..errors import UserError
-from ..results.direction_sets import group_of, pivot_of
+from ..results.decoding import Translated
 from ..results.drawings import read_drawings
 from ..results.folder import read_scores, read_texts
 from ..results.report import Report, Sample, ScoredSet, TracedSample, pick_samples
-from ..results.scores import DirectionScore, SystemScores, average
+from ..results.scores import SystemScores, average
 from ..results.settings import Settings, read_settings
 from ..results.training_log import find_logs, read_training
 from ..results.usage import LayerUsage
 from ..results.versions import read_versions
 from ..stock_commands.generate import GENERATE_FILE
 from .consistency import belongs, check_scored, choose_scores
-from .generate_output import count_too_long, read_hypotheses
-from .line_scores import score_lines
+from .direction_scorer import DirectionScorer, read_benchmark
+from .generate_output import count_too_long
 from .model_directions import choose_directions, known_direction, known_pairs, trained_pairs
 from .routing_usage import measure
-from .score_job import read_benchmark, read_groups_of
-from .test_sets import check_generated, check_made_alike, find_raw
+from .test_sets import check_made_alike, find_raw, read_generated
 from .token_trace import trace
 
 TASK_PREFIX = "multilingual_"
-METRICS = ("bleu", "chrf")
 
 # Sentences shown token by token: as many of each direction, so that a page of many directions stays small.
 _MOST_TRACED, _MOST_OF_ONE_DIRECTION = 400, 4
@@ -71,9 +69,9 @@ def find_directions(run: Path, task: str | None, data: Path) -> list[Direction]:
     """Lists the directions that were decoded, ``SRC-TGT``, each a folder of ``RUN/generate``.
 
     Args:
-        run: the folder of the run; nothing was decoded where it has no such folders.
+        run: the folder of the run; nothing was decoded if it has no such folders.
         data: folder whose languages they are of.
-        task: ``multilingual_NAME``; where the benchmark NAME fixes its languages, the folders must be its directions,
+        task: ``multilingual_NAME``; if the benchmark NAME fixes its languages, the folders must be its directions,
             no fewer and no more, and come in its order.
 
     Raises:
@@ -140,22 +138,18 @@ def score_generated(
         UserError: a file is missing, incomplete or of another length.
     """
     benchmark = read_benchmark(data) if is_there(data / "MANIFEST.json") else None
-    english = benchmark.english if benchmark else "en"
-    groups = read_groups_of(data, benchmark) if benchmark else {}
-    pivot = pivot_of([name for name in names if name not in untrained], english)
-    directions = []
-    for name in tqdm(names, desc="score", unit="direction"):
-        scored = _score_direction(run / "generate" / name, data, *name.split("-"))
-        row = replace(scored.row, group=group_of(name, groups, pivot), zero_shot=name in untrained)
-        directions.append(replace(scored, row=row))
+    scorer = DirectionScorer(data, benchmark, names, untrained)
+    directions = [
+        _score_generated(run / "generate" / name, name, scorer) for name in tqdm(names, desc="score", unit="direction")
+    ]
     rows = [direction.row for direction in directions]
     scores = SystemScores(
         name=run.resolve().name,
         settings={},
-        english=english,
+        english=scorer.english,
         tokenize=None,
         rows=rows,
-        averages=average(rows, english),
+        averages=average(rows, scorer.english),
         model=None,
         words_per_second=None,
         device=None,
@@ -165,19 +159,14 @@ def score_generated(
     return scores, directions
 
 
-def _score_direction(generated: Path, data: Path, source: str, target: str) -> ScoredSet:
-    source_file, reference_file = find_raw(data, "test", source, target)
-    references = read_lines(reference_file, "reference")
-    hypotheses = read_hypotheses(generated / GENERATE_FILE, len(references))
-    sources = read_lines(source_file, "raw source")
-    if len(sources) != len(references):
-        raise UserError(f"{source_file} has {len(sources)} lines but {reference_file} has {len(references)}")
-    check_generated(generated / GENERATE_FILE, data, sources)
-    plain = generated / f"hyp.{target}"
+def _score_generated(generated: Path, pair: Direction, scorer: DirectionScorer) -> ScoredSet:
+    sources, references = scorer.texts(pair)
+    output = generated / GENERATE_FILE
+    hypotheses = read_generated(output, scorer.data, sources)
+    plain = generated / f"hyp.{pair.target}"
     write_lines(plain, hypotheses)
-    measured = score_lines(sources, references, hypotheses, target, METRICS, None, None)
-    too_long = count_too_long(generated / GENERATE_FILE)
-    row = DirectionScore(source, target, "all", too_long=too_long, seconds=None, experts_per_token=None, **measured)
+    row = scorer.score(pair, sources, references, Translated(hypotheses, None, count_too_long(output), []), None)
+    reference_file = find_raw(scorer.data, scorer.subset, pair.source, pair.target)[1]
     return ScoredSet(row, reference_file, plain, sources, references, hypotheses)
 
 
@@ -189,7 +178,7 @@ class Seconds:
 
 
 def read_seconds(path: Path) -> Mapping[str, float]:
-    """Reads the seconds of every stage, ``{"data": 3.1, "train": 80.2}``; none where the file is absent.
+    """Reads the seconds of every stage, ``{"data": 3.1, "train": 80.2}``; none if the file is absent.
 
     Raises:
         UserError: the file is not a flat JSON object of numbers from 0.

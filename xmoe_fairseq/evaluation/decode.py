@@ -21,9 +21,12 @@ from ..errors import UserError
 from ..results.decoding import Decoding, ModelSize, Translated
 from ..results.usage import LayerUsage
 from ..subword import SentencepieceBytes
+from ..tasks.contrast import contrast_settings
 from ..tasks.multilingual import MultilingualTask
+from .direction_dataset import cut
 from .model_costs import model_size
-from .routing_usage import accumulate, make_batches, routings
+from .routing_usage import usage_of
+from .split_batches import make_batches
 from .trained_model import TrainedModel
 
 
@@ -51,25 +54,28 @@ class Translator:
         self.search = GenerationConfig(beam=decoding.beam, lenpen=decoding.lenpen, max_len_b=decoding.max_len_b)
         self.model.prepare_for_inference_(SimpleNamespace(generation=self.search))
         self.decoding = decoding
-        self.at(decoding.moe_threshold)
+        self.at(decoding.moe_threshold, decoding.moe_shift)
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.trained.device
 
-    def at(self, threshold: float | None) -> Translator:
-        """Translates with another threshold from now on.
+    def at(self, threshold: float | None, shift: float | None = None) -> Translator:
+        """Translates with another threshold, or shift, from now on.
 
         Args:
             threshold: of the routers; None leaves it as it is.
+            shift: of the routers; None leaves it as it is.
 
         Raises:
             UserError: the model has none.
         """
         if threshold is not None:
             self.trained.set_threshold(threshold)
-        self.decoding = replace(self.decoding, moe_threshold=threshold)
+        if shift is not None:
+            self.trained.turn("shift", shift)
+        self.decoding = replace(self.decoding, moe_threshold=threshold, moe_shift=shift)
         return self
 
     def translate(self, source: str, target: str) -> Translated:
@@ -80,26 +86,29 @@ class Translator:
         """
         task = self._load(source, target)
         hypotheses, seconds, too_long = self._search(task)
-        return Translated(hypotheses, seconds, too_long, self._usage(task))
+        return Translated(hypotheses, seconds, too_long, self._usage(task, source, target))
 
     def usage(self, source: str, target: str) -> list[LayerUsage]:
         """Measures the use of experts on one direction, references as decoder inputs."""
-        return self._usage(self._load(source, target))
+        return self._usage(self._load(source, target), source, target)
 
     def _load(self, source: str, target: str) -> Any:
         """Returns the task of one direction with its data."""
         cfg = copy.deepcopy(self.cfg.task)
         with open_dict(cfg):
             cfg.source_lang, cfg.target_lang = source, target
+            for name, value in contrast_settings(self.decoding.contrast).items():
+                cfg[name] = value
         task = tasks.setup_task(cfg)
         task.data_manager.lines_of = {self.decoding.subset: self.decoding.lines}
         task.load_dataset(self.decoding.subset)
         return task
 
     def _batches(self, task: Any) -> Any:
-        batches = make_batches(task, self.model, self.decoding.subset, self.decoding.max_tokens)
+        subset, most = self.decoding.subset, self.decoding.max_tokens
+        batches = make_batches(task, self.model, subset, most)
         if len(batches) == 0:
-            raise UserError(f"no usable sentence in {self.decoding.subset} of {self.cfg.task.data}: all are too long")
+            raise UserError(f"no usable sentence in {subset} of {self.cfg.task.data}: all are too long")
         return batches
 
     def _search(self, task: Any) -> tuple[list[str], float, int]:
@@ -118,8 +127,9 @@ class Translator:
                 hypotheses[number] = self.bpe.decode(pieces)
         return [text or "" for text in hypotheses], seconds, hypotheses.count(None)
 
-    def _usage(self, task: Any) -> list[LayerUsage]:
-        return accumulate(routings(self.model, self._batches(task)))
+    def _usage(self, task: Any, source: str, target: str) -> list[LayerUsage]:
+        subset, most = self.decoding.subset, self.decoding.max_tokens
+        return usage_of(self.model, [cut(task.dataset(subset), task, self.model, subset, (source, target), 0, most)])
 
     def size(self, usage: Sequence[LayerUsage]) -> ModelSize:
         """Counts parameters and FLOPs, for the experts that tokens took.

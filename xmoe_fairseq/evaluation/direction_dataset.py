@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fairseq import utils
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -14,11 +14,12 @@ from ..checkpoints.shards import fingerprint
 from ..common import identity
 from ..common.directions import readings
 from ..errors import UserError
-from ..models.routing_recorder import run_forced
 from ..tasks.data_folder import find_text, has_text
 from ..tasks.lengths import Fitting
 from .model_directions import Chosen, choose_directions
-from .trained_model import TrainedModel, binarised
+from .trained_model import binarised
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def directions(checkpoint: Path, data: Path, split: str, pairs: Sequence[str] = 
     """Chooses the directions of a split, see `choose_directions`; None if the task of the checkpoint has to.
 
     Args:
-        checkpoint, data: as `load` takes them.
+        checkpoint, data: as `TrainedModel.load` takes them.
         split: such as ``test``.
         pairs: by name; none for all that the model was trained on.
 
@@ -67,29 +68,11 @@ def directions(checkpoint: Path, data: Path, split: str, pairs: Sequence[str] = 
     return choose_directions(folder.parent, checkpoint, split, pairs)
 
 
-def load(checkpoint: Path, data: Path, pairs: Sequence[str] = ()) -> TrainedModel:
-    """Loads a model for evaluation.
-
-    Args:
-        checkpoint: as written by ``fairseq-train``.
-        data: the folder of ``data_prep/prepare.sh``, or its ``bin``.
-        pairs: directions, such as ``en-de``; none for those of the checkpoint's task.
-
-    Raises:
-        UserError: a file is missing or damaged, or the data lack a direction.
-    """
-    # Only options that the checkpoint's task has are replaced.
-    overrides: dict[str, Any] = {"valid_lines": 0}
-    if pairs:
-        overrides["lang_pairs"] = ",".join(pairs)
-    return TrainedModel.load(checkpoint, data, overrides)
-
-
 def origin(checkpoint: Path, data: Path, split: str) -> dict[str, str]:
     """Identifies an analysis by its contents, for `xmoe report`: the model, and the text that it read.
 
     Args:
-        checkpoint, data: as `load` takes them.
+        checkpoint, data: as `TrainedModel.load` takes them.
         split: that was read.
     """
     text = identity.of_split(binarised(data), split)
@@ -115,20 +98,24 @@ def read(task: Any, model: Any, split: str, max_sentences: int, max_tokens: int 
             task.load_dataset(split)
     except FileNotFoundError as error:
         raise UserError(f"the data has no split {split}: {error}") from error
+    parts = _directions(task, split)
+    return [cut(part, task, model, split, names, max_sentences, max_tokens) for *names, part in parts]
+
+
+def cut(
+    dataset: Any, task: Any, model: Any, split: str, pair: Sequence[str], max_sentences: int, max_tokens: int | None
+) -> DirectionDataset:
+    """Cuts the loaded set of one direction into batches; arguments and errors are those of `read`."""
+    source, target = pair
     longest = utils.resolve_max_positions(task.max_positions(), model.max_positions())
-    texts = []
-    for source, target, dataset in _directions(task, split):
-        count = min(max_sentences or len(dataset), len(dataset))
-        order = dataset.ordered_indices()
-        indices, _ = dataset.filter_indices_by_size(order[order < count], longest)
-        if not len(indices):
-            raise UserError(
-                f"no sentence of {source}-{target} in the split {split} is within the model's {longest} tokens"
-            )
-        lines = Fitting(dataset, split, [f"{source}-{target}"], "--max-tokens")
-        batches = lines.batch_by_size(indices, max_tokens=max_tokens)
-        texts.append(DirectionDataset(source, target, dataset, [list(map(int, batch)) for batch in batches]))
-    return texts
+    count = min(max_sentences or len(dataset), len(dataset))
+    order = dataset.ordered_indices()
+    indices, _ = dataset.filter_indices_by_size(order[order < count], longest)
+    if not len(indices):
+        raise UserError(f"no sentence of {source}-{target} in the split {split} is within the model's {longest} tokens")
+    lines = Fitting(dataset, split, [f"{source}-{target}"], "--max-tokens")
+    batches = lines.batch_by_size(indices, max_tokens=max_tokens)
+    return DirectionDataset(source, target, dataset, [list(map(int, batch)) for batch in batches])
 
 
 def _check_references(task: Any, split: str) -> None:
@@ -157,19 +144,28 @@ def _directions(task: Any, split: str) -> list[tuple[str, str, Any]]:
     return [(*name, part) for name, part in zip(names, dataset.datasets, strict=True)]
 
 
-def read_through(
-    model: Any, texts: Sequence[DirectionDataset], progress: Any = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Runs a model over texts, for whoever watches it, and yields each batch with the number of its direction.
+def total_sentences(texts: Iterable[DirectionDataset]) -> int:
+    """Returns the sentences that `collect` reads."""
+    return sum(text.sentences for text in texts)
+
+
+def collect(
+    model: Any, texts: Sequence[DirectionDataset], look: Callable[[Any, Mapping[str, Any]], T], progress: Any = None
+) -> Iterator[tuple[int, dict[str, Any], T]]:
+    """Runs a model over texts once, references as decoder inputs, and yields what is seen of each batch.
 
     Args:
         model: in evaluation.
         texts: one per direction.
+        look: runs the model on the ``net_input`` of a batch, and returns what it does: `run_forced`, `per_layer`,
+            `per_token`.
         progress: of tqdm, counts sentences.
+
+    Yields:
+        The number of the direction, the batch, and what ``look`` returns.
     """
     for direction, text in enumerate(texts):
         for batch in text:
-            run_forced(model, batch["net_input"])
-            yield direction, batch
+            yield direction, batch, look(model, batch["net_input"])
             if progress is not None:
                 progress.update(len(batch["id"]))

@@ -1,4 +1,4 @@
-"""Which language a translation is in, where py3langid is installed (``pip install 'xmoe_fairseq[languages]'``)."""
+"""Which language a translation is in, if py3langid is installed (``pip install 'xmoe_fairseq[languages]'``)."""
 
 from __future__ import annotations
 

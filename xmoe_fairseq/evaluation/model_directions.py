@@ -1,7 +1,7 @@
 """The directions of a model, which all commands agree on: those that it was trained on, unless others are named.
 
 A direction that a model was not trained on, between languages that it knows, is zero-shot: it is translated and scored
-where it is asked for by name, marked where it is shown, and in no mean over the others.
+if it is asked for by name, marked wherever it is shown, and in no mean over the others.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def choose_directions(data: Path, checkpoint: Path | None, subset: str, wanted: 
         if pair in named:
             raise UserError(f"--pairs names {pair} twice: name each direction once")
         named.append(pair)
-    # Where no direction has the set, what reads it names the files that are missing.
+    # If no direction has the set, what reads it names the files that are missing.
     pairs = named or [pair for pair in trained if has_set(data, subset, pair)] or trained
     return Chosen(pairs, frozenset(pairs) - frozenset(trained))
 
@@ -99,7 +99,7 @@ def trained_pairs(checkpoint: Path | None, data: Path, known: Sequence[Direction
     """Returns the directions that a model was trained on, in the order of the data.
 
     Args:
-        checkpoint: of the model; where it does not say (None, or a file that fairseq will refuse), they are all.
+        checkpoint: of the model; if it does not say (None, or a file that fairseq will refuse), they are all.
         data: folder whose languages are the model's.
         known: directions of the data, which the model was trained on unless ``--lang-pairs`` said otherwise.
     """

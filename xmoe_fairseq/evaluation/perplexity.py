@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,9 +16,11 @@ from tqdm import tqdm
 
 from ..checkpoints import options, reading
 from ..errors import UserError
+from ..moe.routing.statistics import RoutingStats
 from ..results.perplexity import Perplexity
 from .model_costs import model_size
-from .routing_usage import accumulate, make_batches
+from .routing_usage import add_up
+from .split_batches import make_batches
 from .trained_model import TrainedModel
 
 # How SentencePiece marks the beginning of a word, and subword-nmt a token that its word goes on after.
@@ -103,7 +106,8 @@ class PerplexityJob:
         if threshold is not None:
             self.trained.set_threshold(threshold)
         model, padding = self.trained.model, self.trained.task.target_dictionary.pad()
-        bits, tokens, inside, samples, routing = 0.0, 0, 0, 0, []
+        bits, tokens, inside, samples = 0.0, 0, 0, 0
+        layers: list[RoutingStats] = []
         batches = make_batches(self.trained.task, model, self.split, self.max_tokens)
         start = perf_counter()
         with torch.inference_mode():
@@ -117,10 +121,10 @@ class PerplexityJob:
                 tokens += int(real.sum())
                 inside += int(self._inside.to(real.device)[moved["target"][real]].sum())
                 samples += len(real)
-                routing.append(output[1].get("routing", {}))
+                layers += chain(*output[1].get("routing", {}).values())
         if not tokens:
             raise UserError("no sample of the text is within the model's length: give a smaller --tokens-per-sample")
-        size = model_size(model, accumulate(routing), context=tokens / samples)
+        size = model_size(model, add_up(layers), context=tokens / samples)
         return Perplexity(bits, tokens, tokens - inside, size, perf_counter() - start, threshold)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models.routing_recorder import INPUTS, per_token, stack_inputs, stack_of
 from ..moe import Router, TokenRouting
 from ..moe.flops import count_flops, expert_sites
-from .direction_dataset import DirectionDataset
+from .direction_dataset import DirectionDataset, collect
 
 # What is added up over tokens; entropy and top-1 probability over a token's passes too.
 SUMS = ("tokens", "experts", "experts_squared", "passes", "top1_prob", "entropy")
@@ -67,7 +67,7 @@ def _place(layer: Any, cfg: Any) -> MoELayerSpec:
         name=layer.moe_name,
         experts=sum(site.num_experts for site in sites),
         most=sum(site.high for site in sites),
-        routers=sum(isinstance(module, Router) for module in layer.moe.modules()),
+        routers=cfg.moe_heads * sum(isinstance(module, Router) for module in layer.moe.modules()),
         strata=bool(cfg.moe_strata),
         chooses=any(site.low < site.high for site in sites),
         expert_flops=sum(costs) / len(costs),
@@ -163,14 +163,14 @@ class Counts:
         return [name for name in INPUTS if self.stack(name)]
 
 
-def collect(model: Any, texts: Sequence[DirectionDataset], padding: int, progress: Any = None) -> Counts:
+def count(model: Any, texts: Sequence[DirectionDataset], padding: int, progress: Any = None) -> Counts:
     """Reads texts once, the references as decoder inputs, and adds up what every MoE layer does with every token.
 
     Memory does not grow with the text: each layer has one `LayerCounts`, and one batch is held at a time.
 
     Args:
         model: as `per_token` takes it.
-        texts: one a direction.
+        texts: one per direction.
         padding: the id of padding.
         progress: of tqdm, counts sentences.
     """
@@ -178,12 +178,9 @@ def collect(model: Any, texts: Sequence[DirectionDataset], padding: int, progres
     layers = {place.name: LayerCounts(place, len(texts), vocabulary[place.stack]) for place in places(model)}
     inputs = stack_inputs(model)
     counts = Counts([(text.source, text.target) for text in texts], [0] * len(texts), layers)
-    for direction, text in enumerate(texts):
-        for batch in text:
-            _add(counts, direction, batch["net_input"], per_token(model, batch["net_input"]), inputs, padding)
-            counts.sentences[direction] += len(batch["id"])
-            if progress is not None:
-                progress.update(len(batch["id"]))
+    for direction, batch, seen in collect(model, texts, per_token, progress):
+        _add(counts, direction, batch["net_input"], seen, inputs, padding)
+        counts.sentences[direction] += len(batch["id"])
     return counts
 
 
@@ -202,8 +199,3 @@ def _add(
         types = net_input[inputs[stack]][keep]
         positions = keep.cumsum(1)[keep]  # sources are padded on the left
         counts.layers[layer].add(direction, types, positions, routing.map(lambda values, keep=keep: values[keep]))
-
-
-def total_sentences(texts: Iterable[DirectionDataset]) -> int:
-    """Sentences that `collect` will read."""
-    return sum(text.sentences for text in texts)

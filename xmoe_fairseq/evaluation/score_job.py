@@ -6,9 +6,8 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from tqdm import tqdm
@@ -17,34 +16,21 @@ from ..checkpoints.shards import fingerprint
 from ..checkpoints.summary import summarize
 from ..common import schema
 from ..common.directions import Direction
-from ..common.files import is_there, read_lines
 from ..common.outputs import check_no_folders, replacing_all
 from ..errors import UserError
 from ..metrics.corpus import build_metric
-from ..mt_benchmarks import BENCHMARKS, Benchmark
 from ..results.decoding import Decoding, Translated
-from ..results.direction_sets import group_of, pivot_of
-from ..results.folder import SCORES, ResultFolder, read_json
+from ..results.folder import SCORES, ResultFolder
 from ..results.scores import DirectionScore, SystemScores, average, words_per_second
 from ..results.usage import LayerUsage, add_up
 from ..results.versions import read_versions
 from ..stock_commands.generate import generate_file
-from ..tasks.data_folder import read_groups
 from .decode import Translator
+from .direction_scorer import DirectionScorer, read_benchmark
 from .generate_output import count_too_long
 from .language_id import MISSING, LanguageDetector, find_detector
-from .line_scores import score_lines
 from .model_directions import choose_directions, has_set, known_direction, known_pairs
-from .test_sets import check_binarised, check_made_alike, find_raw, read_generated, texts_checksum
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What scoring takes from the ``MANIFEST.json`` of a data folder."""
-
-    OTHERS: ClassVar[bool] = True
-
-    benchmark: str
+from .test_sets import check_made_alike, find_raw, read_generated, texts_checksum
 
 
 class ScoreJob:
@@ -54,12 +40,12 @@ class ScoreJob:
         data: folder made by data_prep/prepare.sh.
         checkpoint: to translate with; None if the translations are there.
         decoding: how to translate.
-        pairs: directions, such as ``en-ca``; where there are none, those that the model was trained on, or that were
+        pairs: directions, such as ``en-ca``; if there are none, those that the model was trained on, or that were
             translated.
         metrics: names of `METRICS`.
         tokenizer: BLEU's, whatever the language.
         generated: folder of what fairseq-generate wrote; None to translate.
-        trained_by: the checkpoint that says what was trained, where ``checkpoint`` is None.
+        trained_by: the checkpoint that says what was trained, if ``checkpoint`` is None.
 
     Raises:
         UserError: a direction is unknown, or a metric cannot be had.
@@ -77,14 +63,17 @@ class ScoreJob:
         trained_by: Path | None = None,
     ) -> None:
         self.data, self.checkpoint, self.decoding = data, checkpoint, decoding
-        self.metrics, self.tokenizer, self.generated = metrics, tokenizer, generated
+        self.tokenizer, self.generated = tokenizer, generated
         self.benchmark = read_benchmark(data)
         if checkpoint is not None and not checkpoint.is_file():
             raise UserError(f"there is no checkpoint {checkpoint}: check --checkpoint")
         of_model = trained_by or checkpoint
         wanted = _generated_pairs(data, generated, decoding.subset, pairs) if generated else pairs
         chosen = choose_directions(data, of_model, decoding.subset, wanted)
-        self.pairs, self.untrained = chosen.pairs, chosen.untrained
+        self.pairs = chosen.pairs
+        self.scorer = DirectionScorer(
+            data, self.benchmark, chosen.pairs, chosen.untrained, decoding.subset, decoding.lines, metrics, tokenizer
+        )
         for pair in self.pairs:  # what cannot be had is said before anything is translated
             for metric in metrics:
                 build_metric(metric, pair.target, tokenizer)
@@ -93,12 +82,6 @@ class ScoreJob:
             check_made_alike([generated / pair for pair in self.pairs], checkpoint)
         self.settings = {"checkpoint": fingerprint(str(checkpoint)) if checkpoint else None, **asdict(decoding)}
         self._translator: Translator | None = None
-        self._same: set[frozenset[Path]] = set()
-
-    @property
-    def pivot(self) -> str | None:
-        """The language that all directions are out of or into, if there is one; untrained ones do not matter."""
-        return pivot_of([pair for pair in self.pairs if pair not in self.untrained], self.benchmark.english)
 
     @property
     def translator(self) -> Translator:
@@ -110,7 +93,7 @@ class ScoreJob:
 
     def take(self, translator: Translator | None) -> None:
         """Translates with the model of another job, whose decoding differs in the threshold at most."""
-        self._translator = translator and translator.at(self.decoding.moe_threshold)
+        self._translator = translator and translator.at(self.decoding.moe_threshold, self.decoding.moe_shift)
 
     def run(self, out: Path, bar: tqdm, pages: Mapping[str, Callable[[SystemScores], str]]) -> SystemScores:
         """Translates what is not finished, scores everything and writes it to ``out``.
@@ -125,7 +108,7 @@ class ScoreJob:
         """
         files = [out / name for name in (*pages, SCORES)]
         check_no_folders(files)
-        test_set = texts_checksum((pair, *self._texts(*pair.split("-"))) for pair in self.pairs)
+        test_set = texts_checksum((pair, *self.scorer.texts(pair)) for pair in self.pairs)
         if self.checkpoint is not None:
             _ = self.translator  # what cannot be loaded is said before a folder is made
         folder = ResultFolder(out, self.settings)
@@ -133,12 +116,11 @@ class ScoreJob:
         detector = find_detector(languages)
         if detector is None and not bar.disable:
             _say_once(MISSING)
-        groups = read_groups_of(self.data, self.benchmark)
         rows: list[DirectionScore] = []
         usages: dict[bool, list[list[LayerUsage]]] = {False: [], True: []}
         for pair in self.pairs:
             bar.set_description(pair)
-            row, usage = self._direction(folder, pair, groups, detector)
+            row, usage = self._direction(folder, pair, detector)
             rows.append(row)
             usages[row.zero_shot].append(usage)
             bar.update()
@@ -150,10 +132,9 @@ class ScoreJob:
         return scores
 
     def _direction(
-        self, folder: ResultFolder, pair: Direction, groups: dict[str, str], detector: LanguageDetector | None
+        self, folder: ResultFolder, pair: Direction, detector: LanguageDetector | None
     ) -> tuple[DirectionScore, list[LayerUsage]]:
-        source, target = pair.split("-")
-        sources, references = self._texts(source, target)
+        sources, references = self.scorer.texts(pair)
         if not folder.finished(pair):
             folder.keep(pair, sources, references, self._translated(pair, sources))
         kept_sources, kept_references, found = folder.read(pair)
@@ -161,33 +142,8 @@ class ScoreJob:
             raise UserError(f"{folder.path / pair} is of another test set than {self.data}: give another --out")
         if self.generated is not None and list(found.hypotheses) != self._generated(pair, sources):
             raise UserError(f"{folder.path / pair} holds other translations than {self.generated / pair}: remove it")
-        row = DirectionScore(
-            source=source,
-            target=target,
-            group=group_of(pair, groups, self.pivot),
-            **score_lines(sources, references, found.hypotheses, target, self.metrics, self.tokenizer, detector),
-            too_long=found.too_long,
-            seconds=found.seconds,
-            experts_per_token=_experts(found.usage) if self.checkpoint is not None else None,
-            zero_shot=pair in self.untrained,
-        )
-        return row, list(found.usage)
-
-    def _texts(self, source: str, target: str) -> tuple[list[str], list[str]]:
-        files = find_raw(self.data, self.decoding.subset, source, target)
-        sources, references = read_lines(files[0], "raw source"), read_lines(files[1], "raw reference")
-        if len(sources) != len(references):
-            raise UserError(f"{files[0]} has {len(sources)} lines but {files[1]} has {len(references)}")
-        if not references:
-            raise UserError(f"{files[1]} has no line: there is nothing to score, prepare the data again")
-        lines = self.decoding.lines or len(references)
-        sources, references = sources[:lines], references[:lines]
-        if frozenset(files) not in self._same:  # both directions are of the same files
-            texts = dict(zip(files, (sources, references), strict=True))
-            pair = Direction(source, target)
-            check_binarised(self.data, self.decoding.subset, pair, texts, self.decoding.lines)
-            self._same.add(frozenset(files))
-        return sources, references
+        experts = _experts(found.usage) if self.checkpoint is not None else None
+        return self.scorer.score(pair, sources, references, found, experts, detector), list(found.usage)
 
     def _translated(self, pair: Direction, sources: Sequence[str]) -> Translated:
         source, target = pair.split("-")
@@ -249,24 +205,6 @@ def _say_once(hint: str) -> None:
     tqdm.write(hint, file=sys.stderr)
 
 
-def read_benchmark(data: Path) -> Benchmark:
-    """Tells the benchmark that a data folder was prepared for.
-
-    Raises:
-        UserError: the folder was not made by data_prep/prepare.sh, or for no benchmark of this version.
-    """
-    manifest = data / "MANIFEST.json"
-    if not manifest.is_file():
-        raise UserError(f"there is no {manifest}: give the folder that data_prep/prepare.sh made")
-    advice = "restore the file, or prepare the data again with data_prep/prepare.sh"
-    name = schema.build(Manifest, read_json(manifest, advice), str(manifest), advice).benchmark
-    if name not in BENCHMARKS:
-        raise UserError(
-            f"{manifest} names the benchmark {schema.shown(name)}: this version knows {', '.join(BENCHMARKS)}"
-        )
-    return BENCHMARKS[name]
-
-
 def _generated_pairs(data: Path, generated: Path, subset: str, wanted: Sequence[str]) -> list[str]:
     """Returns the directions that were translated, those of the data first, or the wanted ones of them."""
     known, file = known_pairs(data), generate_file(subset)
@@ -280,14 +218,6 @@ def _generated_pairs(data: Path, generated: Path, subset: str, wanted: Sequence[
         if name not in found:
             raise UserError(f"there is no direction {name!r}: choose from {', '.join(found)}")
     return list(wanted or found)
-
-
-def read_groups_of(data: Path, benchmark: Benchmark) -> dict[str, str]:
-    """Returns the group of each language; none where the data names no groups."""
-    if not benchmark.groups and not is_there(data / "groups.tsv"):
-        return {}
-    groups = read_groups(str(data / "bin"), benchmark)
-    return {language: group for group, members in groups.items() for language in members}
 
 
 def _experts(usage: Sequence[LayerUsage]) -> float:

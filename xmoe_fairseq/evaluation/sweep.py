@@ -12,14 +12,19 @@ from ..results.sweep import Point
 MOST_THRESHOLDS = 1000
 
 
-def read_thresholds(text: str) -> list[float]:
+def read_thresholds(text: str, what: str = "thresholds", low: float = 0, high: float = 1) -> list[float]:
     """Reads ``FIRST:LAST:STEP``, the last included, or thresholds between commas.
 
+    Args:
+        text: of the option.
+        what: the values are called, as the option is.
+        low, high: their range.
+
     Raises:
-        UserError: the text is neither, there are more than `MOST_THRESHOLDS`, one is outside [0, 1], or two are the
-            same in the six digits that name their folders.
+        UserError: the text is neither, there are more than `MOST_THRESHOLDS`, one is out of range, or two are the same
+            in the six digits that name their folders.
     """
-    shown = f"--thresholds {text if len(text) <= 60 else f'{text[:60]}...'}"
+    shown = f"--{what} {text if len(text) <= 60 else f'{text[:60]}...'}"
     try:
         if ":" in text:
             first, last, step = map(Decimal, text.split(":"))
@@ -31,12 +36,12 @@ def read_thresholds(text: str) -> list[float]:
             values = sorted({float(word) for word in text.split(",")})
     except (ArithmeticError, ValueError) as error:
         raise UserError(f"{shown} is not FIRST:LAST:STEP, such as 0.1:1.0:0.1, or 0.3,0.5,0.9") from error
-    if not values or not all(0 <= value <= 1 for value in values):
-        raise UserError(f"{shown} is out of range: it must name thresholds in [0, 1], from low to high")
+    if not values or not all(low <= value <= high for value in values):
+        raise UserError(f"{shown} is out of range: it must name {what} in [{low:g}, {high:g}], from low to high")
     if len(values) > MOST_THRESHOLDS:
-        raise UserError(f"{shown} names more than {MOST_THRESHOLDS:,} thresholds: take a larger step")
+        raise UserError(f"{shown} names more than {MOST_THRESHOLDS:,} {what}: take a larger step")
     if len({f"{value:g}" for value in values}) < len(values):
-        raise UserError(f"{shown} names two thresholds that are the same in six digits: take a larger step")
+        raise UserError(f"{shown} names two {what} that are the same in six digits: take a larger step")
     return values
 
 

@@ -143,7 +143,7 @@ def check_generated(output: Path, data: Path, sources: Sequence[str]) -> None:
 
 
 def _forms(subword: Subword, line: str) -> Iterator[str]:
-    """Yields a line, and what is left of it where the vocabulary, one from elsewhere, normalises what it encodes."""
+    """Yields a line, and what is left of it if the vocabulary, one from elsewhere, normalises what it encodes."""
     yield line
     yield subword.decode_pieces(subword.encode_pieces(line))
 
@@ -162,7 +162,7 @@ def read_made(folder: Path) -> Made | None:
 
 
 def check_made(folder: Path, checkpoint: Path, options: Sequence[str] | None = None) -> None:
-    """Makes sure that the translations of a direction were made with a checkpoint, where they say with which.
+    """Makes sure that the translations of a direction were made with a checkpoint, if they say with which.
 
     Args:
         folder: of the translations.

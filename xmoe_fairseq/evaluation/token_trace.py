@@ -14,13 +14,14 @@ from ..models.routing_recorder import INPUTS, per_token, stack_of
 from ..moe import TokenRouting
 from ..results.report import Sample, Token, TracedSample
 from ..subword import Subword
-from .direction_dataset import DirectionDataset, load, read
+from .direction_dataset import DirectionDataset, read
+from .trained_model import TrainedModel
 
 
 def trace(checkpoint: Path, data: Path, samples: Sequence[Sample]) -> list[TracedSample]:
     """Runs a model over sources and its own translations of them, which it reads as it did when it wrote them.
 
-    Where the translation has several spellings in pieces, SentencePiece's is taken. Sentences that are too long for
+    If the translation has several spellings in pieces, SentencePiece's is taken. Sentences that are too long for
     the model are left out.
 
     Args:
@@ -34,7 +35,7 @@ def trace(checkpoint: Path, data: Path, samples: Sequence[Sample]) -> list[Trace
     if not samples:
         return []
     pairs = dict.fromkeys(f"{sample.source_language}-{sample.target_language}" for sample in samples)
-    trained = load(checkpoint, data, list(pairs))
+    trained = TrainedModel.load(checkpoint, data, list(pairs))
     model, task = trained.model, trained.task
     if not any(hasattr(module, "moe_name") for module in model.modules()):
         return []

@@ -15,7 +15,7 @@ from ..errors import UserError
 from .sentences import corpus_score, sentence_statistics
 
 # BLEU needs words. sacreBLEU has word segmenters for three languages written without spaces; two of them need MeCab
-# (pip install sacrebleu[ja,ko]) and give way to characters where that is not installed. The other such languages are
+# (pip install sacrebleu[ja,ko]) and give way to characters if that is not installed. The other such languages are
 # scored on characters, because 13a would take a whole clause for a word. Every language not listed gets 13a.
 # The signature names the tokenizer: figures under different tokenizers cannot be compared, so take --tokenize to
 # repeat a paper's (13a throughout in most work on OPUS-100, flores200 for spBLEU).

@@ -49,7 +49,7 @@ def corpus_score(metric: Metric, statistics: Sequence[np.ndarray]) -> float:
 
 
 def read_seed() -> int:
-    """Returns the seed of the draws: sacreBLEU's, a new one where it is ``none``.
+    """Returns the seed of the draws: sacreBLEU's, a new one if it is ``none``.
 
     Raises:
         UserError: the environment variable holds something else.

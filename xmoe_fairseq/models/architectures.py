@@ -17,6 +17,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from torch import nn
 
 from ..errors import UserError
+from ..moe import EXPERTS, ROUTERS, MultiHeadMoE, SizedExperts
 from ..moe.experts.options import show_sizes
 from .config import expert_class, expert_options, expert_sizes, hidden_size, layer_experts, router_class, router_options
 from .config_checks import check_sizes
@@ -51,6 +52,36 @@ def architectures() -> dict[str, str]:
 def is_language_model(arch: str) -> bool:
     """Returns whether an architecture of `architectures` has a decoder only."""
     return issubclass(models.ARCH_MODEL_REGISTRY[arch], models.FairseqLanguageModel)
+
+
+def catalogue() -> dict[str, str]:
+    """Describes each architecture, router and kind of experts in a line, with its paper; by name, or by the option."""
+    lines = {name: f"{line}; {_papers(_defaults(name))}" for name, line in architectures().items()}
+    for flag, kinds in (("--moe-router", ROUTERS), ("--moe-expert", EXPERTS)):
+        for name, kind in kinds.items():
+            sentence = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+            lines[f"{flag} {name}"] = f"{sentence.rstrip('.').replace('`', '')}; {kind.paper}"
+    lines["--moe-expert-sizes hybrid"] = f"Experts of different hidden sizes; {SizedExperts.paper}"
+    lines["--moe-heads 2"] = f"Parts of a token that are routed on their own; {MultiHeadMoE.paper}"
+    return lines
+
+
+def _papers(cfg: Any) -> str:
+    """Names the papers of what a flat configuration gives."""
+    if str(getattr(cfg, "moe_placement", "none")) == "none":
+        return "Transformer: Vaswani et al. 2017, arXiv 1706.03762"
+    papers = [router_class(cfg).paper]
+    if cfg.moe_strata or cfg.moe_stack > 1:
+        papers.insert(0, "SMoE: Xu et al. 2023, arXiv 2305.02176")
+    if str(cfg.moe_regularizer) != "none":
+        papers.append(f"{str(cfg.moe_regularizer).upper()}: NLLB Team 2022, arXiv 2207.04672")
+    if str(cfg.moe_expert) != "ffn":
+        papers.append(expert_class(cfg).paper)
+    if cfg.moe_expert_sizes:
+        papers.append(SizedExperts.paper)
+    if cfg.moe_heads > 1:
+        papers.append(MultiHeadMoE.paper)
+    return "; ".join(papers)
 
 
 def _defaults(arch: str) -> Any:
@@ -88,6 +119,8 @@ def _experts(cfg: Any) -> Iterator[str]:
     experts, sizes = expert_class(cfg).label(expert_options(cfg)), expert_sizes(cfg, stack)
     size = f"sizes {show_sizes(sizes)}" if sizes else f"size {hidden_size(cfg, stack)}"
     yield f"{family}: {number} {experts} of hidden {size}, {taken}"
+    if cfg.moe_heads > 1:
+        yield f"{cfg.moe_heads} heads"
     if cfg.moe_stack > 1:
         yield f"{cfg.moe_stack} stacked"
     if str(cfg.moe_regularizer) != "none":

@@ -19,6 +19,7 @@ from fairseq.models.transformer import TransformerConfig
 from ..moe import EXPERTS, ROUTERS, ExpertOptions, Router, RouterOptions, StackedExperts, kernels
 from ..moe.expert_parallel.all_to_all import EXCHANGE_MODES, OLD_MODES
 from ..moe.experts.options import hidden_sizes
+from ..moe.multihead import FORMS as HEADS_FORMS
 from ..moe.options import declared
 
 PREFIX = "moe_"
@@ -111,7 +112,7 @@ class MoETransformerConfig(ExpertConfig):
         "ffn",
         "what an expert computes: ffn, a feed-forward network; glu, one with a gate on its hidden units; part, some "
         "hidden units of a network that xmoe sparsify cut; adapter, a small network on the output of one that all "
-        "experts share",
+        "experts share; mpo, a feed-forward network whose matrices are products of tensors, the largest of them shared",
     )
     moe_layer_experts: str = _option(
         "",
@@ -137,6 +138,17 @@ class MoETransformerConfig(ExpertConfig):
         "paper", "stratified layers as the paper describes them or as the authors' code computes them"
     )
     moe_stack: int = _option(1, "MoE layers in sequence in each place (naive stacking)", low=1)
+    moe_heads: int = _option(
+        1,
+        "heads of an MoE layer (MH-MoE): it projects a token, routes so many parts of it separately among experts of "
+        "that fraction of the width, and merges them; 1 for a plain layer",
+        low=1,
+    )
+    moe_heads_form: ChoiceEnum(HEADS_FORMS) = _option(  # type: ignore[valid-type]
+        "released",
+        "multi-head layers as the authors' code computes them, or as the first paper describes them, where each part "
+        "is added to its experts' output",
+    )
     moe_regularizer: ChoiceEnum(("none", "eom", "cmr")) = _option(  # type: ignore[valid-type]
         "none",
         "eom: mask random tokens' expert outputs in training; cmr: a gate mixes a shared feed-forward network in",

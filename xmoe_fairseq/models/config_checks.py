@@ -100,6 +100,7 @@ def check(cfg: Namespace) -> None:
     _check_router(cfg, cfg.moe_num_experts, f"--moe-num-experts {cfg.moe_num_experts}")
     _check_layer_experts(cfg)
     _check_experts(cfg)
+    _check_heads(cfg)
     _check_strata(cfg)
     if cfg.moe_regularizer == "cmr" and (cfg.encoder_layerdrop or cfg.decoder_layerdrop):
         raise ValueError("--moe-regularizer cmr does not work with LayerDrop: its budget counts all layers' gates")
@@ -164,6 +165,26 @@ def _check_sizes_of_experts(cfg: Namespace, sizes: tuple[int, ...]) -> None:
             f"--moe-expert-parallel {cfg.moe_expert_parallel} does not work with {given}: each process must hold an "
             f"expert of every size, and there are {number} of {size} hidden units"
         )
+
+
+def _check_heads(cfg: Namespace) -> None:
+    given = f"--moe-heads {cfg.moe_heads}"
+    if cfg.moe_heads == 1:
+        if str(cfg.moe_heads_form) != "released":
+            raise ValueError(f"--moe-heads-form {cfg.moe_heads_form} has no effect with {given}: give 2 heads or more")
+        return
+    for option, other, reason in (
+        ("moe_strata", "", "strata normalise and add whole vectors"),
+        ("moe_router", "hash", "all parts of a token have its id, and so its expert"),
+        ("moe_expert", "part", "a network that was cut takes whole vectors"),
+    ):
+        value = str(getattr(cfg, option))
+        if value == other if other else value:
+            raise ValueError(f"{given} does not work with {flag(option)} {value}: {reason}; leave one of them out")
+    for stack in placed(cfg):
+        dim = getattr(cfg, f"{stack}_embed_dim")
+        if dim % cfg.moe_heads:
+            raise ValueError(f"{given} does not divide --{stack}-embed-dim {dim}: the parts of a token must be equal")
 
 
 def _check_strata(cfg: Namespace) -> None:

@@ -18,7 +18,7 @@ from ..distributed.gradients import is_expert
 from ..distributed.groups import parallel_groups
 from ..errors import UserError
 from ..moe import ExpertGroup, Router, StackedExperts
-from .config import kept_layers, placed, transformer_config
+from .config import kept_layers, placed, router_class, transformer_config
 from .config_checks import check
 from .size import check_memory
 
@@ -74,6 +74,7 @@ class MoEModel(BaseFairseqModel):
         except ValueError as error:
             raise UserError(str(error)) from error
         model.parallel_groups = groups
+        router_class(resolved).join([module for module in model.modules() if isinstance(module, Router)])
         model.trained_layers = {stack: getattr(resolved, f"{stack}_layers") for stack in STACKS}
         if resolved.moe_train_only == "experts":
             _train_only_experts(model)

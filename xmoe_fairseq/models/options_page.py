@@ -39,7 +39,8 @@ is 8.
 """
 ROUTING = """## Routers
 
-Values of `--moe-router`, and the options of the table above that each of them reads.
+Values of `--moe-router`, and the options of the table above that each of them reads; [routers.md](routers.md) compares
+them.
 """
 LOSS = """## Loss
 

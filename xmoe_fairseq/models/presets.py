@@ -32,6 +32,15 @@ _TINY = {
 }
 _IWSLT = {"encoder_ffn_embed_dim": 1024, "encoder_attention_heads": 4}
 
+_HMOE = {
+    "moe_threshold": 0.6,
+    "moe_weights": "normalized",
+    "moe_balance": "cost",
+    "moe_expert_sizes": "hybrid",
+}
+# Of d 512 and experts of 1024: by moe.multihead.without_heads, 3.5 of 64.5 plain experts.
+_MHMOE = {"moe_heads": 2, "moe_num_experts": 128, "moe_router": "topk", "moe_top_k": 3}
+
 
 def _released(
     experts: int, k: int, *, split: int = 1, interval: int = 2, placement: str = "both", router: str = "topk"
@@ -84,6 +93,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "xmoe_transformer": {},
     "xmoe_transformer_big": _BIG,
     "xmoe_transformer_tiny": _TINY,
+    # Experts of different sizes (HMoE), top-p; train with --moe-loss-coeff 0.1 --moe-entropy-loss-coeff 0.03.
+    "xmoe_transformer_hmoe": _HMOE,
+    "xmoe_transformer_hmoe_tiny": _TINY | _HMOE,
+    # Two heads (MH-MoE), with the FLOPs and the parameters of 3.5 of 64.5 plain experts.
+    "xmoe_transformer_mhmoe": _MHMOE,
     # The authors' presets; the comment gives their name there.
     "xmoe_transformer_top1_e4": _released(4, 1),  # transformer_moe_ep4_top1_cf1_ecf1
     "xmoe_transformer_top2_e8_s2": _released(8, 2, split=2),  # transformer_moe_ep8_top2_cf2_ecf2
@@ -100,6 +114,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The baselines and the stratified models of Xu et al. 2023.
     "moe_transformer": _M4 | _GSHARD,
     "moe_transformer_tiny": _SMALL | _GSHARD,
+    # XMoE's experts with the routers of others, for the FLOPs of GShard's top 2 of experts of twice the size.
+    "moe_transformer_topany": {"moe_router": "topany", "moe_any_experts": 4.0},
+    "moe_transformer_relu": {"moe_router": "relu", "moe_top_k": 4},
+    "moe_transformer_null": {"moe_router": "null", "moe_top_k": 8},
+    "moe_transformer_lossfree": {"moe_router": "lossfree", "moe_top_k": 4},
+    "moe_transformer_expert_threshold": {"moe_router": "expert_threshold", "moe_top_k": 4},
     "smoe_transformer": _M4 | _GSHARD | {"moe_strata": "4-4"},
     "smoe_transformer_tiny": _SMALL | _GSHARD | {"moe_strata": "2-2-2-2"},
     **_baselines("m4", _M4),

@@ -121,6 +121,25 @@ def per_token(model: nn.Module, net_input: Mapping[str, Any]) -> dict[str, Token
     return seen
 
 
+def per_layer(model: nn.Module, net_input: Mapping[str, Any]) -> list[RoutingStats]:
+    """Runs a model once, by teacher forcing, and gives what each MoE layer did, as sums over its tokens.
+
+    Args:
+        model, net_input: as in `per_token`.
+
+    Returns:
+        In the order in which layers run, each with its name.
+    """
+    seen: list[RoutingStats] = []
+
+    def observer(layer: str, plan: Any) -> None:
+        seen.append(dataclasses.replace(plan.stats, layer=layer))
+
+    with observing(model, observer):
+        run_forced(model, net_input)
+    return seen
+
+
 def run_forced(model: nn.Module, net_input: Mapping[str, Any]) -> None:
     """Runs a model once, by teacher forcing, for whoever watches it; ``net_input`` as in `per_token`."""
     device = next(model.parameters()).device

@@ -53,15 +53,15 @@ def least_parameters(cfg: Namespace, entries: int, group: ExpertGroup | None) ->
         total += getattr(cfg, f"max_{side}_positions") * dim + layers * 4 * dim**2 + (layers - moe) * 2 * dim * hidden
         sizes = expert_sizes(cfg, stack) if moe else None
         if sizes is None:
-            matrices = held * kind.matrices(dim, hidden_size(cfg, stack), options)
+            matrices = held * kind.matrices(dim // cfg.moe_heads, hidden_size(cfg, stack), options)
         else:  # a process holds some of each size; the smallest ones are the least that it can hold
-            matrices = moe * sum(kind.matrices(dim, size, options) for size in sizes[: held // moe])
+            matrices = moe * sum(kind.matrices(dim // cfg.moe_heads, size, options) for size in sizes[: held // moe])
         total += cfg.moe_stack * matrices
     return total
 
 
 def _memory() -> int:
-    """Bytes of main memory, where the system says it."""
+    """Bytes of main memory, if the system says it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

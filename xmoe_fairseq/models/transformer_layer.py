@@ -22,6 +22,7 @@ from ..moe import (
     ExpertOutputMasking,
     ExpertSet,
     MoELayer,
+    MultiHeadMoE,
     Router,
     SharedBias,
     StackedMoE,
@@ -51,16 +52,20 @@ def build_moe(cfg: TransformerConfig, layer: str) -> nn.Module:
         "group": cfg.parallel_groups,
     }
 
+    width = dim // cfg.moe_heads
+
     def router(visible: int) -> Router:
-        return router_class(cfg)(dim, visible, router_options(cfg))
+        return router_class(cfg)(width, visible, router_options(cfg))
 
     def experts() -> ExpertSet:
         kind = expert_class(cfg)
         size = hidden if kind.shares_network else hidden // cfg.moe_split_ratio
-        return make_experts(kind, num_experts, dim, size, expert_options(cfg), **network, **ways)
+        return make_experts(kind, num_experts, width, size, expert_options(cfg), **network, **ways)
 
     def plain() -> nn.Module:
         made = MoELayer(router(num_experts), experts(), masking)
+        if cfg.moe_heads > 1:
+            return MultiHeadMoE(made, dim, cfg.moe_heads, str(cfg.moe_heads_form))
         return SharedBias(made, dim) if expert_class(cfg) is EXPERTS["part"] else made
 
     masking = ExpertOutputMasking(cfg.moe_eom_rate) if cfg.moe_regularizer == "eom" else None
@@ -116,7 +121,7 @@ class MoEFeedForwardMixin:
     def make_generation_fast_(
         self, retain_dropout: bool = False, retain_dropout_modules: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        """Keeps dropout inside the experts where ``--retain-dropout`` keeps that of this kind of layer."""
+        """Keeps dropout inside the experts if ``--retain-dropout`` keeps that of this kind of layer."""
         if hasattr(super(), "make_generation_fast_"):
             super().make_generation_fast_(**kwargs)
         kept = retain_dropout and (

@@ -27,6 +27,7 @@ from .experts.options import ExpertOptions
 from .experts.sized import SizedExperts
 from .experts.stacked import Experts, ExpertSet, StackedExperts
 from .layer import MoELayer, SharedBias
+from .multihead import MultiHeadMoE
 from .regularizers import ConditionalMoE, ExpertOutputMasking, StackedMoE
 from .routing.base import Router
 from .routing.kinds import ROUTERS
@@ -47,6 +48,7 @@ __all__ = [
     "Experts",
     "GatedExperts",
     "MoELayer",
+    "MultiHeadMoE",
     "Router",
     "RouterOptions",
     "RoutingPlan",

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 class Dropout(nn.Dropout):
-    """torch's dropout, in training, and in evaluation too where it is kept.
+    """torch's dropout, in training, and in evaluation too if it is kept.
 
     Args:
         p: probability of zeroing a number.

@@ -10,6 +10,7 @@ from torch import nn
 
 from .experts.stacked import ExpertSet
 from .layer import MoELayer
+from .multihead import MultiHeadMoE
 from .routing.base import Router
 from .stratified import StratifiedMoE
 
@@ -26,12 +27,14 @@ class ExpertSite:
         name: the module's path in the model.
         experts: the set.
         low, high: the fewest and the most experts that a token takes of it; equal where their number is fixed.
+        heads: of the layer; each part of a token takes experts.
     """
 
     name: str
     experts: ExpertSet
     low: int
     high: int
+    heads: int = 1
 
     @property
     def num_experts(self) -> int:
@@ -97,18 +100,20 @@ class Flops:
 
 
 def expert_sites(model: nn.Module) -> list[ExpertSite]:
-    """Finds every set of experts, in the order of the modules."""
-    sites = []
+    """Finds every set of experts, in the order of the modules; a token takes the experts of all heads of a layer."""
+    sites, heads = [], {}
     for name, module in model.named_modules():
+        if isinstance(module, MultiHeadMoE):
+            heads[f"{name}.moe".lstrip(".")] = module.heads
         if isinstance(module, MoELayer):
-            low, high = module.router.bounds()
+            low, high = (heads.get(name, 1) * number for number in module.router.bounds())
         elif isinstance(module, StratifiedMoE):
             # The first stratum sees the last one's experts, so that a token may leave after it.
             ranges = [cast(Router, router).bounds() for router in module.routers]
             low, high = ranges[0][0], sum(most for _, most in ranges)
         else:
             continue
-        sites.append(ExpertSite(name, module.experts, low, high))
+        sites.append(ExpertSite(name, module.experts, low, high, heads.get(name, 1)))
     return sites
 
 
@@ -163,6 +168,9 @@ def count_flops(
     in_output = sum(p.numel() for p in _matrices(output)) if output is not None else 0
     in_experts = sum(cost_of(taken[site.name], site.experts.flops()) for site in expert_sites(model))
     elsewhere = sum(p.numel() for p in _matrices(model)) - in_output
+    # Each sub-token of a multi-head layer passes its router.
+    layers = (module for module in model.modules() if isinstance(module, MultiHeadMoE))
+    elsewhere += sum((layer.heads - 1) * p.numel() for layer in layers for p in _matrices(layer.moe))
     return Flops(2 * elsewhere, in_experts, 2 * in_output, 2 * context * sum(attention_dims))
 
 

@@ -38,6 +38,8 @@ class MoELayer(nn.Module):
         super().__init__()
         self.router = router
         self.experts = experts
+        if not experts.equal:
+            router.learn_costs(experts.flops())
         self.regularizer = regularizer or nn.Identity()
 
     def forward(

@@ -9,7 +9,7 @@ Importing `xmoe_fairseq` changes functions of fairseq in this process; no file o
 xmoe_fairseq.patches` makes this page from [`xmoe_fairseq/patches/`](../xmoe_fairseq/patches/), and a test compares.
 
 A patch gets the stock function and calls it, or does its work. Before anything is changed, the parameters of all stock
-functions are compared with those that the patches expect; where one differs, the import ends with one line. A function
+functions are compared with those that the patches expect; if one differs, the import ends with one line. A function
 that another plugin has wrapped is wrapped once more. Installing again changes nothing. torch's allow-list of classes
 in checkpoints gets `argparse.Namespace` and plain values of NumPy.
 """

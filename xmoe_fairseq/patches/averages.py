@@ -32,7 +32,7 @@ def begin(stock: Any, ema: EMA, model: Any, *args: Any, **kwargs: Any) -> None:
 @GROUP.patch(checkpoint_utils, "load_ema_from_checkpoint", "fpath")
 def load_ema_from_checkpoint(stock: Any, fpath: str) -> dict[str, Any]:
     """The file of `--ema-seed-model` is read as any checkpoint: checked, joined from shards, and in each process the
-    experts that it holds. Stock ends in a traceback where it has no averages."""
+    experts that it holds. Stock ends in a traceback if it has no averages."""
     local = reading.local_path(fpath)
     state = reading.check(local)
     shards.join(state, local)

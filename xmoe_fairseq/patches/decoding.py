@@ -67,7 +67,7 @@ def inference_step(
     prefix_tokens: Any = None,
     constraints: Any = None,
 ) -> Any:
-    """Where `--lang-tok-replacing-bos-eos` is given, stock multilingual tasks drop the constraints on their way to the
+    """If `--lang-tok-replacing-bos-eos` is given, stock multilingual tasks drop the constraints on their way to the
     search. A source without text has an empty translation; a model makes words of it."""
     search = generator
     if constraints is not None and task.args.lang_tok_replacing_bos_eos:

@@ -38,7 +38,7 @@ _PACKAGES = ("fairseq", "fairseq_cli")
 
 @GROUP.patch(options, "parse_args_and_arch", "parser input_args parse_known suppress_defaults modify_parser")
 def parse_args_and_arch(stock: Any, parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Stock fails without a word where an option is missing, answers a misspelt architecture with the names of all,
+    """Stock fails without a word if an option is missing, answers a misspelt architecture with the names of all,
     reads `--model-overrides` after it has loaded the data, ignores options that the checkpoint does not have, and takes
     `--bf16` for a TPU, so that it needs torch_xla even on a GPU or CPU."""
     parser.error = functools.partial(arguments.refuse, parser)

@@ -14,7 +14,7 @@ from ..versions import FAIRSEQ_PACKAGE
 
 F = TypeVar("F", bound=Callable[..., Any])
 # The attribute of a patched function that lists its patches. `functools.wraps` copies it, so that a function is known
-# as patched also where another plugin has wrapped it since.
+# as patched also if another plugin has wrapped it since.
 MARK = "xmoe_patches"
 # What `Replacement` expects of a name that stock fairseq does not have.
 ABSENT: Any = object()
@@ -32,7 +32,7 @@ class Change(Protocol):
         """What stock fairseq does, and what is done instead, in a few sentences."""
 
     def check(self) -> None:
-        """Raises `UserError` where fairseq is not as expected; changes nothing."""
+        """Raises `UserError` if fairseq is not as expected; changes nothing."""
 
     def apply(self) -> None:
         """Changes fairseq, once."""

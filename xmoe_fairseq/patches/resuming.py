@@ -16,6 +16,7 @@ from fairseq.trainer import Trainer
 
 from ..checkpoints import loading, reading, saving, selection
 from ..common import guard, locks
+from ..criterions.routers import check_routers
 from ..criterions.softmax import check_softmax
 from ..distributed import checkpoint_experts, launch
 from ..errors import UserError
@@ -45,7 +46,7 @@ def count_updates(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Stock, where a file has no optimizer's state, makes all updates again, in the middle of the data."""
+    """Stock, if a file has no optimizer's state, makes all updates again, in the middle of the data."""
     extra_state = stock(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
     last = trainer._optim_history[-1] if extra_state and trainer._optim_history else {}
     updates = last.get("num_updates", 0)
@@ -117,6 +118,7 @@ def load_checkpoint(stock: Any, cfg: Any, trainer: Any, *args: Any, **kwargs: An
     if not isinstance(trainer, Trainer):  # of another program, with options of its own
         return stock(cfg, trainer, *args, **kwargs)
     check_softmax(trainer.cfg, trainer.get_model())
+    check_routers(trainer.cfg, trainer.get_model())
     launch.check(trainer.cfg, trainer.cuda)
     launch.check_files(trainer.cfg)
     if trainer.data_parallel_rank == 0 and not cfg.no_save:

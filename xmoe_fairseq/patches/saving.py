@@ -46,7 +46,7 @@ def copy(stock: Any, src_path: str, dst_path: str, overwrite: bool = False) -> A
 
 @GROUP.patch(checkpoint_utils, "save_checkpoint", "cfg trainer epoch_itr val_loss")
 def keep_as_many(stock: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stock saves one of `--keep-best-checkpoints` only if it is no worse than the worst that is kept, also where fewer
+    """Stock saves one of `--keep-best-checkpoints` only if it is no worse than the worst that is kept, also if fewer
     than that are kept: of losses that rise it keeps one."""
     listed = checkpoint_utils.checkpoint_paths
 
@@ -86,7 +86,7 @@ def state_dict(stock: Any, trainer: Any) -> dict[str, Any]:
 
 @GROUP.patch(Trainer, "save_checkpoint", "self filename extra_state")
 def save_trainer(stock: Any, trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
-    """No `crash.pt` is written where one process has an error and holds some of the experts only."""
+    """No `crash.pt` is written if one process has an error and holds some of the experts only."""
     if checkpoint_experts.holds_parts(trainer):
         logger.error(f"{filename} is not written: this process holds some of the experts only")
         return None

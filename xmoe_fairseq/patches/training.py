@@ -28,7 +28,7 @@ _BATCHES = (
 
 @GROUP.patch(Trainer, "train_step", "self samples raise_oom")
 def train_step(stock: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stock, where a loss is NaN, ends with a traceback that does not say of which update."""
+    """Stock, if a loss is NaN, ends with a traceback that does not say of which update."""
     try:
         return stock(trainer, *args, **kwargs)
     except FloatingPointError as error:
@@ -40,7 +40,7 @@ def train_step(stock: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _left(trainer: Any) -> str:
-    """Names the file that fairseq leaves where training diverges."""
+    """Names the file that fairseq leaves if training diverges."""
     if not isinstance(trainer, Trainer):
         return ""
     path = os.path.join(trainer.cfg.checkpoint.save_dir, "crash.pt")
@@ -61,7 +61,7 @@ def add_hooks(stock: Any, detector: Any, module: Any) -> None:
 
 @GROUP.patch(train, "get_valid_stats", "cfg trainer stats tracking_best")
 def get_valid_stats(stock: Any, cfg: Any, trainer: Any, stats: dict[str, Any], *args: Any) -> Any:
-    """Stock `translation --eval-bleu` gives no BLEU where all translations are empty, as of a model that has hardly
+    """Stock `translation --eval-bleu` gives no BLEU if all translations are empty, as of a model that has hardly
     been trained, and ends if it is to choose by it."""
     if "bleu" in selection.translation_metrics(trainer.task):
         stats.setdefault("bleu", 0.0)
@@ -85,7 +85,7 @@ def get_train_iterator(stock: Any, *args: Any, **kwargs: Any) -> Any:
 @GROUP.patch(FairseqTask, "get_batch_iterator", _BATCHES)
 @GROUP.patch(TranslationMultiSimpleEpochTask, "get_batch_iterator", _BATCHES)
 def get_batch_iterator(stock: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stock leaves out the last batch where `--required-batch-size-multiple`, 8 by default, does not divide it: up to 7
+    """Stock leaves out the last batch if `--required-batch-size-multiple`, 8 by default, does not divide it: up to 7
     sentences would not be translated, or not be in a validation loss. In training that stays as it is."""
     if not _trains.get() and "required_batch_size_multiple" in kwargs:
         kwargs["required_batch_size_multiple"] = 1

@@ -74,7 +74,7 @@ class Analysis:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Returns what ``analysis.json`` holds: plain values, and null where there is no number."""
+        """Returns what ``analysis.json`` holds: plain values, and null if there is no number."""
         sentences = zip(self.counts.directions, self.counts.sentences, strict=True)
         return {
             "capacity": self.capacity,
@@ -145,11 +145,11 @@ def draw(found: Analysis) -> Iterator[tuple[str, Figure]]:
 
 
 def write(found: Analysis, folder: Path, about: Mapping[str, Any]) -> list[Path]:
-    """Writes tables, figures and ``analysis.json``; all of them, or none where one fails.
+    """Writes tables, figures and ``analysis.json``; all of them, or none if one fails.
 
     Args:
         found: the analysis.
-        folder: is made where it is not there; files of the same names are replaced, and figures of an earlier analysis
+        folder: is made if it is not there; files of the same names are replaced, and figures of an earlier analysis
             that this one does not have are removed.
         about: of the run, for ``analysis.json``.
 

@@ -23,7 +23,7 @@ _LEGIBLE_CELLS = 12  # up to so many languages, cells have their numbers
 def experts_by_language(load: LanguageLoad) -> Figure:
     """Which experts each language uses: languages that share experts are neighbours.
 
-    A cell is 1, and white, where the language gives the expert an equal share of the layer's computations.
+    A cell is 1, and white, if the language gives the expert an equal share of the layer's computations.
     """
     rows, columns = load.load.shape
     inches = _row_inches(rows)
@@ -118,7 +118,7 @@ def _draw_tree(axes: Axes, load: LanguageLoad) -> None:
 
 
 def coselection(table: Table) -> Figure:
-    """Which experts are taken together: lift, 1 and white where choices are independent.
+    """Which experts are taken together: lift, 1 and white if choices are independent.
 
     Args:
         table: of `tables.together`.
@@ -144,7 +144,7 @@ def coselection(table: Table) -> Figure:
 
 
 def _lift(table: Table) -> np.ndarray:
-    """(E, E); not a number on the diagonal and where an expert was never taken."""
+    """(E, E); not a number on the diagonal and if an expert was never taken."""
     size = max(table.column("other"), default=0) + 1
     lift = np.full((size, size), np.nan)
     for row in table.records():

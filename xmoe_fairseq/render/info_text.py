@@ -8,11 +8,18 @@ from typing import Any
 
 from ..moe.experts.options import show_sizes
 from ..moe.flops import Flops, Parameters
+from ..moe.multihead import Size, without_heads
 
 
 @dataclass(frozen=True)
 class MoELayerInfo:
-    """One set of experts: their number, the least, the most and the mean per token, and their number by hidden size."""
+    """One set of experts: their number, the least, the most and the mean per token, and their number by hidden size.
+
+    Attributes:
+        heads: parts of a token, each of which takes experts.
+        dim: d, of the layer.
+        matrices: of an expert.
+    """
 
     name: str
     experts: int
@@ -20,6 +27,9 @@ class MoELayerInfo:
     most: int
     taken: float
     sizes: dict[int, int]
+    heads: int = 1
+    dim: int = 0
+    matrices: int = 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Info:
         layers: one a set of experts; none for a dense model.
         assumption: where ``layers[i].taken`` is from.
         flops: see `Flops`.
-        flops_range: their total where tokens take the fewest and the most experts.
+        flops_range: their total if tokens take the fewest and the most experts.
     """
 
     arch: str
@@ -73,6 +83,7 @@ def render(info: Info) -> str:
         "",
         f"experts per token: {info.assumption}",
         *columns((layer.name, _layer(layer)) for layer in info.layers),
+        *columns((f"{layer.name}, parity", _parity(layer)) for layer in info.layers if layer.heads > 1),
         "",
         "FLOPs per token, forward: 2 N + 2 n sum_a d_a  (Kaplan et al. 2020, eq. 2.2)",
         *columns(
@@ -96,6 +107,21 @@ def _layer(layer: MoELayerInfo) -> str:
     where = "" if layer.least == layer.most else f", from {layer.least} to {layer.most} possible"
     sizes = f", hidden sizes {show_sizes(layer.sizes)}" if len(layer.sizes) > 1 else ""
     return f"{layer.taken:.4g} of {layer.experts}{where}{sizes}"
+
+
+def _parity(layer: MoELayerInfo) -> str:
+    """Compares a multi-head layer with the plain one of the same cost (Huang et al. 2024)."""
+    hidden = sum(size * count for size, count in layer.sizes.items()) / layer.experts
+    own = Size(layer.experts, hidden, layer.taken / layer.heads)
+    plain = without_heads(layer.dim, own, layer.heads, layer.matrices)
+    sides = (
+        f"{_short(size.flops(layer.dim, heads, layer.matrices))} FLOPs, "
+        f"{_short(size.parameters(layer.dim, heads, layer.matrices))} parameters"
+        for size, heads in ((own, layer.heads), (plain, 1))
+    )
+    own_side, plain_side = sides
+    experts = f"{plain.taken:.4g} of {plain.experts:.4g} plain experts of {hidden:g}"
+    return f"{layer.heads} heads and projections ({own_side}) = {experts} ({plain_side})"
 
 
 def columns(rows: Iterable[tuple[str, str]]) -> list[str]:

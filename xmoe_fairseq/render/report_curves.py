@@ -27,7 +27,7 @@ class Kind:
         metrics: fairseq's names; those of the encoder first.
         log: whether its axis is logarithmic.
         validated: whether it is also shown for the validation subsets.
-        varies: drawn only where its values are not all this one.
+        varies: drawn only if its values are not all this one.
     """
 
     title: str
@@ -198,7 +198,7 @@ def _steps(low: float, high: float, wanted: int) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten between two numbers; with 2 and 5 times each where they are few."""
+    """Powers of ten between two numbers; with 2 and 5 times each if they are few."""
     powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     dense = [power * factor for power in powers for factor in (1, 2, 5)]
     ticks = [value for value in dense if low <= value <= high]

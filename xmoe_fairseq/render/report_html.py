@@ -52,7 +52,7 @@ class Shade:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample with its tokens; they are empty for a dense model, and where the sentence is too long."""
+    """A sample with its tokens; they are empty for a dense model, and if the sentence is too long."""
 
     sample: Sample
     encoder: Sequence[Shade]
@@ -117,7 +117,7 @@ def _choices(report: Report, stack: str) -> list[Choice]:
 
 
 def _shown(report: Report, choices: dict[str, list[Choice]]) -> Iterable[ShownSample]:
-    """Returns the samples that were traced; those without their tokens where none was."""
+    """Returns the samples that were traced; those without their tokens if none was."""
     if not report.traced:
         return [ShownSample(sample, [], []) for sample in report.samples()]
     return [

@@ -62,7 +62,7 @@ def _translation(report: Report) -> list[str]:
 
 
 def _signatures(report: Report) -> list[str]:
-    """One line for each signature, with its directions where there are several of one metric."""
+    """One line for each signature, with its directions if there are several of one metric."""
     lines = []
     for metric, names, signature in report.scores.signatures() if report.scores else []:
         where = f" ({plain(', '.join(names))})" if names else ""

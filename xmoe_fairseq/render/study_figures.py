@@ -56,7 +56,7 @@ def draw_experts(rows: Sequence[RowResults]) -> Figure:
 
 
 def draw_quality(rows: Sequence[RowResults]) -> Figure:
-    """Draws BLEU against FLOPs in experts: a mark for each seed and row; where a threshold was chosen, a hollow mark
+    """Draws BLEU against FLOPs in experts: a mark for each seed and row; if a threshold was chosen, a hollow mark
     for each seed at that threshold, joined with the trained one."""
     with style.context(["default", STYLE]):
         figure, axes = _figure()

@@ -54,7 +54,7 @@ def _draw_panel(axes: Axes, sweep: Sweep, metric: str, cost: str) -> None:
         return point.scores[metric]
 
     front = pareto(sweep.points, COSTS[cost], quality)
-    axes.plot(*_places(sweep.points, x, quality), "o", color=_POINT, markerfacecolor="white", label="threshold")
+    axes.plot(*_places(sweep.points, x, quality), "o", color=_POINT, markerfacecolor="white", label=sweep.dial)
     axes.plot(*_places(front, x, quality), "o-", color=_POINT, linewidth=1.2, label="Pareto front")
     axes.plot(
         *_places([sweep.chosen], x, quality),
@@ -63,7 +63,7 @@ def _draw_panel(axes: Axes, sweep: Sweep, metric: str, cost: str) -> None:
         markersize=9,
         markerfacecolor="none",
         markeredgewidth=1.8,
-        label=f"least threshold within {sweep.lose:g} BLEU of the best: {sweep.chosen.threshold:g}",
+        label=f"{sweep.sparsest} {sweep.dial} within {sweep.lose:g} BLEU of the best: {sweep.chosen.threshold:g}",
     )
     for number, point in enumerate(sweep.points):
         offset, side = _LABELS[number % len(_LABELS)]

@@ -21,10 +21,11 @@ def render_markdown(sweep: Sweep) -> str:
     return (
         "\n\n".join(
             (
-                f"# {plain(sweep.name)} by threshold",
+                f"# {plain(sweep.name)} by {sweep.dial}",
                 markdown([*header, "Pareto front"], rows),
-                f"Threshold **{chosen.threshold:g}** is the least that loses no more than {sweep.lose:g} BLEU against "
-                f"the best{limit} ({best.scores['bleu']:.2f} at {best.threshold:g}): {chosen.scores['bleu']:.2f} BLEU "
+                f"{sweep.dial.title()} **{chosen.threshold:g}** is the {sweep.sparsest} that loses no more than "
+                f"{sweep.lose:g} BLEU against the best{limit} ({best.scores['bleu']:.2f} at {best.threshold:g}): "
+                f"{chosen.scores['bleu']:.2f} BLEU "
                 f"with {chosen.computation_saved:.0%} of the MoE computation saved.",
                 f"Means of {sweep.directions} directions, {sweep.sentences:,} sentences; FLOPs per token with the "
                 f"experts that tokens took, references as decoder inputs; source words/s on {plain(sweep.device)}."
@@ -50,7 +51,7 @@ def render_tsv(sweep: Sweep) -> str:
 
 def _table(sweep: Sweep, exact: bool = False) -> tuple[list[str], list[list[str]]]:
     metrics = list(sweep.points[0].scores)
-    header = ["threshold", *(METRICS[name] for name in metrics), "experts per token", "MoE FLOPs saved"]
+    header = [sweep.dial, *(METRICS[name] for name in metrics), "experts per token", "MoE FLOPs saved"]
     header += ["MoE FLOPs per token", "FLOPs per token", "words/s"]
     rows = []
     for point in sweep.points:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .usage import LayerUsage
 
@@ -21,7 +22,9 @@ class Decoding:
             the longest one of the batch.
         max_tokens: in a batch.
         moe_threshold: instead of the one trained with; None to keep that.
+        moe_shift: as ``moe_threshold``, for routers with a shift.
         fp16: with half precision.
+        contrast: the options ``--contrast-*`` by name, all of them; None to decode as usual.
     """
 
     subset: str = "test"
@@ -31,7 +34,9 @@ class Decoding:
     max_len_b: int = 200
     max_tokens: int = 6000
     moe_threshold: float | None = None
+    moe_shift: float | None = None
     fp16: bool = False
+    contrast: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ ZERO_SHOT = "zero-shot"
 
 
 def pivot_of(pairs: Sequence[Direction], english: str) -> str | None:
-    """Finds the language that all directions are out of or into: English, or another one where it is the only one.
+    """Finds the language that all directions are out of or into: English, or another one if it is the only one.
 
     Args:
         pairs: directions.

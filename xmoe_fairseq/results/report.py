@@ -44,7 +44,7 @@ class ScoredSet:
 
     @cached_property
     def score(self) -> CorpusScore:
-        """BLEU and chrF++, computed where ``xmoe score`` was asked for other metrics."""
+        """BLEU and chrF++, computed if ``xmoe score`` was asked for other metrics."""
         scores, signatures = self.row.scores, self.row.signatures
         if not {"bleu", "chrf"} <= scores.keys():
             return score(self.hypotheses, self.references, self.target)
@@ -88,7 +88,7 @@ class Report:
 
     Attributes:
         name: the task, or the folder of the run.
-        scores: all that is known of the directions; none where nothing was translated.
+        scores: all that is known of the directions; none if nothing was translated.
         directions: empty if nothing was translated.
         layers: the MoE layers in the order of the model; empty for a dense model.
         drawings: of ``xmoe analyze`` and ``xmoe sweep``; empty if they were not run.
@@ -171,8 +171,8 @@ class Report:
 def pick_samples(directions: Sequence[ScoredSet], count: int) -> list[Sample]:
     """Picks sentences by position: in turn from every direction, and evenly over the length of the test sets.
 
-    Moving on in the test set with every pick shows different sentences where all languages share one test set.
-    Fewer than ``count`` come back where the test sets are too small to pick without repetition.
+    Moving on in the test set with every pick shows different sentences if all languages share one test set.
+    Fewer than ``count`` come back if the test sets are too small to pick without repetition.
     """
     chosen: dict[tuple[int, int], Sample] = {}
     for pick in range(count if directions else 0):

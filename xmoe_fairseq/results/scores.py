@@ -111,7 +111,7 @@ class SystemScores:
         return list(self.rows[0].scores)
 
     def signatures(self) -> list[tuple[str, list[str], str]]:
-        """Lists metrics and signatures, with the directions that each is of where a metric has several."""
+        """Lists metrics and signatures, with the directions that each is of if a metric has several."""
         found = []
         for name in self.metrics:
             users: dict[str, list[str]] = defaultdict(list)
@@ -126,7 +126,7 @@ class SystemScores:
 
 
 def average(rows: Sequence[DirectionScore], english: str) -> list[Average]:
-    """Averages over the sets of `direction_sets`, and the trained ones of each group where there are several groups."""
+    """Averages over the sets of `direction_sets`, and the trained ones of each group if there are several groups."""
     by_name = {row.name: row for row in rows}
     sets = direction_sets(list(by_name), {row.name for row in rows if row.zero_shot}, english)
     grouped: dict[str, list[Direction]] = defaultdict(list)

@@ -14,7 +14,7 @@ class Point:
     """The model at one threshold.
 
     Attributes:
-        threshold: of its routers.
+        threshold: of its routers, or what they have in its place; see `Sweep.dial`.
         scores: by metric, the mean of the directions.
         experts_per_token: in an MoE layer, measured.
         computation_saved: share of the pairs of a token and an expert that are not computed.
@@ -37,13 +37,14 @@ class Sweep:
 
     Attributes:
         name: of the checkpoint.
-        points: by rising threshold.
+        points: by rising threshold, or by falling shift: the sparsest first.
         lose: BLEU that may be lost against the best threshold.
         device: that the search ran on.
         sentences, directions: that each point was measured on.
         signatures: sacreBLEU's, by metric, each one once.
         max_moe_flops: most FLOPs of a token in experts that the chosen threshold may take; None for any.
         zero_shot: directions that were translated too, but not trained, and are in no mean of scores.
+        dial: ``threshold`` or ``shift``, what was swept.
     """
 
     name: str
@@ -55,6 +56,12 @@ class Sweep:
     signatures: Mapping[str, Sequence[str]]
     max_moe_flops: float | None = None
     zero_shot: Sequence[str] = ()
+    dial: str = "threshold"
+
+    @property
+    def sparsest(self) -> str:
+        """Which value means the fewest experts: ``least`` or ``largest``."""
+        return "least" if self.dial == "threshold" else "largest"
 
     @property
     def chosen(self) -> Point:
@@ -67,8 +74,8 @@ class Sweep:
         if found is None:
             least = min(point.moe_flops for point in self.points)
             raise UserError(
-                f"no threshold takes at most {self.max_moe_flops:g} FLOPs per token in experts, the least is "
-                f"{least:g}: sweep lower thresholds, or allow more"
+                f"no {self.dial} takes at most {self.max_moe_flops:g} FLOPs per token in experts, the least is "
+                f"{least:g}: sweep {'lower' if self.dial == 'threshold' else 'higher'} {self.dial}s, or allow more"
             )
         return found
 
@@ -95,7 +102,7 @@ def choose(points: Sequence[Point], lose: float, max_moe_flops: float | None = N
     """Chooses the least threshold that loses no more than ``lose`` BLEU against the best one that can be afforded.
 
     Args:
-        points: by rising threshold.
+        points: the sparsest first.
         lose: BLEU that may be lost.
         max_moe_flops: most FLOPs of a token in experts; None affords all.
 

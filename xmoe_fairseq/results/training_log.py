@@ -65,7 +65,7 @@ class Training:
 
     @property
     def train(self) -> Mapping[int, Values]:
-        """The figures of training; those of whole epochs where no others were logged."""
+        """The figures of training; those of whole epochs if no others were logged."""
         return self.subsets.get(INNER) or self.subsets.get(EPOCH, {})
 
     @property
@@ -101,7 +101,7 @@ def find_logs(run: Path) -> list[Path]:
 def read_training(paths: Sequence[Path]) -> Training | None:
     """Reads the logs of one training; None if there are no logs.
 
-    The order of the paths does not matter: a log comes after those that start at an earlier update. Where training
+    The order of the paths does not matter: a log comes after those that start at an earlier update. If training
     was started again from a checkpoint, what had been logged beyond it was thrown away, and so it is here.
 
     Raises:

@@ -114,7 +114,7 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def print_help(parser: argparse.ArgumentParser, file: Any = None) -> None:
-    """Prints a parser's help; argparse itself is silent where nothing can be written.
+    """Prints a parser's help; argparse itself is silent if nothing can be written.
 
     Raises:
         OSError: it cannot be written.
@@ -197,7 +197,7 @@ def _check_known(place: str, values: Any, known: Collection[str]) -> None:
 
 
 def recipe_ending(error: BaseException, recipe: Path) -> UserError | None:
-    """Returns what ends ``fairseq-hydra-train`` where hydra refuses a recipe, before fairseq imports the plugin.
+    """Returns what ends ``fairseq-hydra-train`` if hydra refuses a recipe, before fairseq imports the plugin.
 
     Args:
         error: what hydra, or fairseq, raised.

@@ -28,7 +28,7 @@ class Tested:
         low, high: its 95% confidence interval.
         p: probability of a difference from the claim's margin as large as this one, if there were none.
         moe_flops: of a token, the system's by the baseline's; None if the baseline has no experts.
-        verdict: ``seen`` where the whole interval is above minus the margin, ``not seen`` where it is below,
+        verdict: ``seen`` if the whole interval is above minus the margin, ``not seen`` if it is below,
             ``undecided`` otherwise, and wherever either side has one seed only.
     """
 

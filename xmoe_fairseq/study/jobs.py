@@ -14,7 +14,7 @@ from pathlib import Path
 from ..common import locks
 from .runs import Run
 
-# Seconds between two looks at the programs, and between two lines where no terminal shows them.
+# Seconds between two looks at the programs, and between two lines if no terminal shows them.
 _LOOK, _SAY = 0.5, 60.0
 # Characters of what a failed program said that are searched for its last line.
 _TAIL = 4000

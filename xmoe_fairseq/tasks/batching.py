@@ -10,7 +10,7 @@ import numpy as np
 class PooledOrder:
     """A dataset whose batches are cut from pools of random sentences, each pool sorted by length.
 
-    fairseq sorts the whole corpus by length. Where equal lengths mean equal kinds of sentence, as in any corpus
+    fairseq sorts the whole corpus by length. If equal lengths mean equal kinds of sentence, as in any corpus
     with recurring patterns, such batches hold one kind and one length, and learning is slow. A pool much larger
     than a batch still needs little padding.
 

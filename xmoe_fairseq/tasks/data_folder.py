@@ -150,7 +150,7 @@ def find_text(data: str, split: str, pair: str) -> str | None:
     source, target = pair.split("-")
     names = [os.path.join(data, f"{split}.{name}") for name in (f"{source}-{target}", f"{target}-{source}")]
     there = [name for name in names if any(has_text(f"{name}.{code}") for code in (source, target))]
-    # As fairseq does: where both are there, it takes the one that has the source.
+    # As fairseq does: if both are there, it takes the one that has the source.
     whole = [name for name in there if os.path.lexists(index_file_path(f"{name}.{source}"))]
     return next(iter((*whole, *there)), None)
 
@@ -180,7 +180,7 @@ def check_split(
         split: of its files.
         lang_pairs: directions.
         combine: whether fairseq joins the files of train, train1, train2 and so on.
-        references: whether the target side is needed; it is checked where it is there.
+        references: whether the target side is needed; it is checked if it is there.
         dictionary: the folder that has it; None for the same one.
 
     Raises:

@@ -30,7 +30,7 @@ def split_name(subset: str) -> tuple[str, str | None]:
 
 
 class FirstLines(BaseWrapperDataset):
-    """The first lines of a text, or all where it has fewer."""
+    """The first lines of a text, or all if it has fewer."""
 
     def __init__(self, dataset: Any, lines: int) -> None:
         super().__init__(dataset)
@@ -108,7 +108,7 @@ class DataManager(MultilingualDatasetManager):
         return sizes
 
     def get_split_num_data_shards(self, split: str) -> dict[str, int]:
-        """Returns the number of files of each direction; one where there is no text, which is not loaded."""
+        """Returns the number of files of each direction; one if there is no text, which is not loaded."""
         none = {self.get_dataset_key("main", *pair.split("-")): 1 for pair in self.lang_pairs}
         return {**none, **super().get_split_num_data_shards(split)}
 

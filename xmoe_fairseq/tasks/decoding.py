@@ -102,7 +102,7 @@ def _no_text(task: Any) -> list[int]:
 
 
 def languages_of(task: Any) -> list[int]:
-    """Returns the numbers of the tokens that name languages; none where a task has one direction."""
+    """Returns the numbers of the tokens that name languages; none if a task has one direction."""
     if not hasattr(task, "data_manager"):
         return []
     args = task.args

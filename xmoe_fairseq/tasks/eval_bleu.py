@@ -105,7 +105,7 @@ def read_search(text: Optional[str]) -> Search:
 
 
 class TranslatesDevelopmentSets:
-    """A multilingual task of fairseq that translates some lines before it validates, where ``--eval-bleu`` is given.
+    """A multilingual task of fairseq that translates some lines before it validates, if ``--eval-bleu`` is given.
 
     The training's own model translates, as it is at inference. All processes must validate together, as fairseq does.
     """

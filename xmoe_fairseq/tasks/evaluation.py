@@ -178,7 +178,7 @@ class Evaluation:
 
     def _generator(self, model: Any) -> Any:
         task = copy.copy(self.task)  # whose generator wants to know a language; its token is removed from all texts
-        task.args = Namespace(**{**vars(task.args), "target_lang": task.target_langs[0]})
+        task.args = Namespace(**{**vars(task.args), "target_lang": task.target_langs[0], "contrast_beta": 0.0})
         return task.build_generator([model], Namespace(**asdict(self.search)))
 
     @cached_property

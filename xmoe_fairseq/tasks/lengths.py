@@ -108,7 +108,7 @@ class Whole(Fitting):
     Args:
         dataset, name, directions: as `Fitting`.
         longest: pieces of a source that the model can read.
-        most: pieces that a batch may have, where what has more is not translated; `None` where it is refused.
+        most: pieces that a batch may have, if what has more is not translated; `None` if it is refused.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ from ..common.identity import DataIdentity
 from ..errors import UserError
 from ..mt_benchmarks import BENCHMARKS, Benchmark
 from .batching import PooledOrder
+from .contrast import ContrastConfig, check_contrast, contrastive
 from .data_folder import check_split, count_symbols, find_text, list_splits, read_groups, read_languages, read_trained
 from .data_manager import VALID, DataManager, split_name
 from .data_parts import check_alike, home, read_folders
@@ -41,7 +42,7 @@ StockOptions: Any = stock_dataclass(
 
 
 @dataclasses.dataclass
-class MultilingualConfig(EvalBleuConfig, StockOptions):
+class MultilingualConfig(EvalBleuConfig, ContrastConfig, StockOptions):
     """Options of ``multilingual_*``: those of stock ``translation_multi_simple_epoch`` that the data leaves open."""
 
     data: str = dataclasses.field(
@@ -161,6 +162,7 @@ class MultilingualTask(TranslatesDevelopmentSets, TranslationMultiSimpleEpochTas
                 "data_prep/prepare.sh and fairseq-preprocess write is memory-mapped (mmap); leave it out"
             )
         check_options(args, home(folders[0]))
+        check_contrast(args)
         read_extra(args, languages)
         if not 0 < args.sampling_temperature < math.inf:
             raise UserError(f"--sampling-temperature {args.sampling_temperature} is out of range: it must be above 0")
@@ -311,6 +313,19 @@ class MultilingualTask(TranslatesDevelopmentSets, TranslationMultiSimpleEpochTas
             # With the language token, which stock fairseq forgets to count.
             dataset.src_sizes = dataset.sizes = np.array(dataset.src.sizes)
         return dataset
+
+    def build_generator(self, models: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
+        """Builds the search, by contrast where ``--contrast-beta`` is given.
+
+        Raises:
+            UserError: the contrast does not go with the models or the search.
+        """
+        if not self.args.contrast_beta or self.args.target_lang is None:  # without one, the search is refused
+            return super().build_generator(models, args, *more, **kwargs)
+        ensemble = contrastive(self, models, args, kwargs.get("prefix_allowed_tokens_fn"))
+        generator = super().build_generator(ensemble, args, *more, **kwargs)
+        ensemble.plain_prefixes(generator)
+        return generator
 
     def inference_step(self, generator: Any, models: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         """Translates a batch; one of sentences that are too long to nothing."""

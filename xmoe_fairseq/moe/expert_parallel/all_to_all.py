@@ -216,7 +216,7 @@ class AllToAllDispatcher:
 
     def dispatch(self, x: Tensor) -> tuple[Tensor, Assignments]:
         """Returns the rows that all ranks send here, (S', d), and their assignments to the experts of this rank."""
-        # The backward pass must come through here on all processes, also where no input needs a gradient.
+        # The backward pass must come through here on all processes, also if no input needs a gradient.
         anchor = torch.empty(0, requires_grad=True)
         # An expert counts backwards from the end: 0 is left for assignments that are unused.
         values = torch.stack([self.to.row, self.widest - self.to.expert], 1)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def block(experts: int, number: int, blocks: int) -> range:
-    """Returns the experts of one block; where the blocks do not divide them, the first ones hold one more."""
+    """Returns the experts of one block; if the blocks do not divide them, the first ones hold one more."""
     each, more = divmod(experts, blocks)
     start = number * each + min(number, more)
     return range(start, start + each + (number < more))

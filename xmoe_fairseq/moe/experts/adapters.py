@@ -67,6 +67,7 @@ class AdapterExperts(Experts):
     """
 
     Options = AdapterOptions
+    paper = "PESC: Wu et al. 2024, arXiv 2401.02731"
     shares_network = True
 
     def __init__(

@@ -52,6 +52,7 @@ class GatedExperts(StackedExperts):
 
     Options = GatedOptions
     network = staticmethod(gated)
+    paper = "GLU variants: Shazeer 2020, arXiv 2002.05202"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

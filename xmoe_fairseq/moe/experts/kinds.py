@@ -6,6 +6,7 @@ from typing import Any
 
 from .adapters import AdapterExperts
 from .gated import GatedExperts
+from .mpo import MPOExperts
 from .options import hidden_sizes
 from .parts import Parts
 from .sized import SizedExperts
@@ -16,6 +17,7 @@ EXPERTS: dict[str, type[StackedExperts]] = {
     "glu": GatedExperts,
     "adapter": AdapterExperts,
     "part": Parts,
+    "mpo": MPOExperts,
 }
 
 

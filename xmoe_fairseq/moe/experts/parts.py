@@ -14,6 +14,8 @@ from .stacked import Experts, Stack
 class Parts(Experts):
     """Experts ``W2_e^T act(W1_e x + b1_e)`` without an output bias of their own; the layer has one (`SharedBias`)."""
 
+    paper = "MoEfication: Zhang et al. 2022, arXiv 2110.01786"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.no_bias: Tensor

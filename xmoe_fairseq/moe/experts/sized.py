@@ -32,6 +32,7 @@ class SizedExperts(ExpertSet):
         ValueError: the sizes are not ascending, or of a size there are fewer experts than processes.
     """
 
+    paper = "HMoE: Wang et al. 2025, arXiv 2408.10681"
     equal = False
     size_of: Tensor  # of each expert
 

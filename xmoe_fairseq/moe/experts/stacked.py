@@ -116,6 +116,8 @@ class StackedExperts(ExpertSet):
 
     # The dataclass of the kind's options.
     Options: ClassVar[type[ExpertOptions]] = ExpertOptions
+    # The paper in a line: name, authors, year, arXiv number.
+    paper: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -258,11 +260,15 @@ class StackedExperts(ExpertSet):
 
     def _weights(self, device: torch.device) -> StackedWeights:
         """Prepares the parameters for one use."""
-        parts = {name: getattr(self, name) for name in self.names}
+        parts = self.built()
         if torch.is_autocast_enabled(device.type):
             # Autocast does not look into custom autograd functions.
             parts = {name: part.to(torch.get_autocast_dtype(device.type)) for name, part in parts.items()}
         return self.prepare(parts)
+
+    def built(self) -> dict[str, Tensor]:
+        """Returns the stacked tensors that experts compute with, by name: the parameters, or what is made of them."""
+        return {name: getattr(self, name) for name in self.names}
 
     def prepare(self, tensors: dict[str, Tensor]) -> StackedWeights:
         """Wraps the stacked tensors, by name, for the kernels."""
@@ -278,6 +284,7 @@ class Experts(StackedExperts):
     """E feed-forward networks ``W2_e^T act(W1_e x + b1_e) + b2_e``; the arguments are those of `StackedExperts`."""
 
     network = staticmethod(feed_forward)
+    paper = "MoE: Shazeer et al. 2017, arXiv 1701.06538; GShard: Lepikhin et al. 2021, arXiv 2006.16668"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

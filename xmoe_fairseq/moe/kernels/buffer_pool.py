@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class Buffers:
-    """Gives uninitialised tensors in main memory, over memory that no tensor uses any more where there is some.
+    """Gives uninitialised tensors in main memory, over memory that no tensor uses any more if there is some.
 
     A training step writes a gradient as large as all experts, though few rows went through each. Memory from the
     system comes in pages of 4 KiB, each of them a fault, and goes back when the optimizer drops the gradient. Here
-    it comes in huge pages, where the system has them, and stays: as much as was in use at once, which may be
+    it comes in huge pages, if the system has them, and stays: as much as was in use at once, which may be
     several buffers of one name, as with strata or gradient accumulation. Copies and pickles start empty.
     """
 

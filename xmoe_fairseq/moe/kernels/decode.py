@@ -27,7 +27,7 @@ def _scattered(x: Tensor, assignments: Assignments, hidden: int, plain: bool) ->
 def decode(
     x: Tensor, assignments: Assignments, weights: ExpertWeights, activation: Activation, dropout: float = 0.0
 ) -> Tensor:
-    """Runs the experts that have tokens; see `ExpertKernel`. Where gradients are recorded, this is `per_expert`."""
+    """Runs the experts that have tokens; see `ExpertKernel`. If gradients are recorded, this is `per_expert`."""
     if torch.is_grad_enabled():
         return per_expert(x, assignments, weights, activation, dropout)
     sizes = assignments.group_sizes.tolist()

@@ -41,7 +41,7 @@ def grouped_mm(
 
     Raises:
         ValueError: this torch is older than ``grouped_mm``.
-        RuntimeError: by torch, where d or h is no multiple of 16 bytes, or in float64.
+        RuntimeError: by torch, if d or h is no multiple of 16 bytes, or in float64.
     """
     if not hasattr(F, "grouped_mm"):
         raise ValueError(

@@ -19,7 +19,7 @@ def parallel_for_experts(work: Callable[[int], None], sizes: Sequence[int], devi
     """Calls ``work`` with each number whose size is not 0, on a CPU in several threads, the largest first.
 
     An expert has too few rows for a product that is cut among threads, and what is called around it is too small
-    to be cut at all. So a thread takes an expert, and computes it by itself; where one has more to do than a
+    to be cut at all. So a thread takes an expert, and computes it by itself; if one has more to do than a
     thread's share of all, all threads compute it together. No gradients are recorded. What ``work`` raises comes back
     when no thread is at work any more.
 
@@ -38,7 +38,7 @@ def parallel_for_experts(work: Callable[[int], None], sizes: Sequence[int], devi
 
 def _workers(device: torch.device) -> int:
     # A mode, such as one that counts operations, sees those of its own thread only, and torch can tell a thread how
-    # many to compute with only where it computes with OpenMP.
+    # many to compute with only if it computes with OpenMP.
     if device.type != "cpu" or is_in_torch_dispatch_mode() or not torch.backends.openmp.is_available():
         return 1
     return min(torch.get_num_threads(), _MOST)

@@ -143,8 +143,8 @@ class _Work:
         """Returns each place of ``a`` times its expert's matrix, (P, n); see `triton_kernels.multiply`.
 
         Args:
-            a: (P, k), or where ``gather`` the tokens' rows, (T, k).
-            w: (E, k, n), or (E, n, k) where ``transposed``.
+            a: (P, k), or if ``gather`` the tokens' rows, (T, k).
+            w: (E, k, n), or (E, n, k) if ``transposed``.
             gather: what ``a`` is.
             transposed: what ``w`` is.
             bias: (E, n) to add.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,13 @@ from torch.nn import functional as F
 from .fp32_logits import fp32_linear, has_fp32_product
 from .options import RouterOptions
 from .plan import RoutingPlan, make_plan
+from .state import PreciseBuffers
 from .statistics import RouterSums
 from .topk import RankedProbs, Selection, choose
 from .triton_routing import plan_on_device, routes_on_device
 
 
-class Router(nn.Module):
+class Router(PreciseBuffers):
     """Decides which experts each token takes, and with which weights.
 
     A router is a subclass with an entry in ``kinds.ROUTERS``. What it may be told beyond `RouterOptions` it
@@ -44,6 +46,12 @@ class Router(nn.Module):
     family: ClassVar[str] = "MoE"
     # The option that trades quality for computation in a trained model; None if no option does.
     dial: ClassVar[str | None] = None
+    # The paper in a line: name, authors, year, arXiv number.
+    paper: ClassVar[str] = ""
+    # Options of the criterion that mean nothing for it, each with the reason.
+    refuses: ClassVar[Mapping[str, str]] = {}
+    # Names of its tensors that do not have a row for each expert.
+    kept_whole: ClassVar[tuple[str, ...]] = ()
     # Whether statistics have the entropy of the probabilities; a criterion that weighs it sets this.
     measures_entropy: bool = False
 
@@ -54,6 +62,13 @@ class Router(nn.Module):
         self.check(options, num_experts)
         self.num_experts = num_experts
         self.options = options
+        self.costs: Tensor | None
+        self.register_buffer("costs", None, persistent=False)
+
+    def learn_costs(self, costs: Sequence[int]) -> None:
+        """Receives the FLOPs of each expert for one token, (E,), if they are different; the layer calls this."""
+        relative = torch.tensor(costs, dtype=torch.float64)
+        self.costs = relative / relative.mean()
 
     @classmethod
     def check(cls, options: RouterOptions, num_experts: int) -> None:
@@ -66,6 +81,21 @@ class Router(nn.Module):
             raise ValueError(
                 f"capacity_factor {options.capacity_factor} and min_capacity {options.min_capacity} must be at least 0"
             )
+        if not math.isfinite(options.shift):
+            raise ValueError(f"shift {options.shift} is no finite number")
+        for name in ("weights", "balance"):
+            choices = type(options).__dataclass_fields__[name].metadata["choices"]
+            if getattr(options, name) not in choices:
+                raise ValueError(f"{name} {getattr(options, name)!r} is unknown: choose from {', '.join(choices)}")
+
+    @classmethod
+    def join(cls, routers: Sequence[Any]) -> None:
+        """Is told of all routers of a new model, for state that they have in common."""
+
+    @classmethod
+    def after_pruning(cls, options: RouterOptions, num_experts: int) -> dict[str, Any]:
+        """Returns what the options must say if some of the E experts are left out."""
+        return {}
 
     @classmethod
     def label(cls, options: RouterOptions) -> str:
@@ -88,6 +118,10 @@ class Router(nn.Module):
         self.check(options, self.num_experts)
         self.options = options
 
+    def balance_coefficient(self) -> Tensor | float | None:
+        """Returns the weight of the balance loss; None for the one that the criterion is given."""
+        return None
+
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> RoutingPlan:
         """Routes hidden states.
 
@@ -101,9 +135,7 @@ class Router(nn.Module):
     def notice(self, seen: RouterSums) -> None:
         """Is told, in training, what the router did with the tokens of all processes in one batch.
 
-        A router with state that moves between updates adds this up in persistent buffers, and moves the state in
-        ``set_num_updates(n)``, which fairseq calls before each batch, when n has changed: checkpoints then resume
-        exactly, whatever the number of batches per update.
+        A router with state that moves between updates is an `UpdateState`: it adds this up here, and moves by the sums.
         """
 
     def static(self, like: Tensor) -> bool:
@@ -130,15 +162,20 @@ class LinearRouter(Router):
 
     def logits(self, x: Tensor) -> Tensor:
         """Maps x: (T, d) to (T, E), in float32 at least."""
-        if has_fp32_product(x, self.weight):
-            return fp32_linear(x, self.weight)
+        return self.product(x, self.weight)
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        """Multiplies x: (T, d) and weight: (E, d) to (T, E), in float32 at least."""
+        if has_fp32_product(x, weight):
+            return fp32_linear(x, weight)
         dtype = torch.promote_types(x.dtype, torch.float32)
         # Entering this costs as much as a small product, so decoding does without.
         precise = (
             torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
         )
         with precise:
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+            return F.linear(x.to(dtype), weight.to(dtype))
 
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
         """Routes by given logits: (T, E); padding_mask: (T,) bool, true for padding."""
@@ -153,12 +190,23 @@ class ProbabilityRouter(LinearRouter):
     """
 
     uses: ClassVar[tuple[str, ...]] = ("capacity_factor", "min_capacity")
-    # Whether a token's weights are divided by their sum after dropping.
-    normalize = False
 
     def __init__(self, dim: int, num_experts: int, options: RouterOptions) -> None:
         super().__init__(dim, num_experts, options)
         self._capacities: dict[tuple[int, RouterOptions], int] = {}
+
+    @property
+    def normalize(self) -> bool:
+        """Whether a token's weights are divided by their sum after dropping."""
+        return "weights" in self.uses and self.options.weights == "normalized"
+
+    def load(self) -> Callable[[Tensor], Tensor] | None:
+        """Returns what makes the load in the balance loss from the tokens that choose each expert, (E,), before
+        capacity; None if first choices are the load."""
+        if "balance" not in self.uses or self.options.balance == "first":
+            return None
+        costs = self.costs if self.options.balance == "cost" else None
+        return (lambda chosen: chosen) if costs is None else (lambda chosen: chosen * costs)
 
     def selection(self) -> Selection:
         """Returns when a token takes no more experts."""
@@ -175,16 +223,20 @@ class ProbabilityRouter(LinearRouter):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> RoutingPlan:
         # A subclass may plan by logits in its own way.
-        plain = self.by_limits and type(self).plan is ProbabilityRouter.plan
-        if has_fp32_product(x, self.weight) and plain and routes_on_device(x.device, self.num_experts):
+        plain = type(self).plan is ProbabilityRouter.plan
+        if has_fp32_product(x, self.weight) and plain and self._by_programs(x.device):
             return self._plan_on_device(x, self.weight, padding_mask)
         return super().forward(x, padding_mask, tokens)
 
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
-        on_device = logits.dtype == torch.float32 and routes_on_device(logits.device, self.num_experts)
-        if not (on_device and self.by_limits):
-            return self._plan_of_ranks(*self.choose(logits), padding_mask)
-        return self._plan_on_device(logits, None, padding_mask)
+        if logits.dtype == torch.float32 and self._by_programs(logits.device):
+            return self._plan_on_device(logits, None, padding_mask)
+        return self._plan_of_ranks(*self.choose(logits), padding_mask)
+
+    def _by_programs(self, device: torch.device) -> bool:
+        # The programs do not count the choices that a capacity drops.
+        counted = not self.limited or self.load() is None
+        return self.by_limits and counted and routes_on_device(device, self.num_experts)
 
     def _plan_on_device(self, x: Tensor, weight: Tensor | None, padding_mask: Tensor | None) -> RoutingPlan:
         """Routes by logits (T, E), or by x (T, d) and the router's weight."""
@@ -200,6 +252,7 @@ class ProbabilityRouter(LinearRouter):
             self.normalize,
             *self._plan_bounds(x),
             self.measures_entropy,
+            self.load(),
         )
 
     def _plan_of_ranks(self, ranked: RankedProbs, chosen: Tensor, padding_mask: Tensor | None) -> RoutingPlan:
@@ -212,6 +265,7 @@ class ProbabilityRouter(LinearRouter):
             self.normalize,
             *self._plan_bounds(ranked.logits),
             self.measures_entropy,
+            self.load(),
         )
 
     def _plan_bounds(self, logits: Tensor) -> tuple[int | None, int | None]:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from .base import Router
+from .expert_threshold import ExpertThresholdRouter
+from .lossfree import LossFreeRouter
+from .null import NullRouter
 from .parts import PartsRouter
+from .relu import ReluRouter
 from .routers import BalancedRouter, GShardRouter, HashRouter, SwitchRouter, ThresholdRouter, TopKRouter
+from .topany import TopAnyRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "threshold": ThresholdRouter,
@@ -14,4 +19,9 @@ ROUTERS: dict[str, type[Router]] = {
     "hash": HashRouter,
     "balanced": BalancedRouter,
     "parts": PartsRouter,
+    "topany": TopAnyRouter,
+    "relu": ReluRouter,
+    "null": NullRouter,
+    "lossfree": LossFreeRouter,
+    "expert_threshold": ExpertThresholdRouter,
 }

@@ -18,7 +18,14 @@ class RouterOptions:
 
     Attributes:
         threshold: probability mass, in [0, 1], that a token's experts must reach (threshold router).
-        top_k: experts per token, at least 1 (top-k router).
+        top_k: experts per token, at least 1 (top-k, loss-free and null routers), or their mean (ReLU and expert
+            threshold).
+        weights: what weighs the experts' outputs: ``raw``, the probabilities, or ``normalized``, the probabilities
+            divided by their sum over a token's experts.
+        balance: what the balance loss counts as an expert's load: ``first``, the tokens whose first choice it is;
+            ``chosen``, all tokens that choose it; ``cost``, those times the cost of the expert beside the mean.
+        shift: is subtracted from each score before it is compared, so that a larger one means fewer experts (topany,
+            relu, null and expert_threshold routers).
         capacity_factor: in training, an expert takes at most this multiple of the mean load per expert
             if every token took one; 0 drops nothing. Evaluation never drops.
         min_capacity: tokens that an expert may always take, at least 0.
@@ -36,7 +43,13 @@ class RouterOptions:
         high=1,
         alias="--threshold",
     )
-    top_k: int = router_option(2, "topk router: experts per token", low=1, alias="--moe-k")
+    top_k: int = router_option(
+        2,
+        "experts per token: of topk and lossfree routers; of null routers, null experts included; of relu and "
+        "expert_threshold routers, on average",
+        low=1,
+        alias="--moe-k",
+    )
     capacity_factor: float = router_option(
         0.0,
         "in training, an expert takes at most this multiple of (tokens / experts) tokens and drops the rest, lower "
@@ -52,3 +65,22 @@ class RouterOptions:
         choices=("gate", "sampling"),
     )
     static: bool | None = None
+    weights: str = router_option(
+        "raw",
+        "threshold and topk routers: the experts' outputs are weighted by the probabilities (raw), or by these divided "
+        "by their sum over a token's experts (normalized)",
+        choices=("raw", "normalized"),
+    )
+    balance: str = router_option(
+        "first",
+        "threshold and topk routers: the balance loss counts each token's first choice (first), all its choices "
+        "(chosen), or these times the FLOPs of the expert, beside the mean, for experts of different sizes (cost)",
+        choices=("first", "chosen", "cost"),
+    )
+    shift: float = router_option(
+        0.0,
+        "topany, relu, null and expert_threshold routers: subtracted from the scores before they are compared; larger "
+        "means fewer experts, and it can be changed after training",
+        low=-1000,
+        high=1000,
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .base import ProbabilityRouter
 from .plan import RoutingPlan
 from .routers import ThresholdRouter
 
@@ -17,6 +19,9 @@ class PartsRouter(ThresholdRouter):
     At threshold 1 the sum of the experts is the network's output. The choice has no gradient, so training changes the
     experts only.
     """
+
+    paper = "MoEfication: Zhang et al. 2022, arXiv 2110.01786"
+    uses: ClassVar[tuple[str, ...]] = ("threshold", *ProbabilityRouter.uses)
 
     def plan(self, logits: Tensor, padding_mask: Tensor | None = None) -> RoutingPlan:
         plan = super().plan(logits, padding_mask)

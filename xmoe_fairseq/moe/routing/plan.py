@@ -54,6 +54,7 @@ def make_plan(
     max_assignments: int | None = None,
     max_per_expert: int | None = None,
     measures_entropy: bool = False,
+    load_of: Callable[[Tensor], Tensor] | None = None,
 ) -> RoutingPlan:
     """Turns the choice of ranks into a plan, and drops what exceeds the experts' capacity.
 
@@ -68,6 +69,8 @@ def make_plan(
             assignments.
         max_per_expert: a bound of the assignments of one expert, if one is known.
         measures_entropy: add up the entropies of the tokens' probabilities, which costs a pass over (T, E).
+        load_of: makes what the balance loss calls load, (E,), from the tokens that choose each expert, (E,), before
+            capacity; None takes the tokens whose first choice each expert is.
     """
     tokens, num_experts = ranked.probs.shape
     if padding_mask is not None:
@@ -85,44 +88,19 @@ def make_plan(
     if normalize:
         total = weight.new_zeros(tokens).index_add(0, token, weight).index_select(0, token)
         weight = weight / (total if used is None else total.masked_fill(~used, 1.0))
-    return planned(
-        token, weight, load, ranked, lambda: received, chosen, padding_mask, max_per_expert, measures_entropy
-    )
 
+    def balanced() -> Tensor | None:
+        return None if load_of is None else load_of(load if capacity is None else wanted.sum(0))
 
-def planned(
-    token: Tensor,
-    weight: Tensor,
-    load: Tensor,
-    ranked: RankedProbs,
-    received: Callable[[], Tensor],
-    wanted: Tensor,
-    padding_mask: Tensor | None,
-    max_per_expert: int | None,
-    measures_entropy: bool = False,
-) -> RoutingPlan:
-    """Makes a plan of the assignments and of what they were chosen by.
-
-    Args:
-        token: as in `Assignments`.
-        weight: as in `Assignments`.
-        load: (E,) as ``group_sizes`` in `Assignments`.
-        ranked: probabilities and the first choices.
-        received: makes the assignments that were left, (T, E) bool.
-        wanted: what adds up to the number of assignments before capacity.
-        padding_mask: (T,) bool, true for padding.
-        max_per_expert: as in `Assignments`.
-        measures_entropy: as in `make_plan`.
-    """
     return RoutingPlan(
         token=token,
         weight=weight,
         group_sizes=load,
         first=ranked.order[:, 0],
-        num_tokens=len(ranked.logits),
-        count=partial(_statistics, ranked, wanted, received, load, padding_mask, measures_entropy),
+        num_tokens=tokens,
+        count=partial(_statistics, ranked, chosen, received, load, balanced, padding_mask, measures_entropy),
         max_per_expert=max_per_expert,
-        trace=partial(token_routing, ranked, received, padding_mask),
+        trace=partial(token_routing, ranked, lambda: received, padding_mask),
     )
 
 
@@ -134,6 +112,7 @@ def plan_of(
     sums: Callable[[Tensor], RouterSums] | None = None,
     max_assignments: int | None = None,
     max_per_expert: int | None = None,
+    probs: Tensor | None = None,
 ) -> RoutingPlan:
     """Makes a plan of any choice; a token may choose no expert.
 
@@ -146,6 +125,8 @@ def plan_of(
             router without such losses.
         max_assignments: as in `make_plan`.
         max_per_expert: as in `make_plan`.
+        probs: (T, E) or more columns, what statistics take for probabilities; None takes ``weights`` for those of the
+            first choices, and measures no entropy.
     """
     keep = real_tokens(padding_mask, weights)
     taken = chosen & keep.unsqueeze(-1)
@@ -153,7 +134,8 @@ def plan_of(
     weight = weights.reshape(-1).index_select(0, token * weights.shape[1] + expert)
     if used is not None:
         weight = weight.masked_fill(~used, 0.0)
-    top1 = weights.detach().gather(1, first.unsqueeze(-1)).squeeze(-1).masked_fill(~keep, 0.0)
+    shares = (weights if probs is None else probs).detach()
+    top1 = shares.gather(1, first.unsqueeze(-1)).squeeze(-1).masked_fill(~keep, 0.0)
 
     def count() -> RoutingStats:
         real = keep.sum()
@@ -171,7 +153,8 @@ def plan_of(
         )
 
     def trace() -> TokenRouting:
-        return TokenRouting(taken.long(), keep.long(), top1, None)
+        entropies = None if probs is None else entropy(shares).masked_fill(~keep, 0.0)
+        return TokenRouting(taken.long(), keep.long(), top1, entropies)
 
     return RoutingPlan(token, weight, load, first, len(first), count, trace, max_per_expert=max_per_expert)
 
@@ -262,8 +245,9 @@ def _place_in_expert(ranked: RankedProbs, wanted: Tensor) -> Tensor:
 def _statistics(
     ranked: RankedProbs,
     wanted: Tensor,
-    received: Callable[[], Tensor],
+    received: Tensor,
     load: Tensor,
+    balanced: Callable[[], Tensor | None],
     padding_mask: Tensor | None,
     measures_entropy: bool,
 ) -> RoutingStats:
@@ -277,8 +261,9 @@ def _statistics(
     if padding_mask is not None:
         probs = probs.masked_fill(padding_mask.unsqueeze(-1), 0.0)
         squares, top1_prob = squares.masked_fill(padding_mask, 0.0), top1_prob.masked_fill(padding_mask, 0.0)
-    entropy_sum = _entropy_sum(ranked, padding_mask) if measures_entropy else squares.new_zeros(())
-    dropped = keep & ~received().gather(1, first.unsqueeze(-1)).squeeze(-1)
+    entropies = entropy_sum(ranked.logits, ranked.probs, padding_mask) if measures_entropy else squares.new_zeros(())
+    dropped = keep & ~received.gather(1, first.unsqueeze(-1)).squeeze(-1)
+    balance_load = balanced()
     return RoutingStats(
         tokens=real,
         wanted=wanted.sum(),
@@ -288,22 +273,36 @@ def _statistics(
         expert_load=load,
         first_choices=first_choices,
         passes=real,
-        routers=(RouterSums(real, first_choices, probs.sum(0), squares.sum(), entropy_sum),),
+        routers=(
+            RouterSums(
+                real,
+                first_choices if balance_load is None else balance_load,
+                probs.sum(0),
+                squares.sum(),
+                entropies,
+            ),
+        ),
     )
 
 
-def _entropy_sum(ranked: RankedProbs, padding_mask: Tensor | None) -> Tensor:
-    """Adds up the entropies, in nats, of the real tokens' probabilities: ().
+def entropy_sum(logits: Tensor, probs: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Adds up the entropies, in nats, of the real tokens' probabilities: (); both are (T, E).
 
     ``log_softmax`` stays finite where a probability underflows to 0, and so does their product. The logarithm needs no
     gradient, because ``sum_e p_e d(log p_e) = d(sum_e p_e) = 0``.
     """
-    entropies = -(ranked.probs * F.log_softmax(ranked.logits.detach(), dim=-1)).sum(-1)
+    entropies = -(probs * F.log_softmax(logits.detach(), dim=-1)).sum(-1)
     return (entropies if padding_mask is None else entropies.masked_fill(padding_mask, 0.0)).sum()
 
 
 def token_routing(ranked: RankedProbs, received: Callable[[], Tensor], padding_mask: Tensor | None) -> TokenRouting:
-    """Returns what was done with each token; the arguments are those of `planned`."""
+    """Returns what was done with each token.
+
+    Args:
+        ranked: probabilities and the first choices.
+        received: makes the assignments that were left, (T, E) bool.
+        padding_mask: (T,) bool, true for padding.
+    """
     keep = real_tokens(padding_mask, ranked.probs)
     return TokenRouting(
         taken=received().long(),

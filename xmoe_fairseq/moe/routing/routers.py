@@ -18,15 +18,17 @@ from .topk import RankedProbs, Selection
 class ThresholdRouter(ProbabilityRouter):
     """A token takes its most probable experts until their mass reaches the threshold, at least one.
 
-    Weights are the raw probabilities. Source: Yang et al. 2024 (XMoE), section 3.2.
+    Weights are the raw probabilities, or normalized. Sources: Yang et al. 2024 (XMoE), section 3.2; Huang et al. 2024
+    (top-p, with the entropy loss).
 
     Raises:
         ValueError: the threshold is outside [0, 1].
     """
 
     family = "XMoE"
+    paper = "XMoE: Yang et al. 2024, arXiv 2403.18926; top-p: Huang et al. 2024, arXiv 2403.07652"
     dial = "threshold"
-    uses: ClassVar[tuple[str, ...]] = ("threshold", *ProbabilityRouter.uses)
+    uses: ClassVar[tuple[str, ...]] = ("threshold", "weights", "balance", *ProbabilityRouter.uses)
 
     @classmethod
     def check(cls, options: RouterOptions, num_experts: int) -> None:
@@ -49,7 +51,7 @@ class ThresholdRouter(ProbabilityRouter):
 
 
 class TopKRouter(ProbabilityRouter):
-    """A token takes its k most probable experts, weighted by their raw probabilities.
+    """A token takes its k most probable experts, weighted by their probabilities.
 
     Source: Fedus et al. 2022 (Switch, k = 1); Lepikhin et al. 2021 (GShard, k = 2).
 
@@ -57,13 +59,19 @@ class TopKRouter(ProbabilityRouter):
         ValueError: k is below 1 or above the number of experts.
     """
 
-    uses: ClassVar[tuple[str, ...]] = ("top_k", *ProbabilityRouter.uses)
+    paper = "top-k: Shazeer et al. 2017, arXiv 1701.06538"
+    uses: ClassVar[tuple[str, ...]] = ("top_k", "weights", "balance", *ProbabilityRouter.uses)
 
     @classmethod
     def check(cls, options: RouterOptions, num_experts: int) -> None:
         super().check(options, num_experts)
         if not 1 <= options.top_k <= num_experts:
             raise ValueError(f"top_k {options.top_k} is outside [1, {num_experts}], the number of experts")
+        if "weights" in cls.uses and options.weights == "normalized" and options.top_k == 1 < num_experts:
+            raise ValueError(
+                "weights normalized does not work with top_k 1: the weight would always be 1, and the router would get "
+                "no gradient by it; use weights raw or a larger top_k"
+            )
 
     @classmethod
     def label(cls, options: RouterOptions) -> str:
@@ -88,6 +96,7 @@ class GShardRouter(TopKRouter):
     al. 2021 (GShard), and Xu et al. 2023 (SMoE), which uses it in every stratum. With k = 1 it is `SwitchRouter`.
     """
 
+    paper = "GShard: Lepikhin et al. 2021, arXiv 2006.16668"
     uses: ClassVar[tuple[str, ...]] = ("second_expert", *ProbabilityRouter.uses)
     normalize = True
 
@@ -136,6 +145,7 @@ def _draw_second(ranked: RankedProbs) -> Tensor:
 class SwitchRouter(GShardRouter):
     """A token takes its most probable expert, weighted by the raw probability. Source: Fedus et al. 2022 (Switch)."""
 
+    paper = "Switch: Fedus et al. 2022, arXiv 2101.03961"
     uses: ClassVar[tuple[str, ...]] = ProbabilityRouter.uses
     normalize = False
 
@@ -153,6 +163,8 @@ class HashRouter(Router):
 
     Source: Roller et al. 2021 (Hash Layers), with a fixed random table.
     """
+
+    paper = "Hash Layers: Roller et al. 2021, arXiv 2106.04426"
 
     @classmethod
     def label(cls, options: RouterOptions) -> str:
@@ -176,6 +188,8 @@ class BalancedRouter(LinearRouter):
     A token's weight is the sigmoid of its logit. In evaluation a token takes its best expert, whatever the others
     take. There is no balance loss. Source: Lewis et al. 2021 (BASE layers); the assignment is SciPy's, on the CPU.
     """
+
+    paper = "BASE: Lewis et al. 2021, arXiv 2103.16716"
 
     @classmethod
     def label(cls, options: RouterOptions) -> str:

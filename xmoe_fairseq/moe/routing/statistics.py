@@ -26,6 +26,7 @@ class RouterSums(NamedTuple):
             them.
         own: () a loss of the router's own, its coefficient included, times ``tokens``, with its gradient; None if it
             has none.
+        seen: what else `Router.notice` is told, of any shape; None if that is all.
     """
 
     tokens: Tensor
@@ -34,6 +35,7 @@ class RouterSums(NamedTuple):
     squares: Tensor
     entropy: Tensor
     own: Tensor | None = None
+    seen: Tensor | None = None
 
 
 class Ratio(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ def plan_on_device(
     max_assignments: int | None = None,
     max_per_expert: int | None = None,
     measures_entropy: bool = False,
+    load_of: Callable[[Tensor], Tensor] | None = None,
 ) -> RoutingPlan:
     """Routes by logits in float32; see `make_plan`.
 
@@ -49,6 +51,7 @@ def plan_on_device(
         max_assignments: a bound of the number of assignments; None reads their number back from the device.
         max_per_expert: a bound of the assignments of one expert, if one is known.
         measures_entropy: as in `make_plan`.
+        load_of: as in `make_plan`, from the choices after capacity.
     """
     rows, weight, probs_sum, squares, entropies, made = _Route.apply(
         x, router, selection, padding_mask, capacity, normalize, max_assignments, measures_entropy
@@ -69,7 +72,7 @@ def plan_on_device(
             top1_prob=made.top_sum,
             expert_load=load,
             first_choices=firsts,
-            routers=(RouterSums(real, firsts, probs_sum, squares, entropies),),
+            routers=(RouterSums(real, firsts if load_of is None else load_of(load), probs_sum, squares, entropies),),
         )
 
     return RoutingPlan(
