@@ -15,8 +15,9 @@ from helpers_language_models import LENGTH, TRAIN, WORDS, write_markov_text
 
 from xmoe_fairseq.cli import main
 from xmoe_fairseq.errors import UserError
-from xmoe_fairseq.evaluation.direction_dataset import load, read
-from xmoe_fairseq.evaluation.routing_counts import collect
+from xmoe_fairseq.evaluation.direction_dataset import read
+from xmoe_fairseq.evaluation.routing_counts import count
+from xmoe_fairseq.evaluation.trained_model import TrainedModel
 
 PLUGIN = ("--user-dir", "xmoe_fairseq")
 CUT = ("--sample-break-mode", "none", "--tokens-per-sample", f"{LENGTH}")
@@ -70,9 +71,9 @@ def test_a_sweep_takes_fewer_experts_at_a_lower_threshold(
 
 
 def test_an_analysis_counts_every_token_once(data: Path, run: Path) -> None:
-    trained = load(run / "checkpoint_last.pt", data)
+    trained = TrainedModel.load(run / "checkpoint_last.pt", data)
     texts = read(trained.task, trained.model, "test", 0, 400)
-    counts = collect(trained.model, texts, trained.task.source_dictionary.pad())
+    counts = count(trained.model, texts, trained.task.source_dictionary.pad())
     (layer,) = counts.layers.values()
     text = MMapIndexedDataset(str(data / "test"))
     assert layer.place.name == "decoder.2" and counts.directions == [("text", "text")]

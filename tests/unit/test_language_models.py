@@ -23,12 +23,13 @@ from xmoe_fairseq.evaluation.perplexity import inside_words
 from xmoe_fairseq.models.architectures import Symbols
 from xmoe_fairseq.models.presets import LANGUAGE_MODELS
 from xmoe_fairseq.moe.flops import expert_sites
+from xmoe_fairseq.tasks.decoding import WithLanguages
 
 SMALL = {"decoder_embed_dim": 32}
 STOCK = {
     **{"arch": "transformer_lm", "decoder_embed_dim": 32, "decoder_input_dim": 32, "decoder_output_dim": 32},
     **{"decoder_ffn_embed_dim": 256, "decoder_layers": 2, "decoder_attention_heads": 4},
-    "decoder_normalize_before": True,  # as `--arch transformer_lm` has it
+    "decoder_normalize_before": True,  # as `--arch transformer_lm_gpt` and others have it
 }
 VOCABULARY, POSITIONS = 50304, 1024
 
@@ -146,6 +147,17 @@ def test_routing_names_the_decoder_only(data: Path) -> None:
     built = build_lm(data, **SMALL)
     routing = built.model(**lm_batches(built.task)[0]["net_input"])[1]["routing"]
     assert [stats.layer for stats in routing.pop("decoder")] == ["decoder.2"] and not routing
+
+
+def test_it_stands_beside_a_translation_model_with_tokens_of_languages(data: Path) -> None:
+    model = build_lm(data, **SMALL).model.double().eval()
+    beside = WithLanguages(model, 2, first=True)
+    given = torch.tensor([[2, 16, 5, 6]])  # the second one is a language's
+    with torch.inference_mode():
+        both = beside.get_normalized_probs(beside(given), log_probs=True)
+        alone = model.get_normalized_probs(model(given[:, [0, 2, 3]]), log_probs=True)
+    torch.testing.assert_close(both[:, -1, :16], alone[:, -1])
+    torch.testing.assert_close(both[:, -1, 16:], alone[:, -1:].amin(-1).expand(1, 2))
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------

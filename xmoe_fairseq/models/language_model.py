@@ -52,7 +52,7 @@ class MoELanguageModelConfig(ExpertLanguageModelConfig):
 
     decoder_input_dim: Optional[int] = _stock("decoder_input_dim", None, "; as --decoder-embed-dim")
     decoder_output_dim: Optional[int] = _stock("decoder_output_dim", None, "; as --decoder-embed-dim")
-    # Stock's models by name have it, its dataclass does not: without it, training is not stable.
+    # Stock's presets, such as transformer_lm_gpt, have it, its dataclass does not: without it, training is not stable.
     decoder_normalize_before: bool = _stock("decoder_normalize_before", True)
     moe_split_ratio: int = dataclasses.field(
         default=8, metadata=MoETransformerConfig.__dataclass_fields__["moe_split_ratio"].metadata
