@@ -191,7 +191,8 @@ def test_a_language_model_helps_to_translate(data: Path, path: Path, tmp_path: P
     assert [one.scores[0] for one in none.values()] == pytest.approx(
         [one.scores[0] for one in plain.values()], abs=1e-4
     )
-    for one in decode(data, path, "--lm-path", str(model), "--lm-weight", "20").values():
+    ours = _likes_one_word(data, tmp_path / "ours.pt", experts=True)
+    for one in decode(data, path, "--lm-path", str(ours), "--lm-weight", "20").values():
         assert set(one.texts[0].split()) == {"w7"}  # and no token of a language
 
 
@@ -222,9 +223,10 @@ def test_files_split_by_experts_decode_as_whole_ones(
     assert all(torch.equal(value, means[1][name]) for name, value in means[0].items())
 
 
-def _likes_one_word(data: Path, path: Path) -> Path:
+def _likes_one_word(data: Path, path: Path, experts: bool = False) -> Path:
     """Writes a language model that knows the words of the data, no language, and expects w7 or the end."""
-    words = ["--arch", "transformer_lm", "--decoder-embed-dim", "8", "--decoder-ffn-embed-dim", "8"]
+    words = ["--arch", "xmoe_transformer_lm_tiny", "--moe-interval", "1"] if experts else ["--arch", "transformer_lm"]
+    words += ["--decoder-embed-dim", "8", "--decoder-ffn-embed-dim", "8"]
     words += ["--decoder-layers", "1", "--decoder-attention-heads", "1"]
     words += ["--decoder-input-dim", "8", "--decoder-output-dim", "8"]
     parser = options.get_training_parser("language_modeling")
@@ -233,7 +235,8 @@ def _likes_one_word(data: Path, path: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        model.decoder.layers[0].final_layer_norm.bias[0] = 10
+        last = model.decoder.layer_norm if experts else model.decoder.layers[0].final_layer_norm
+        last.bias[0] = 10
         for number in (model.decoder.dictionary.index("w7"), model.decoder.dictionary.eos()):
             model.decoder.output_projection.weight[number, 0] = 1
     return write_checkpoint(path, cfg, model)

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq.data.indexed_dataset import MMapIndexedDataset
 from helpers_commands import run_warm
 from helpers_language_models import LENGTH, TRAIN, WORDS, write_markov_text
 
 from xmoe_fairseq.cli import main
 from xmoe_fairseq.errors import UserError
+from xmoe_fairseq.evaluation.direction_dataset import read
+from xmoe_fairseq.evaluation.routing_counts import count
+from xmoe_fairseq.evaluation.trained_model import TrainedModel
 
 PLUGIN = ("--user-dir", "xmoe_fairseq")
 CUT = ("--sample-break-mode", "none", "--tokens-per-sample", f"{LENGTH}")
@@ -56,14 +60,24 @@ def test_score_agrees_with_stock_also_on_a_checkpoint_in_shards(
     assert (tmp_path / "scores/scores.md").is_file() and point["size"]["experts_per_token"] > 1
 
 
-def test_a_sweep_and_an_analysis(data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_takes_fewer_experts_at_a_lower_threshold(
+    data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = ("--checkpoint", str(run / "checkpoint_last.pt"), "--data", str(data))
     main(["sweep", *model, "--thresholds", "0,0.9", "--out", str(tmp_path / "sweep"), "--json", "--quiet"])
     low, high = json.loads(capsys.readouterr().out)["points"]
     assert low["size"]["experts_per_token"] == 1 < high["size"]["experts_per_token"]
     assert low["size"]["moe_flops"] < high["size"]["moe_flops"]
-    main(["analyze", *model, "--out", str(tmp_path / "analysis"), "--min-count", "1", "--json", "--quiet"])
-    assert json.loads(capsys.readouterr().out)["data"] == str(data)
+
+
+def test_an_analysis_counts_every_token_once(data: Path, run: Path) -> None:
+    trained = TrainedModel.load(run / "checkpoint_last.pt", data)
+    texts = read(trained.task, trained.model, "test", 0, 400)
+    counts = count(trained.model, texts, trained.task.source_dictionary.pad())
+    (layer,) = counts.layers.values()
+    text = MMapIndexedDataset(str(data / "test"))
+    assert layer.place.name == "decoder.2" and counts.directions == [("text", "text")]
+    assert layer.experts.sum() == text.sizes.sum()
 
 
 def test_stock_generation_goes_on_from_a_prefix(data: Path, run: Path, tmp_path: Path) -> None:

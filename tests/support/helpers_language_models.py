@@ -77,12 +77,17 @@ def build_lm(data: Path, arch: str = TINY, task: Mapping[str, Any] = {}, loss: f
     given = Namespace(**_plain(LanguageModelingConfig()) | {"data": str(data), "tokens_per_sample": LENGTH} | task)
     targets = [name for name in ("self", "future", "past") if getattr(given, f"{name}_target")]
     language_modeling = LanguageModelingTask(given, Dictionary.load(str(data / "dict.txt")), targets=targets or None)
-    options = {"_name": arch, "tokens_per_sample": LENGTH, "max_target_positions": None, "add_bos_token": False}
-    cfg = OmegaConf.structured(MODEL_DATACLASS_REGISTRY[arch](**options | {"tpu": False} | model))
+    cfg = model_options(arch, **model)
     torch.manual_seed(1)
     built = ARCH_MODEL_REGISTRY[arch].build_model(cfg, language_modeling)
     criterion = ThresholdRoutingCrossEntropy(language_modeling, False, 0.0, moe_loss_coeff=loss)
     return Built(cfg, language_modeling, built, criterion)
+
+
+def model_options(arch: str, length: int = LENGTH, **model: Any) -> Any:
+    """Returns the configuration of a model; what fairseq takes from other groups of options is given."""
+    options = {"_name": arch, "tokens_per_sample": length, "max_target_positions": None, "add_bos_token": False}
+    return OmegaConf.structured(MODEL_DATACLASS_REGISTRY[arch](**options | {"tpu": False} | model))
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -94,5 +99,7 @@ def _plain(config: Any) -> dict[str, Any]:
 def lm_batches(task: Any, split: str = "test", max_tokens: int = 200) -> list[dict[str, Any]]:
     """Loads a split in small batches, without shuffling."""
     task.load_dataset(split)
-    iterator = task.get_batch_iterator(task.dataset(split), max_tokens=max_tokens, max_positions=LENGTH)
+    iterator = task.get_batch_iterator(
+        task.dataset(split), max_tokens=max_tokens, max_positions=LENGTH, ignore_invalid_inputs=True
+    )
     return list(iterator.next_epoch_itr(shuffle=False))

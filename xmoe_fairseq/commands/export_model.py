@@ -23,6 +23,7 @@ from ..conversion.outputs import DTYPES, RECORD, check_free, progress, whole_fol
 from ..conversion.source import SPECIAL
 from ..conversion.transformers_folder import ACTIVATIONS, DENSE, MOE
 from ..errors import UserError
+from ..evaluation.perplexity import refuse_language_model
 from ..tasks.data_folder import count_symbols
 
 _EPILOG = """\
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     check_free(args.out)
+    refuse_language_model(args.checkpoint, "xmoe export", "and only encoder-decoder models are exported")
     with locks.held(args.out, file=True):
         record = _export(args)
     if args.json:

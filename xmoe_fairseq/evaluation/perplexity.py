@@ -91,7 +91,7 @@ class PerplexityJob:
             "tokens_per_sample": int(task.args.tokens_per_sample),
         }
         self.split, self.max_tokens = split, max_tokens
-        self._inside = _inside_words(task.target_dictionary)
+        self._inside = inside_words(task.target_dictionary)
 
     def run(self, threshold: float | None = None, quiet: bool = False) -> Perplexity:
         """Reads the text once.
@@ -128,7 +128,7 @@ class PerplexityJob:
         return Perplexity(bits, tokens, tokens - inside, size, perf_counter() - start, threshold)
 
 
-def _inside_words(dictionary: Any) -> torch.Tensor:
+def inside_words(dictionary: Any) -> torch.Tensor:
     """Returns for each entry whether it is a part of a word that is counted at another token: (entries,) bool."""
     symbols = list(dictionary.symbols)
     if any(symbol.startswith(_BEGINS) for symbol in symbols):

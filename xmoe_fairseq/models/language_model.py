@@ -52,7 +52,7 @@ class MoELanguageModelConfig(ExpertLanguageModelConfig):
 
     decoder_input_dim: Optional[int] = _stock("decoder_input_dim", None, "; as --decoder-embed-dim")
     decoder_output_dim: Optional[int] = _stock("decoder_output_dim", None, "; as --decoder-embed-dim")
-    # Stock's models by name have it, its dataclass does not: without it, training is not stable.
+    # Stock's presets, such as transformer_lm_gpt, have it, its dataclass does not: without it, training is not stable.
     decoder_normalize_before: bool = _stock("decoder_normalize_before", True)
     moe_split_ratio: int = dataclasses.field(
         default=8, metadata=MoETransformerConfig.__dataclass_fields__["moe_split_ratio"].metadata
@@ -63,15 +63,13 @@ class MoELanguageModelConfig(ExpertLanguageModelConfig):
 
 
 def resolve(cfg: Any) -> Namespace:
-    """Fills in what follows from other options; the encoder has no layers, and the sizes of the decoder's."""
+    """Fills in what follows from other options; the encoder has no layers."""
     known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(MoETransformerConfig)}
     given = {field.name: plain_value(cfg[field.name]) for field in dataclasses.fields(MoELanguageModelConfig)}
     values = known | {name: value for name, value in given.items() if name in known}
     for name in ("decoder_input_dim", "decoder_output_dim"):
         if values[name] is None:
             values[name] = values["decoder_embed_dim"]
-    for name in ("embed_dim", "ffn_embed_dim", "attention_heads"):
-        values[f"encoder_{name}"] = values[f"decoder_{name}"]
     if values["max_target_positions"] is None:
         values["max_target_positions"] = given["tokens_per_sample"] or DEFAULT_MAX_TARGET_POSITIONS
     values |= {"encoder_layers": 0, "max_source_positions": 1, "no_cross_attention": True}

@@ -42,7 +42,7 @@ def least_parameters(cfg: Namespace, entries: int, group: ExpertGroup | None) ->
     """Counts the matrices of a process: embeddings once, positions, attention, feed-forward networks and experts."""
     share = group.size if group else 1
     kind, options = expert_class(cfg), expert_options(cfg)
-    total = entries * cfg.encoder_embed_dim
+    total = entries * (cfg.encoder_embed_dim if cfg.encoder_layers else cfg.decoder_embed_dim)
     for stack, side in (("encoder", "source"), ("decoder", "target")):
         dim, hidden = getattr(cfg, f"{stack}_embed_dim"), getattr(cfg, f"{stack}_ffn_embed_dim")
         trained = getattr(cfg, f"{stack}_layers")
