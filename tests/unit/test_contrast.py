@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fairseq import tasks
+from fairseq import checkpoint_utils, tasks
 from fairseq.sequence_generator import EnsembleModel
 from helpers import Built, batches, build
 from helpers_decoding import generate, interactive, learn, write_checkpoint
@@ -242,6 +242,17 @@ def test_commands_take_the_options(
     (tmp_path / "typed").write_text(generated[0].lines["S"][0].partition(" ")[2] + "\n")
     typed = interactive(capsys, toy_data, path, tmp_path / "typed", *words)
     assert typed[0].texts == generated[0].texts
+
+
+def test_checkpoints_without_the_options_take_them(path: Path, tmp_path: Path) -> None:
+    """Stock fairseq ignores an override of an option that an older checkpoint does not have."""
+    state = torch.load(path, weights_only=False)
+    state["cfg"]["task"] = {k: v for k, v in state["cfg"]["task"].items() if not k.startswith("contrast_")}
+    torch.save(state, tmp_path / "old.pt")
+    overrides = {"contrast_beta": 0.5, "moe_threshold": 0.3}
+    cfg = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "old.pt"), overrides)["cfg"]
+    assert (cfg.task.contrast_beta, cfg.model.moe_threshold) == (0.5, 0.3)
+    assert "contrast_beta" not in cfg.model and "moe_threshold" not in cfg.task
 
 
 def test_other_sentences_follow_the_seed(built: Built) -> None:

@@ -17,6 +17,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from omegaconf import DictConfig, open_dict
+
 from ..errors import UserError
 from ..models.config_checks import check_sizes
 
@@ -104,6 +106,23 @@ def check_overrides(
             if name in checks and not checks[name].holds(value):
                 raise UserError(f"{by}: {name} is {_show(value)}, it must be {checks[name].text}")
     _check_overridden_sizes(overrides, by)
+
+
+def override_missing(cfg: Any, overrides: Mapping[Any, Any]) -> None:
+    """Sets options that an older checkpoint does not have; fairseq changes only those that it has, and ignores others.
+
+    Args:
+        cfg: the checkpoint's options, a ``DictConfig``, which is changed; None in files of older versions.
+        overrides: values by option, as they were checked.
+    """
+    for kind in ("task", "model"):
+        section = cfg.get(kind) if isinstance(cfg, DictConfig) else None
+        if not isinstance(section, DictConfig) or not overrides:
+            continue
+        missing = {name: value for name, value in overrides.items() if name not in section}
+        declared = dict(_declared(kind, _name(kind, section))) if missing else {}
+        with open_dict(section):
+            section.update({name: value for name, value in missing.items() if name in declared})
 
 
 def _check_overridden_sizes(overrides: Mapping[Any, Any], by: str) -> None:

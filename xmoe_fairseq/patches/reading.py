@@ -37,7 +37,7 @@ _FORMS = ((_MISSING, "{} is missing"), (_UNEXPECTED, "{} is one too many"), (_SH
 @GROUP.patch(checkpoint_utils, "load_checkpoint_to_cpu", "path arg_overrides load_on_all_ranks")
 def load_checkpoint_to_cpu(stock: Any, path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
     """A checkpoint is checked before anything of it is used: what it holds, that it is whole, its options; shard sets
-    are joined, and each process keeps its own experts."""
+    are joined, and each process keeps its own experts. Overrides reach options that an older checkpoint lacks."""
     local = reading.local_path(path)
     found = reading.check(local)
     reading.check_whole(found, path)
@@ -45,6 +45,7 @@ def load_checkpoint_to_cpu(stock: Any, path: str, arg_overrides: Any = None, loa
     overrides = dict(arg_overrides or {})
     averages = overrides.pop(options.AVERAGES, False)
     state = stock(path, overrides, load_on_all_ranks)
+    options.override_missing(state.get("cfg"), overrides)
     shards.join(state, local)
     if averages:
         moving_averages.put_in_place(state, path)
