@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .common import guard
@@ -53,6 +54,8 @@ def _run(words: list[str]) -> None:
     elif command in COMMANDS:
         # Importing fairseq turns debugging on, and then every library tells what it imports.
         logging.disable(logging.INFO)
+        # fairseq compiles some functions so, which torch 2.14 and later warn of.
+        warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", FutureWarning)
         module = importlib.import_module(f".{COMMANDS[command][0]}", __package__)
         logging.disable(logging.NOTSET)
         module.main(rest)
