@@ -31,8 +31,10 @@ from tqdm import tqdm
 from xmoe_fairseq.cli import main as xmoe
 from xmoe_fairseq.common.outputs import replacing
 from xmoe_fairseq.evaluation.decode import Translator
-from xmoe_fairseq.evaluation.direction_dataset import directions, load, read
-from xmoe_fairseq.evaluation.score_job import ScoreJob, read_benchmark
+from xmoe_fairseq.evaluation.direction_dataset import directions, read
+from xmoe_fairseq.evaluation.direction_scorer import read_benchmark
+from xmoe_fairseq.evaluation.score_job import ScoreJob
+from xmoe_fairseq.evaluation.trained_model import TrainedModel
 from xmoe_fairseq.moe import MoELayer, SharedBias
 from xmoe_fairseq.moe.routing.parts import PartsRouter
 from xmoe_fairseq.moe.routing.plan import RoutingPlan
@@ -96,7 +98,7 @@ def sparsify(args: argparse.Namespace) -> Rows:
         hidden = next(iter(record["layers"].values()))["hidden"]
         translator = Translator(made, args.data, decoding(args))
         chosen = directions(made, args.data, "test")
-        reader = load(made, args.data, chosen.pairs if chosen else ())
+        reader = TrainedModel.load(made, args.data, chosen.pairs if chosen else ())
         if router == "oracle":
             use_oracle(translator.model)
             use_oracle(reader.model)
@@ -180,7 +182,7 @@ def _continued(
         call(command("train", Path(args.data), argparse.Namespace(device="cpu"), *words, *options))
         checkpoint = folder / "checkpoint_last.pt"
         chosen = directions(checkpoint, args.data, "test")
-        trained = load(checkpoint, args.data, chosen.pairs if chosen else ())
+        trained = TrainedModel.load(checkpoint, args.data, chosen.pairs if chosen else ())
         row = {"kind": kind, "seed": seed, "updates": args.updates, "loss": loss(trained, args.lines)}
         row |= translated(args, checkpoint, folder / "scores")
         with replacing(done) as temporary:

@@ -4,7 +4,7 @@
 #
 #   bash benchmarks/gpu.sh OUT [PART...] [--device cuda|cpu] [--quick]
 #
-#   tests      what only a GPU can show: tests/unit/test_gpu.py and the programs of routing, compiled
+#   tests      what only a GPU can show: tests/unit/moe/test_gpu.py and the programs of routing, compiled
 #   study      trains and measures models of configs/study/rows.yaml, many at a time, those without results first
 #   layer      the layer beside the dense one: benchmarks/moe_layer.py
 #   programs   fairseq-train at 8,192 and 32,768 tokens a batch, and fairseq-generate, beside the dense model
@@ -89,8 +89,8 @@ measure() { # FILE SCRIPT OPTIONS...: its rows go into OUT/FILE.json
 }
 
 run_tests() {
-    local files=(tests/unit/test_{gpu,device_routing,launches}.py) static=tests/unit/test_static.py
-    [[ -z $small ]] || files=(tests/unit/test_launches.py)
+    local files=(tests/unit/moe/test_{gpu,device_routing,launches}.py) static=tests/unit/moe/test_static.py
+    [[ -z $small ]] || files=(tests/unit/moe/test_launches.py)
     "$python" -m pytest -q -ra -p no:cacheprovider --continue-on-collection-errors -m "" "${files[@]}" \
         "$static::test_nothing_is_read_back_from_a_gpu"
 }

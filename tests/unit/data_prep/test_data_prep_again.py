@@ -18,7 +18,7 @@ from helpers_prepare import arguments, assert_nothing_half_written, error_of, re
 from xmoe_fairseq.common import locks
 from xmoe_fairseq.data_prep import prepare
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKAGE = prepare.__package__
 
 

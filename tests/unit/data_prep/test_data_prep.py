@@ -31,7 +31,7 @@ from xmoe_fairseq.data_prep import learn_spm, prepare
 from xmoe_fairseq.data_prep.io_utils import SourceText
 from xmoe_fairseq.subword import Subword
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_layout(prepared: Path, source: Path) -> None:

@@ -13,7 +13,7 @@ from xmoe_fairseq.render.report_curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, 
 from xmoe_fairseq.results.training_log import EPOCH, INNER, Training, find_logs, read_training
 
 # 20 updates, then started again for 10 more, with --log-interval 5 --validate-interval-updates 10.
-LOGS = Path(__file__).parent.parent / "logs"
+LOGS = Path(__file__).parents[2] / "logs"
 
 
 def training(*paths: Path) -> Training:
