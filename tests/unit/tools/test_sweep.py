@@ -128,7 +128,7 @@ def test_sweep_measures_each_threshold_once(
         (["--thresholds", "0.5", "--lose", "-1"], "--lose: -1 is out of range"),
         (["--thresholds", "0.5", "--pairs", "en-xx"], "no direction 'en-xx'"),
         (["--thresholds", "0.5", "--moe-threshold", "1"], "unrecognized arguments: --moe-threshold"),
-        ([], "required: --thresholds"),
+        ([], "one of the arguments --thresholds --shifts is required"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(more: list[str], message: str, tmp_path: Path) -> None:
