@@ -50,13 +50,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Stands for fairseq-generate."""
     commands: list[list[str]] = []
 
-    def run(words: list[str], **kwargs: Any) -> Any:
+    def run(words: list[str], lock: int) -> int:
         commands.append(words)
         results = Path(words[words.index("--results-path") + 1])
         (results / "generate-test.txt").write_text("D-0\t0\ta\n")
-        return type("Done", (), {"returncode": 0})
+        return 0
 
-    monkeypatch.setattr(translate.subprocess, "run", run)
+    monkeypatch.setattr(translate, "_run", run)
     return commands
 
 

@@ -157,7 +157,9 @@ def build_on_meta(arch: str, vocab: int, model_options: Sequence[str] = ()) -> n
     try:
         check_sizes(vars(cfg) if isinstance(cfg, Namespace) else cfg)
         with torch.device("meta"):
-            return models.build_model(cfg, task)
+            model: Any = models.build_model(cfg, task)
+        model.cfg = getattr(model, "cfg", cfg)  # stock's language models do not keep it
+        return model
     except (ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"--arch {arch} cannot be built with these options: {reason}") from error

@@ -26,7 +26,8 @@ def state_dict(stock: Any, task: Any) -> dict[str, Any]:
 @GROUP.patch(FairseqTask, "load_state_dict", "self state_dict")
 def load_state_dict(stock: Any, task: Any, state_dict: dict[str, Any]) -> None:
     """A language model that was trained with another dictionary than the data has is refused."""
-    if has_text(task):
+    # A model of directions is refused for what it is, when it is built.
+    if has_text(task) and identity.PAIRS not in state_dict:
         identity.check_trained_on(state_dict, identity.of_text(_folder(task)))
     stock(task, state_dict)
 

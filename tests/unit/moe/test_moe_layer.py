@@ -206,11 +206,12 @@ def test_multiplies_only_chosen_pairs(threshold: float) -> None:
 
 @pytest.mark.parametrize("kind", list(ROUTERS))
 def test_output_does_not_depend_on_the_batch(kind: str) -> None:
-    layer = make_layer(kind, RouterOptions(threshold=0.8, top_k=2), experts=16, dim=32, hidden=16).eval()
-    x, tokens = torch.randn(40, 32), torch.arange(40)
+    options = ROUTERS[kind].Options(threshold=0.8, top_k=2)
+    layer = make_layer(kind, options, experts=16, dim=32, hidden=16).double().eval()
+    x, tokens = torch.randn(40, 32).double(), torch.arange(40)
     together = layer(x, tokens=tokens)[0]
     alone = torch.cat([layer(row[None], tokens=token[None])[0] for row, token in zip(x, tokens, strict=True)])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (3, 0, 6), (1, 6), (2, 3, 6)])

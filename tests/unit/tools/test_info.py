@@ -320,7 +320,7 @@ BAD = {
     "no arch": ("--vocab 100", "needs --arch NAME and --vocab"),
     "no vocabulary": ("--arch transformer", "needs --arch NAME and --vocab"),
     "unknown": ("--arch xmoe_transformer_tiniest --vocab 100", "did you mean xmoe_transformer_tiny"),
-    "no translation model": ("--arch transformer_lm --vocab 100", "transformer_lm is no known architecture"),
+    "no transformer": ("--arch fconv_iwslt_de_en --vocab 100", "fconv_iwslt_de_en is no known architecture"),
     "small vocabulary": ("--arch transformer --vocab 0", "--vocab 0 is too small"),
     "word for a number": ("--arch transformer --vocab many", "argument --vocab: invalid int value"),
     "unknown option": ("--arch transformer --vocab 100 --moe-top-k 2", "unrecognized arguments: --moe-top-k 2"),
