@@ -48,10 +48,11 @@ class LanguageLoad:
 def language_load(counts: Counts, stack: str) -> LanguageLoad:
     """Orders languages by the experts that they share, and experts by the languages that they serve."""
     groups = languages_of(counts, stack)
-    shares = []  # (languages, E) by layer, each row adding up to 1
+    # (languages, E) by layer, each row adding up to 1, or to 0 if the language takes no expert of the layer.
+    shares = []
     for layer in counts.stack(stack):
         load = np.stack([layer.load[numbers].sum(0).numpy() for numbers in groups.values()])
-        shares.append(load / load.sum(1, keepdims=True))
+        shares.append(load / load.sum(1, keepdims=True).clip(min=1))
     # Each layer weighs the same; half the sum of differences is the share of computation that is not in common.
     distances = pdist(np.concatenate(shares, axis=1), "cityblock") / (2 * len(shares))
     leaves, links = _order(distances, len(groups))

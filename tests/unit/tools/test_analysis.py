@@ -157,6 +157,16 @@ def test_neighbours_are_the_languages_that_share_most() -> None:
     }
 
 
+def test_a_language_that_takes_no_expert_shares_none() -> None:
+    layer = LayerCounts(MoELayerSpec("encoder.2", 2, 2, 1, False, True, 1.0, 0.0, 1.0), 3, 5)
+    layer.load += torch.tensor([[9.0, 1], [0, 0], [9, 1]]).double()
+    counts = Counts([("a", "z"), ("b", "z"), ("c", "z")], [1] * 3, {"encoder.2": layer})
+    load = language_load(counts, "encoder")
+    idle = load.languages.index("b")
+    assert not load.load[idle].any() and np.isfinite(load.similarity).all()
+    assert load.similarity[idle].tolist() == [1.0 if one == idle else 0.5 for one in range(3)]
+
+
 def test_flops_are_those_of_the_experts_taken(threshold: Case) -> None:
     case = threshold
     d, hidden, experts = 32, 128, 8
