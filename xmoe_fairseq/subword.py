@@ -169,7 +169,7 @@ def records_bytes(model: Path) -> bool:
 
 def _replace(pieces: list[str], old: list[str], new: list[str]) -> list[str]:
     """Replaces each run of ``old`` in ``pieces`` by ``new``."""
-    # "<0xF3>" stands in joined pieces only if it is a byte piece: SentencePiece keeps signs and digits apart.
+    # Joined pieces contain "<0xF3>" only as a byte piece: SentencePiece splits signs from digits in all other text.
     return " ".join(pieces).replace(" ".join(old), " ".join(new)).split(" ")
 
 

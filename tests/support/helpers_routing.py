@@ -33,7 +33,8 @@ def sharpen(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Router):
             for weight in module.parameters():
-                torch.nn.init.normal_(weight, std=1.0)
+                # Thresholds of cosines: most are within [-1, 1].
+                torch.nn.init.normal_(weight, std=1.0 if weight.dim() > 1 else 0.2)
             if isinstance(module, ExpertThresholdRouter):
                 module.threshold.fill_(0.5)
 

@@ -39,8 +39,9 @@ def is_version(name: str) -> bool:
 
 
 def begin(state: dict[str, Any], path: str) -> None:
-    """Lets averages begin with the parameters if the checkpoint that a training goes on from has none; stock fairseq
-    looks for the parameters when it has removed them.
+    """Initialises moving averages from the parameters if the checkpoint that training resumes from has none.
+
+    Stock fairseq looks for the parameters after it has removed them.
 
     Args:
         state: of the checkpoint; is changed.

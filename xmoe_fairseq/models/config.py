@@ -101,7 +101,7 @@ ExpertConfig: Any = dataclasses.make_dataclass("ExpertConfig", list(_EXPERT_FIEL
 class MoETransformerConfig(ExpertConfig):
     """Options of ``xmoe_transformer*``, ``smoe_transformer*`` and ``moe_transformer*``.
 
-    The defaults are the preset ``xmoe_transformer``; what other presets change stands in ``models/presets.py``.
+    The defaults are the preset ``xmoe_transformer``; ``models/presets.py`` lists what other presets change.
     """
 
     moe_router: ChoiceEnum(tuple(ROUTERS)) = _option(  # type: ignore[valid-type]

@@ -47,7 +47,7 @@ def _stock(name: str, default: Any, addition: str = "") -> Any:
 class MoELanguageModelConfig(ExpertLanguageModelConfig):
     """Options of the language models: stock ``transformer_lm``'s, and those that `MoETransformerConfig` adds.
 
-    The defaults are the preset ``xmoe_transformer_lm``; what other presets change stands in ``models/presets.py``.
+    The defaults are the preset ``xmoe_transformer_lm``; ``models/presets.py`` lists what other presets change.
     """
 
     decoder_input_dim: Optional[int] = _stock("decoder_input_dim", None, "; as --decoder-embed-dim")

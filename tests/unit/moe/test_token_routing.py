@@ -37,7 +37,7 @@ def test_per_token_equals_loops_over_the_routers_probabilities(name: str, toy_da
             assert routing.entropy is None
         else:
             assert flattened(routing.entropy) == pytest.approx([row["entropy"] for row in rows], rel=1e-9)
-        assert len({tuple(row["taken"]) for row in rows}) > 2  # tokens differ
+        assert len({tuple(row["taken"]) for row in rows}) > 3  # tokens differ
         assert name != "smoe" or len({row["passes"] for row in rows} - {0}) > 1
 
 

@@ -81,6 +81,8 @@ class Router(PreciseBuffers):
             raise ValueError(
                 f"capacity_factor {options.capacity_factor} and min_capacity {options.min_capacity} must be at least 0"
             )
+        if "top_k" in cls.uses and not 1 <= options.top_k <= num_experts:
+            raise ValueError(f"top_k {options.top_k} is outside [1, {num_experts}], the number of experts")
         if not math.isfinite(options.shift):
             raise ValueError(f"shift {options.shift} is no finite number")
         for name in ("weights", "balance"):

@@ -68,12 +68,6 @@ class ExpertThresholdRouter(UpdateState, LinearRouter):
         self.register_state(raw=zeros, threshold=zeros, steps=zero, cuts=zeros, routed=zero)
 
     @classmethod
-    def check(cls, options: RouterOptions, num_experts: int) -> None:
-        super().check(options, num_experts)
-        if not 1 <= options.top_k <= num_experts:
-            raise ValueError(f"top_k {options.top_k} is outside [1, {num_experts}], the number of experts")
-
-    @classmethod
     def label(cls, options: RouterOptions) -> str:
         return f"above the experts' cut-offs, {options.top_k} on average"
 

@@ -64,12 +64,6 @@ class NullRouter(LinearRouter):
         return num_experts if options.null_experts < 0 else options.null_experts
 
     @classmethod
-    def check(cls, options: RouterOptions, num_experts: int) -> None:
-        super().check(options, num_experts)
-        if not 1 <= options.top_k <= num_experts:
-            raise ValueError(f"top_k {options.top_k} is outside [1, {num_experts}], the number of experts")
-
-    @classmethod
     def label(cls, options: RouterOptions) -> str:
         assert isinstance(options, NullOptions)
         nulls = "as many" if options.null_experts < 0 else options.null_experts

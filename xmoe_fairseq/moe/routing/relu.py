@@ -65,12 +65,6 @@ class ReluRouter(LinearRouter):
         self.penalty = Penalty(options.relu_start, options.relu_step)
 
     @classmethod
-    def check(cls, options: RouterOptions, num_experts: int) -> None:
-        super().check(options, num_experts)
-        if not 1 <= options.top_k <= num_experts:
-            raise ValueError(f"top_k {options.top_k} is outside [1, {num_experts}], the number of experts")
-
-    @classmethod
     def label(cls, options: RouterOptions) -> str:
         return f"ReLU for {options.top_k} on average"
 

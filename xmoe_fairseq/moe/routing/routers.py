@@ -65,8 +65,6 @@ class TopKRouter(ProbabilityRouter):
     @classmethod
     def check(cls, options: RouterOptions, num_experts: int) -> None:
         super().check(options, num_experts)
-        if not 1 <= options.top_k <= num_experts:
-            raise ValueError(f"top_k {options.top_k} is outside [1, {num_experts}], the number of experts")
         if "weights" in cls.uses and options.weights == "normalized" and options.top_k == 1 < num_experts:
             raise ValueError(
                 "weights normalized does not work with top_k 1: the weight would always be 1, and the router would get "
@@ -106,7 +104,7 @@ class GShardRouter(TopKRouter):
 
     @classmethod
     def check(cls, options: RouterOptions, num_experts: int) -> None:
-        super().check(replace(options, top_k=1), num_experts)
+        super().check(options, num_experts)
         if options.second_expert not in ("gate", "sampling"):
             raise ValueError(f"second_expert {options.second_expert!r} is unknown: choose gate or sampling")
 

@@ -24,7 +24,7 @@ DEFAULTS: dict[type[Router], str] = {
 
 
 class WeakRule(NamedTuple):
-    """Which experts a token takes instead of its router's choice.
+    """The rule that replaces a router's choice by a weaker one.
 
     Attributes:
         rank: only the expert of this rank, from 1; 0 for another rule.
