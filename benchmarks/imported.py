@@ -39,10 +39,11 @@ TINY, QUICK, FULL = (32, 48, 2, 2, 300, 4), (128, 512, 4, 2, 8000, 8), (512, 204
 SENTENCES, SOURCE, TARGET, PIECES = 16, "eng_Latn", "fra_Latn", 24
 TEXT = ("the cat sat on the mat", "a dog ran to the house", "we see many small houses", "bon dia a tothom", "una casa")
 MEMORY = """
-import resource, sys
+import sys
+from pathlib import Path
 from xmoe_fairseq.cli import main
 main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
 

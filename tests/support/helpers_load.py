@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import random
-import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -128,19 +127,17 @@ def measure(command: str, count: int, directions: int, samples: int, log: int = 
                 "--samples",
                 str(samples),
             ]
-        # What the preparation took is given back before the peak is looked at; the least peak is that of the imports.
-        before, start = _resident(), time.process_time()
+        before, start = _resident("VmRSS"), time.process_time()
         if command == "report":
             report(run, data)
         else:
             cli.main([*words, "--quiet"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"before": before, "peak": peak, "seconds": time.process_time() - start}
+    return {"before": before, "peak": _resident("VmHWM"), "seconds": time.process_time() - start}
 
 
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def _resident(name: str) -> float:
+    # Not getrusage: its peak of a new process is at least what the process that started it took.
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
 
 
 def main() -> None:

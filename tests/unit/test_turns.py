@@ -40,8 +40,13 @@ def test_one_program_at_a_time_and_as_often_as_asked() -> None:
 def test_a_turn_lasts_as_long_as_its_work() -> None:
     slow = WORKER.replace("0.05", "0.25")
     turns = take_turns({"fast": [sys.executable, "-c", WORKER], "slow": [sys.executable, "-c", slow]}, "done", 1, 3)
+    for of in turns.values():
+        for seconds, line in of:
+            start, end = map(float, line.split()[1:])
+            assert seconds > end - start - 0.01
+    # A busy machine makes both turns longer.
     fast, slower = (min(seconds for seconds, _ in turns[name]) for name in ("fast", "slow"))
-    assert slower > 0.24 and fast < 0.2
+    assert slower > 0.24 and fast < slower
 
 
 def test_a_program_that_ends_is_an_error_with_what_it_said() -> None:
