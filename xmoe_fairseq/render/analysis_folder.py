@@ -129,8 +129,10 @@ def analysis(counts: Counts, words: Mapping[str, Sequence[str | None]], min_coun
 def draw(found: Analysis) -> Iterator[tuple[str, Figure]]:
     """Draws the figures one by one, each with the name of the table that has its numbers."""
     made, value = found.tables, found.capacity
+    languages = any(source != target for source, target in found.counts.directions)  # a language model has none
     if found.varies:
-        yield "directions", analysis_figures.directions(made["directions"], value)
+        if languages:
+            yield "directions", analysis_figures.directions(made["directions"], value)
         yield "layers", analysis_figures.layers(made["directions"], value)
         yield "distribution", analysis_figures.distribution(made["distribution"])
         yield "positions", analysis_figures.positions(made["positions"], value)
@@ -138,7 +140,7 @@ def draw(found: Analysis) -> Iterator[tuple[str, Figure]]:
         if made["extremes"].rows:
             yield "extremes", analysis_figures.extremes(made["extremes"], value)
     yield "flops", analysis_figures.flops(made["flops"])
-    for load in found.loads:
+    for load in found.loads if languages else ():
         yield load.load_table().name, analysis_heatmaps.experts_by_language(load)
         yield load.similarity_table().name, analysis_heatmaps.language_similarity(load)
     yield "coselection", analysis_heatmaps.coselection(made["coselection"])
