@@ -70,8 +70,15 @@ class Analysis:
                 "passes": fmean(layers.column("passes")),
                 "saved_against_all": 1 - taken / everything,
                 "saved_against_dense": 1 - taken / dense,
+                "positive_hidden": self._positive(stack),
             }
         return found
+
+    def _positive(self, stack: str) -> float | None:
+        """Returns the share of the hidden units of a stack's experts that are above zero."""
+        rows = self.tables["hidden_units"].where(stack=stack, network="experts").records()
+        units = sum(row["units"] for row in rows)
+        return sum(row["units"] * (row["positive"] or 0) for row in rows) / units if units else None
 
     def as_json(self) -> dict[str, Any]:
         """Returns what ``analysis.json`` holds: plain values, and null if there is no number."""
@@ -101,6 +108,7 @@ def analysis(counts: Counts, words: Mapping[str, Sequence[str | None]], min_coun
     made = [
         tables.by_layer(counts),
         tables.flops(counts),
+        tables.hidden_units(counts),
         tables.by_direction(counts),
         tables.by_language(counts),
         tables.by_position(counts),
