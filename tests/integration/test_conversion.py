@@ -13,7 +13,7 @@ import pytest
 import torch
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from helpers_commands import run_warm
-from helpers_conversion import LONGEST, SENTENCES, TARGETS, Theirs, m2m, make
+from helpers_conversion import DIM, LONGEST, SENTENCES, TARGETS, Theirs, m2m, make
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from xmoe_fairseq import hub
@@ -143,6 +143,24 @@ def test_programs_of_fairseq_take_an_imported_model(imported: dict[str, Path], t
     ours = load(imported["moe"])
     options = {"source_lang": "eng_Latn", "target_lang": "fra_Latn", "beam": 1, "max_len_b": LONGEST}
     assert [found[f"D-{number}"] for number in range(3)] == ours.translate(SENTENCES["eng_Latn"], **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_info_measures_an_imported_model(
+    kind: str, theirs: dict[str, Theirs], imported: dict[str, Path], text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = json.loads((imported[kind] / "import.json").read_text())["options"]
+    rows, size = len(theirs[kind].model.model.shared.weight), theirs[kind].model.num_parameters()
+    words = ["--checkpoint", str(imported[kind] / "checkpoint.pt"), "--data", str(text / "bin"), "--json"]
+    main(["info", *options, "--vocab", str(rows), *words])
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["total"] == size
+    assert [(layer["experts"], layer["taken"]) for layer in found["layers"]] == (
+        [(6, 2.0)] * 3 if kind == "moe" else []
+    )
+    assert found["assumption"].startswith("measured on the test set of ")
+    with pytest.raises(UserError, match=f"has {size:,} parameters, .* has {size + DIM:,}: give those"):
+        main(["info", *options, "--vocab", str(rows + 1), *words])
 
 
 def test_shards_and_several_files_hold_the_same_model(
