@@ -227,19 +227,23 @@ def test_a_vocabulary_of_m2m_there_and_back(tmp_path: Path) -> None:
             assert [ours.task.source_dictionary.index(f"__{source}__"), *ours.encode(sentence).tolist()] == ids
 
 
-def test_ctranslate2_translates_what_was_exported(theirs: dict[str, Theirs], exported: Path, tmp_path: Path) -> None:
+def test_ctranslate2_translates_what_was_exported(imported: dict[str, Path], exported: Path, tmp_path: Path) -> None:
     ctranslate2 = pytest.importorskip("ctranslate2")
     pytest.importorskip("google.protobuf")  # transformers needs it to read a SentencePiece model for CTranslate2
     ctranslate2.converters.TransformersConverter(str(exported)).convert(str(tmp_path / "out"))
     translator = ctranslate2.Translator(str(tmp_path / "out"), device="cpu", compute_type="float32")
-    tokenizer = AutoTokenizer.from_pretrained(exported)
+    tokenizer, ours = AutoTokenizer.from_pretrained(exported), load(imported["dense"])
     for source, target in directions():
         tokenizer.src_lang = source
-        sources = [tokenizer.convert_ids_to_tokens(tokenizer(one)["input_ids"]) for one in SENTENCES[source]]
-        options = {"beam_size": 1, "max_decoding_length": LONGEST + 1}
-        found = translator.translate_batch(sources, target_prefix=[[target]] * len(sources), **options)
-        ids = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
-        assert [[*one, 2] for one in ids] == theirs["dense"].translations(source, target, 1)
+        pieces = [tokenizer.convert_ids_to_tokens(tokenizer(one)["input_ids"]) for one in SENTENCES[source]]
+        sources = [ours.encode(one) for one in SENTENCES[source]]
+        for beam in (1, 5):
+            options = {"beam_size": beam, "length_penalty": 0.0, "max_decoding_length": LONGEST + 1}
+            found = translator.translate_batch(pieces, target_prefix=[[target]] * len(pieces), **options)
+            search = {"beam": beam, "lenpen": 0.0, "max_len_b": LONGEST}
+            wanted = ours.generate(sources, source_lang=source, target_lang=target, **search)
+            ids = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
+            assert [[*one, 2] for one in ids] == [one[0]["tokens"].tolist() for one in wanted]
 
 
 def test_files_of_the_branch_hold_the_same_model(imported: dict[str, Path], tmp_path: Path) -> None:
