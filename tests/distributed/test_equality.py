@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers_distributed import World
+from helpers_language_models import WORDS, write_markov_text
 from helpers_processes import Plan, close, learn, learn_together, uneven_plan
 
 TINY = ("--share-all-embeddings", "--encoder-embed-dim", "32", "--moe-loss-coeff", "0.3", "--moe-z-loss-coeff", "0.01")
@@ -61,9 +62,9 @@ def worlds() -> Iterator[Worlds]:
         world.stop()
 
 
-def assert_same_logs(processes: list[dict[str, Any]], one: dict[str, Any]) -> None:
+def assert_same_logs(processes: list[dict[str, Any]], one: dict[str, Any], shown: Sequence[str] = SHOWN) -> None:
     """Compares what is shown, which has three digits."""
-    names = [*SHOWN, *(name for name in one["logs"][0] if name.endswith("entropy_loss"))]
+    names = [*shown, *(name for name in one["logs"][0] if name.endswith("entropy_loss"))]
     for update, expected in enumerate(one["logs"]):
         for process in processes:
             for name in names:
@@ -82,6 +83,19 @@ def test_processes_train_as_one(case: tuple[str, int, int, int, str], worlds: Wo
     assert one["logs"][-1]["loss"] < one["logs"][0]["loss"] - 0.3
     close(many[0]["model"], one["model"])
     assert ("enc_entropy_loss" in many[0]["logs"][0]) == ("entropy" in model)
+
+
+def test_a_language_model_trains_as_in_one_process(worlds: Worlds, tmp_path: Path) -> None:
+    data = write_markov_text(tmp_path / "bin").folder
+    words = (*WORDS, "--sample-break-mode", "eos", "--moe-loss-coeff", "0.3", "--activation-fn", "gelu", *OPTIONS)
+    plan = uneven_plan(2, 6, sentences=30)
+    one = learn(data, plan, words)
+    parallel = (*words, "--ddp-backend", "legacy_ddp", "--moe-expert-parallel", "2")
+    many = worlds[2].run(learn_together, 2, data, plan, parallel, limit=180)
+    names = ("loss", "gnorm", "dec_experts", "dec_balance_loss", "dec_load_cv")
+    assert_same_logs(many, one, names)
+    assert one["logs"][-1]["loss"] < one["logs"][0]["loss"] - 0.3
+    close(many[0]["model"], one["model"])
 
 
 @pytest.mark.parametrize("model", ["xmoe", "xmoe, entropy"])

@@ -60,7 +60,7 @@ def test_score_agrees_with_stock_also_on_a_checkpoint_in_shards(
     assert (tmp_path / "scores/scores.md").is_file() and point["size"]["experts_per_token"] > 1
 
 
-def test_a_sweep_takes_fewer_experts_at_a_lower_threshold(
+def test_a_sweep_takes_fewer_experts_at_a_lower_threshold_and_a_report_shows_it(
     data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ("--checkpoint", str(run / "checkpoint_last.pt"), "--data", str(data))
@@ -68,6 +68,35 @@ def test_a_sweep_takes_fewer_experts_at_a_lower_threshold(
     low, high = json.loads(capsys.readouterr().out)["points"]
     assert low["size"]["experts_per_token"] == 1 < high["size"]["experts_per_token"]
     assert low["size"]["moe_flops"] < high["size"]["moe_flops"]
+    main(["report", str(tmp_path), *model, "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["perplexity"]["bits"] == pytest.approx(high["bits"]) and shown["perplexity"]["subset"] == "test"
+    (layer,) = shown["layers"]
+    assert layer["mean_experts"] == pytest.approx(high["size"]["experts_per_token"]) and shown["directions"] == []
+    page = (tmp_path / "report.html").read_text()
+    assert f"<dd>{high['perplexity']:.2f}</dd>" in page and page.count("<img") == 1
+    assert "BLEU" not in page and "references" not in page and 'id="samples"' not in page
+    sweep = tmp_path / "sweep/sweep.json"
+    sweep.write_text(json.dumps(json.loads(sweep.read_text()) | {"of": {"checkpoint": "another"}}))
+    main(["report", str(tmp_path), *model, "--json"])
+    assert "<img" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_sweep_takes_fewer_experts_at_a_larger_shift(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    null = ("--moe-router", "null", "--max-update", "1", "--disable-validation")
+    run_warm("fairseq-train", data, *PLUGIN, *WORDS, *TRAIN, *null, "--save-dir", tmp_path)
+    checkpoint = str(tmp_path / "checkpoint_last.pt")
+    main(["sweep", "--checkpoint", checkpoint, "--data", str(data), "--shifts=-1:1:2", "--json", "--quiet"])
+    found = json.loads(capsys.readouterr().out)
+    high, low = found["points"]
+    assert (found["dial"], high["threshold"], low["threshold"]) == ("shift", 1, -1)
+    assert high["size"]["experts_per_token"] < low["size"]["experts_per_token"]
+    main(["score", str(data), "--checkpoint", checkpoint, "--moe-shift", "1", "--json", "--quiet"])
+    assert json.loads(capsys.readouterr().out)["points"][0]["bits"] == high["bits"]
+    with pytest.raises(UserError, match="--moe-threshold and --moe-shift: a router has one of them"):
+        main(["score", str(data), "--checkpoint", checkpoint, "--moe-shift", "1", "--moe-threshold", "0.5"])
 
 
 def test_an_analysis_counts_every_token_once(data: Path, run: Path) -> None:

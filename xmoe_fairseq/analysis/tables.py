@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.routing_counts import SUMS, Counts, LayerCounts
+from ..models.routing_recorder import stack_of
 
 # What is said of tokens on average, in any grouping.
 MEANS = ("tokens", "experts", "passes", "top1_prob", "entropy")
@@ -123,6 +124,15 @@ def flops(counts: Counts) -> Table:
         rows.append((place.name, place.stack, experts, taken, everything, place.dense_flops, *saved))
     columns = ("flops", "flops_of_all_experts", "flops_dense", "saved_against_all", "saved_against_dense")
     return Table("flops", ("layer", "stack", "experts", *columns), rows)
+
+
+def hidden_units(counts: Counts) -> Table:
+    """Layers, dense ones too: hidden units that were computed, and the share of them above zero."""
+    rows = [
+        (name, stack_of(name), "experts" if units.experts else "dense", units.units, units.share)
+        for name, units in counts.hidden.items()
+    ]
+    return Table("hidden_units", ("layer", "stack", "network", "units", "positive"), rows)
 
 
 def by_direction(counts: Counts) -> Table:

@@ -34,6 +34,7 @@ written to --out, each figure as .png and .svg beside the .tsv of its numbers:
   experts_by_language_*, language_similarity_*  which languages share experts
   coselection                                   which experts are taken together
   languages.tsv, tokens.tsv, expert_load.tsv    by language, every token, every expert
+  hidden_units.tsv                              hidden units above zero, in experts and in dense layers
   analysis.json                                 all but the longest tables
 
 examples:
@@ -133,5 +134,6 @@ def _lines(found: Analysis) -> list[str]:
         lines.append(
             f"{stack}: {row['experts']:.2f} experts per token{passes}; {row['saved_against_all']:.0%} of all experts' "
             f"FLOPs saved, {1 - row['saved_against_dense']:.2f} times a dense network's ({row['tokens']:,} tokens)"
+            + ("" if row["positive_hidden"] is None else f"; {row['positive_hidden']:.0%} of hidden units positive")
         )
     return [*lines, *found.notes]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.shards import fingerprint
 from ..common import locks
 from ..common.outputs import check_no_folders, check_writable, replacing_all
 from ..common.run_folder import default_out
 from ..common.schema import json_text
 from ..errors import UserError, printable
+from ..evaluation.direction_dataset import origin
 from ..evaluation.perplexity import PerplexityJob
 from ..render.perplexity_tables import draw, render_markdown, render_tsv
 from ..render.sweep_figure import save
@@ -23,7 +23,7 @@ SAMPLE_BREAK_MODES = ("none", "complete", "complete_doc", "eos")
 # Options of translating, by their defaults.
 _TRANSLATING: dict[str, Any] = {
     **{"pairs": [], "lines": None, "beam": None, "lenpen": None, "max_len_b": None},
-    **{"metrics": ["bleu", "chrf"], "tokenize": None, "lose": 0.5, "max_moe_flops": None, "moe_shift": None},
+    **{"metrics": ["bleu", "chrf"], "tokenize": None, "lose": 0.5, "max_moe_flops": None},
     **dict.fromkeys(OPTIONS),
 }
 
@@ -46,14 +46,17 @@ def check_no_cutting_options(args: argparse.Namespace) -> None:
             raise UserError(f"{_flag(name)} is for language models: {args.checkpoint} is none, leave it out")
 
 
-def measure_perplexity(args: argparse.Namespace, data: Path, kind: str, thresholds: Sequence[float | None]) -> None:
+def measure_perplexity(
+    args: argparse.Namespace, data: Path, kind: str, values: Sequence[float | None], dial: str = "threshold"
+) -> None:
     """Measures a language model, and writes and prints what was found.
 
     Args:
         args: of ``xmoe score`` or ``xmoe sweep``.
         data: folder of the text.
         kind: ``scores`` or ``sweep``, the stem of the files.
-        thresholds: of the routers; None is that of the training.
+        values: of the routers' ``dial``; None is that of the training.
+        dial: ``threshold`` or ``shift``.
 
     Raises:
         UserError: an argument is one of translating, or a file is refused.
@@ -72,9 +75,10 @@ def measure_perplexity(args: argparse.Namespace, data: Path, kind: str, threshol
         subset = args.subset or "test"
         given = {name: value for name, value in cutting.items() if value is not None}
         job = PerplexityJob(args.checkpoint, data, subset, given, args.max_tokens or 4096, bool(args.fp16))
-        points = [job.run(threshold, args.quiet) for threshold in thresholds]
-        settings = {"file": str(args.checkpoint), "checkpoint": fingerprint(str(args.checkpoint)), "subset": subset}
-        found = PerplexitySweep(args.checkpoint.stem, settings | job.settings, points)
+        points = [job.run(value, dial, args.quiet) for value in values]
+        of = origin(args.checkpoint, data, subset)
+        settings = {"file": str(args.checkpoint), "checkpoint": of["checkpoint"], "subset": subset}
+        found = PerplexitySweep(args.checkpoint.stem, settings | job.settings, points, dial, of)
         with replacing_all(files) as (page, table, png, svg, plain):
             page.write_text(render_markdown(found), encoding="utf-8")
             table.write_text(render_tsv(found), encoding="utf-8")

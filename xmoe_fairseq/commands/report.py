@@ -16,8 +16,8 @@ from ..common.outputs import check_no_folders, check_writable, finish_replacing,
 from ..common.run_folder import find_checkpoint
 from ..common.schema import json_text
 from ..errors import UserError, printable
-from ..evaluation.build_report import Model, build_report
-from ..evaluation.perplexity import refuse_language_model
+from ..evaluation.build_report import Model, build_language_report, build_report
+from ..evaluation.perplexity import is_language_model
 from ..render.report_figure import draw_report
 from ..render.report_html import render_html
 from ..render.report_markdown import render_page
@@ -28,10 +28,12 @@ RUN/report.html is one page that needs no network; RUN/report.md, .json and .png
   RUN/generate/SRC-TGT/generate-test.txt, of scripts/translate.sh or fairseq-generate --results-path
   RUN/*.log and RUN/checkpoints/*.log, of fairseq-train --log-file, in any --log-format
   RUN/checkpoints/checkpoint_best.pt (or checkpoint_last.pt), RUN/seconds.json, DATA/raw and DATA/bin
-What is missing but for the checkpoint is left out, and the page says so.
+What is missing but for the checkpoint is left out, and the page says so. Of a language model, the page has
+the perplexity on the test set in the place of translations.
 
 examples:
   xmoe report runs/demo4 --data data/demo4
+  xmoe report runs/lm --data data/lm/bin
   xmoe report runs/local --data data/local --checkpoint runs/local/checkpoint_last.pt --log first.log second.log
 """
 
@@ -58,11 +60,13 @@ def main(argv: Sequence[str], open_model: Callable[[Path, Path, int], Model] = M
         if not args.force:
             _check_own(_files(_page(args)))
         checkpoint = args.checkpoint or find_checkpoint(args.run)
-        refuse_language_model(
-            checkpoint, "xmoe report", "without directions and translations to show: use xmoe score, sweep and analyze"
-        )
         model = open_model(checkpoint, args.data, args.max_tokens)
-        report = build_report(args.run, args.task, model, args.log)
+        if is_language_model(checkpoint):
+            if args.task is not None:
+                raise UserError(f"--task names directions: {checkpoint} is a language model, leave it out")
+            report = build_language_report(args.run, model, args.log)
+        else:
+            report = build_report(args.run, args.task, model, args.log)
         paths = write_report(report, _page(args))
     if args.json:
         print(json_text(report.as_json(), "--json", indent=2), end="")
@@ -77,7 +81,12 @@ def _parser() -> CommandParser:
         epilog=_EPILOG,
     )
     parser.add_argument("run", type=file_path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--data", type=file_path, required=True, help="folder made by data_prep/prepare.sh")
+    parser.add_argument(
+        "--data",
+        type=file_path,
+        required=True,
+        help="folder made by data_prep/prepare.sh, or the text of a language model",
+    )
     parser.add_argument("--checkpoint", type=file_path, metavar="F", help="default: the best of the run, or its last")
     parser.add_argument("--log", type=file_path, nargs="+", metavar="F", help="logs of the training (default: RUN's)")
     parser.add_argument("--task", help="multilingual_NAME: demand exactly its directions")

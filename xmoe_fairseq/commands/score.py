@@ -65,7 +65,10 @@ def main(argv: Sequence[str]) -> None:
     if args.checkpoint is not None and is_language_model(args.checkpoint):
         if args.data is not None:
             raise UserError("--data goes with a run: give the folder of a language model's text as DATA")
-        measure_perplexity(args, args.folder, "scores", [args.moe_threshold])
+        if args.moe_threshold is not None and args.moe_shift is not None:
+            raise UserError("--moe-threshold and --moe-shift: a router has one of them, leave the other out")
+        dial = "threshold" if args.moe_shift is None else "shift"
+        measure_perplexity(args, args.folder, "scores", [getattr(args, f"moe_{dial}")], dial)
         return
     check_no_cutting_options(args)
     job, out = _job(args)

@@ -15,7 +15,7 @@ from ..common.command_line import CommandParser, bounded, file_path, quiet_libra
 from ..common.outputs import check_no_folders, check_writable, replacing_all
 from ..common.run_folder import default_out
 from ..common.schema import json_text
-from ..errors import UserError, printable
+from ..errors import printable
 from ..evaluation.decode import Translator
 from ..evaluation.perplexity import is_language_model
 from ..evaluation.score_job import ScoreJob
@@ -58,9 +58,7 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     dial, values = _values(args)
     if is_language_model(args.checkpoint):
-        if dial != "threshold":
-            raise UserError("--shifts is for translation models: sweep the --thresholds of a language model")
-        measure_perplexity(args, args.data, "sweep", values)
+        measure_perplexity(args, args.data, "sweep", values, dial)
         return
     check_no_cutting_options(args)
     decoding = decoding_options(args, args.data)

@@ -23,7 +23,8 @@ from ..errors import UserError, printable
 _EPILOG = """\
 All other options are those of fairseq-train for the architecture, such as --moe-num-experts 8 --moe-router gshard.
 Sizes are the checkpoint's. What the feed-forward networks become (--kind):
-  copy     every expert is the network. The same translations with --moe-router gshard, or with --moe-threshold 1
+  copy     every expert is the network. The same translations with --moe-router gshard, or with --moe-threshold 1.
+           With --moe-expert mpo the experts share the largest tensor of each matrix
   slice    with --moe-split-ratio G, each expert is one of G slices of the network. The same translations with
            --moe-threshold 1, or with gshard and G = 2
   adapter  one network, and a small adapter for each expert, which adds nothing at first. Always the same translations

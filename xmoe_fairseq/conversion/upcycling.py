@@ -18,6 +18,7 @@ from ..models.model import MoETransformerModel
 from ..models.presets import PRESETS
 from ..models.transformer_layer import MoEFeedForwardMixin
 from ..moe import ConditionalMoE, ExpertSet, Router, StackedExperts
+from ..moe.experts.mpo import MPOExperts
 from . import growing, names
 from .dense import Dense
 from .model_options import build_on_meta, changed_options
@@ -69,7 +70,7 @@ class Grown:
         router, groups = self.options["moe_router"], self.options["moe_split_ratio"]
         whole = router == "threshold" and self.options["moe_threshold"] == 1
         if self.kind == "copy":
-            return whole or router == "gshard"
+            return (whole or router == "gshard") and not (self.products and self.options["moe_mpo_bond"])
         return self.kind == "adapter" or whole or (router == "gshard" and groups == 2)
 
     @property
@@ -82,6 +83,11 @@ class Grown:
         """Slices of a network; 1 if it is whole."""
         groups: int = self.options["moe_split_ratio"] if self.kind == "slice" else 1
         return groups
+
+    @property
+    def products(self) -> bool:
+        """Whether the matrices of experts are products of tensors."""
+        return bool(self.options["moe_expert"] == "mpo")
 
     @property
     def louder(self) -> float:
@@ -97,7 +103,7 @@ class Grown:
         """The checkpoint's precision if the new parameters are exact in it, otherwise at least float32."""
         own = self.dense.model["encoder.embed_tokens.weight"].dtype
         scaled = self.kind == "slice" and not growing.keeps_precision(self.groups, self.relu)
-        return own if not scaled and self.louder == 1 else torch.promote_types(own, torch.float32)
+        return own if not scaled and not self.products and self.louder == 1 else torch.promote_types(own, torch.float32)
 
     def sizes(self) -> dict[str, int]:
         """Counts the parameters of both models, shared ones once."""
@@ -127,7 +133,8 @@ def grow(dense: Dense, arch: str, words: Sequence[str], kind: str) -> Grown:
     stock = {field.name for field in dataclasses.fields(FlatTransformerConfig)}
     changes = {f.name: parsed[f.name] for f in dataclasses.fields(MoETransformerConfig) if f.name not in stock}
     changes |= {name: parsed[name] for name in stock & given & _FREE}
-    if kind == "copy" and not given & {"moe_split_ratio", "ffn_split_ratio"}:
+    whole = kind == "copy" or changes["moe_expert"] == "mpo"
+    if whole and not given & {"moe_split_ratio", "ffn_split_ratio"}:
         changes["moe_split_ratio"] = 1
     if kind == "adapter":
         changes["moe_expert"] = "adapter"
@@ -165,8 +172,15 @@ def _kind(options: Mapping[str, Any], wanted: str) -> str:
 
 def _check(options: Mapping[str, Any], kind: str) -> None:
     """Refuses what a dense network has no equal of."""
-    if options["moe_expert"] not in ("ffn", "adapter"):
-        raise UserError(f"--moe-expert {options['moe_expert']}: a dense network becomes experts ffn or adapter only")
+    if options["moe_expert"] not in ("ffn", "adapter", "mpo"):
+        raise UserError(
+            f"--moe-expert {options['moe_expert']}: a dense network becomes experts ffn, adapter or mpo only"
+        )
+    if options["moe_expert"] == "mpo" and kind == "slice":
+        raise UserError(
+            "--moe-expert mpo: slices of a network have no tensor in common that experts could share: give "
+            "--moe-split-ratio 1, for copies"
+        )
     refused = (("moe_stack", 1), ("moe_heads", 1), ("moe_expert_sizes", ""), ("moe_layer_experts", ""))
     for name, only in refused:
         if options[name] != only:
@@ -264,6 +278,8 @@ def _experts(module: ExpertSet, network: growing.Network, grown: Grown) -> dict[
         parts = growing.slices(network, module.num_experts, grown.groups, grown.relu)
     else:
         parts = growing.copies(network, module.num_experts)
+    if isinstance(module, MPOExperts):
+        return module.copies({name: growing.precise(tensors[0]) for name, tensors in parts.items()})
     return {name: torch.stack(tensors) for name, tensors in parts.items()}
 
 

@@ -15,8 +15,9 @@ from ..common.files import is_there, write_lines
 from ..common.run_folder import default_out
 from ..errors import UserError
 from ..results.decoding import Translated
-from ..results.drawings import read_drawings
+from ..results.drawings import Drawing, read_drawings
 from ..results.folder import read_scores, read_texts
+from ..results.perplexity import PerplexitySweep
 from ..results.report import Report, Sample, ScoredSet, TracedSample, pick_samples
 from ..results.scores import SystemScores, average
 from ..results.settings import Settings, read_settings
@@ -28,6 +29,7 @@ from .consistency import belongs, check_scored, choose_scores
 from .direction_scorer import DirectionScorer, read_benchmark
 from .generate_output import count_too_long
 from .model_directions import choose_directions, known_direction, known_pairs, trained_pairs
+from .perplexity import PerplexityJob
 from .routing_usage import measure
 from .test_sets import check_made_alike, find_raw, read_generated
 from .token_trace import trace
@@ -214,21 +216,56 @@ def build_report(run: Path, task: str | None, model: Model, logs: Sequence[Path]
     layers = model.usage()
     of_each = max(1, min(_MOST_OF_ONE_DIRECTION, _MOST_TRACED // max(len(directions), 1)))
     traced = model.trace(pick_samples(directions, of_each * len(directions)))
-    name = task or run.resolve().name
-    drawn = (run / "analysis", run / "sweep", default_out(model.checkpoint, "sweep"))
-    shown = [folder for folder in drawn if layers and belongs(folder, model.checkpoint, model.data)]
     return Report(
-        name=name,
+        name=task or run.resolve().name,
         scores=scores,
         directions=directions,
         layers=layers,
-        drawings=[one for folder in shown for one in read_drawings(folder)],
+        drawings=_drawings(run, model) if layers else [],
         traced=traced,
         training=training,
         settings=settings,
         seconds=seconds,
         versions=read_versions(),
     )
+
+
+def build_language_report(run: Path, model: Model, logs: Sequence[Path] | None = None) -> Report:
+    """Gathers everything for the report of a language model: its perplexity in the place of translations.
+
+    Args:
+        run: the folder of the run.
+        model: whose perplexity and use of experts are measured on the test set.
+        logs: as for `build_report`.
+
+    Raises:
+        UserError: an input is missing or unusable.
+    """
+    seconds = read_seconds(run / "seconds.json")
+    training = read_training(find_logs(run) if logs is None else logs)
+    settings = model.settings()
+    job = PerplexityJob(model.checkpoint, model.data, "test", {}, model.max_tokens)
+    points = [job.run()]
+    return Report(
+        name=run.resolve().name,
+        scores=None,
+        directions=[],
+        layers=job.usage,
+        drawings=_drawings(run, model) if job.usage else [],
+        traced=[],
+        training=training,
+        settings=settings,
+        seconds=seconds,
+        versions=read_versions(),
+        perplexity=PerplexitySweep(model.checkpoint.stem, {"subset": "test", **job.settings}, points),
+    )
+
+
+def _drawings(run: Path, model: Model) -> list[Drawing]:
+    """Reads the figures of a run that are of this model and its data."""
+    folders = (run / "analysis", run / "sweep", default_out(model.checkpoint, "sweep"))
+    shown = [folder for folder in folders if belongs(folder, model.checkpoint, model.data)]
+    return [one for folder in shown for one in read_drawings(folder)]
 
 
 def _scored(run: Path, task: str | None, model: Model) -> tuple[SystemScores | None, list[ScoredSet]]:

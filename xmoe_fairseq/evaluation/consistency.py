@@ -79,9 +79,11 @@ def belongs(folder: Path, checkpoint: Path, data: Path) -> bool:
     check_replaced(folder / _SWEEP, "xmoe sweep")
     swept = sorted(folder.glob(f"threshold-*/{SETTINGS}"))
     if is_there(folder / _ANALYSIS):
-        differs = _of_analysis(folder / _ANALYSIS, checkpoint, data)
+        differs = _of_origin(folder / _ANALYSIS, checkpoint, data, "xmoe analyze")
     elif swept and is_there(swept[0].parent / SCORES):
         differs = _of_scores(read_scores(swept[0].parent), checkpoint, data)
+    elif is_there(folder / _SWEEP):  # of a language model
+        differs = _of_origin(folder / _SWEEP, checkpoint, data, "xmoe sweep")
     else:
         differs = None
     if differs is None:
@@ -93,9 +95,9 @@ def belongs(folder: Path, checkpoint: Path, data: Path) -> bool:
     return not differs
 
 
-def _of_analysis(file: Path, checkpoint: Path, data: Path) -> str | None:
-    """Names what differs; empty if nothing does, None if that is not known."""
-    about = schema.read_json(file, "run xmoe analyze again")
+def _of_origin(file: Path, checkpoint: Path, data: Path, command: str) -> str | None:
+    """Names what differs from the `origin` in a file; empty if nothing does, None if that is not known."""
+    about = schema.read_json(file, f"run {command} again")
     kept = about.get("of") if isinstance(about, dict) else None
     if not isinstance(kept, Mapping):
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +18,7 @@ from ..checkpoints import options, reading
 from ..errors import UserError
 from ..moe.routing.statistics import RoutingStats
 from ..results.perplexity import Perplexity
+from ..results.usage import LayerUsage
 from .model_costs import model_size
 from .routing_usage import add_up
 from .split_batches import make_batches
@@ -58,9 +59,15 @@ class PerplexityJob:
         max_tokens: in a batch.
         fp16: computes in half precision.
 
+    Attributes:
+        settings: how the text was cut.
+        usage: by layer, what the routers did in the last run; empty for a dense model.
+
     Raises:
         UserError: a file is missing or refused, or the data has no such split.
     """
+
+    usage: Sequence[LayerUsage] = ()
 
     def __init__(
         self,
@@ -93,18 +100,19 @@ class PerplexityJob:
         self.split, self.max_tokens = split, max_tokens
         self._inside = inside_words(task.target_dictionary)
 
-    def run(self, threshold: float | None = None, quiet: bool = False) -> Perplexity:
+    def run(self, value: float | None = None, dial: str = "threshold", quiet: bool = False) -> Perplexity:
         """Reads the text once.
 
         Args:
-            threshold: of the routers; None leaves them as they are.
+            value: of the routers' threshold, or of what ``dial`` names; None leaves them as they are.
+            dial: as of `TrainedModel.turn`.
             quiet: shows no progress.
 
         Raises:
-            UserError: no sample is within the model's length, or the model has no threshold.
+            UserError: no sample is within the model's length, or the model has no such dial.
         """
-        if threshold is not None:
-            self.trained.set_threshold(threshold)
+        if value is not None:
+            self.trained.turn(dial, value)
         model, padding = self.trained.model, self.trained.task.target_dictionary.pad()
         bits, tokens, inside, samples = 0.0, 0, 0, 0
         layers: list[RoutingStats] = []
@@ -124,8 +132,10 @@ class PerplexityJob:
                 layers += chain(*output[1].get("routing", {}).values())
         if not tokens:
             raise UserError("no sample of the text is within the model's length: give a smaller --tokens-per-sample")
-        size = model_size(model, add_up(layers), context=tokens / samples)
-        return Perplexity(bits, tokens, tokens - inside, size, perf_counter() - start, threshold)
+        seconds = perf_counter() - start
+        self.usage = add_up(layers)
+        size = model_size(model, self.usage, context=tokens / samples)
+        return Perplexity(bits, tokens, tokens - inside, size, seconds, value)
 
 
 def inside_words(dictionary: Any) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models.hidden_units import HiddenUnits, counting_hidden_units
 from ..models.routing_recorder import INPUTS, per_token, stack_inputs, stack_of
 from ..moe import Router, TokenRouting
 from ..moe.flops import count_flops, expert_sites
@@ -146,12 +147,14 @@ class Counts:
         sentences: read in each direction.
         layers: in the order in which they run.
         untrained: directions that the model was not trained on.
+        hidden: hidden units by layer, those of dense layers too.
     """
 
     directions: Sequence[tuple[str, str]]
     sentences: list[int]
     layers: dict[str, LayerCounts]
     untrained: Collection[str] = ()
+    hidden: Mapping[str, HiddenUnits] = field(default_factory=dict)
 
     def stack(self, name: str) -> list[LayerCounts]:
         """The layers of ``encoder`` or ``decoder``."""
@@ -178,9 +181,10 @@ def count(model: Any, texts: Sequence[DirectionDataset], padding: int, progress:
     layers = {place.name: LayerCounts(place, len(texts), vocabulary[place.stack]) for place in places(model)}
     inputs = stack_inputs(model)
     counts = Counts([(text.source, text.target) for text in texts], [0] * len(texts), layers)
-    for direction, batch, seen in collect(model, texts, per_token, progress):
-        _add(counts, direction, batch["net_input"], seen, inputs, padding)
-        counts.sentences[direction] += len(batch["id"])
+    with counting_hidden_units(model) as counts.hidden:
+        for direction, batch, seen in collect(model, texts, per_token, progress):
+            _add(counts, direction, batch["net_input"], seen, inputs, padding)
+            counts.sentences[direction] += len(batch["id"])
     return counts
 
 

@@ -70,8 +70,15 @@ class Analysis:
                 "passes": fmean(layers.column("passes")),
                 "saved_against_all": 1 - taken / everything,
                 "saved_against_dense": 1 - taken / dense,
+                "positive_hidden": self._positive(stack),
             }
         return found
+
+    def _positive(self, stack: str) -> float | None:
+        """Returns the share of the hidden units of a stack's experts that are above zero."""
+        rows = self.tables["hidden_units"].where(stack=stack, network="experts").records()
+        units = sum(row["units"] for row in rows)
+        return sum(row["units"] * (row["positive"] or 0) for row in rows) / units if units else None
 
     def as_json(self) -> dict[str, Any]:
         """Returns what ``analysis.json`` holds: plain values, and null if there is no number."""
@@ -101,6 +108,7 @@ def analysis(counts: Counts, words: Mapping[str, Sequence[str | None]], min_coun
     made = [
         tables.by_layer(counts),
         tables.flops(counts),
+        tables.hidden_units(counts),
         tables.by_direction(counts),
         tables.by_language(counts),
         tables.by_position(counts),
@@ -129,8 +137,10 @@ def analysis(counts: Counts, words: Mapping[str, Sequence[str | None]], min_coun
 def draw(found: Analysis) -> Iterator[tuple[str, Figure]]:
     """Draws the figures one by one, each with the name of the table that has its numbers."""
     made, value = found.tables, found.capacity
+    languages = any(source != target for source, target in found.counts.directions)  # a language model has none
     if found.varies:
-        yield "directions", analysis_figures.directions(made["directions"], value)
+        if languages:
+            yield "directions", analysis_figures.directions(made["directions"], value)
         yield "layers", analysis_figures.layers(made["directions"], value)
         yield "distribution", analysis_figures.distribution(made["distribution"])
         yield "positions", analysis_figures.positions(made["positions"], value)
@@ -138,7 +148,7 @@ def draw(found: Analysis) -> Iterator[tuple[str, Figure]]:
         if made["extremes"].rows:
             yield "extremes", analysis_figures.extremes(made["extremes"], value)
     yield "flops", analysis_figures.flops(made["flops"])
-    for load in found.loads:
+    for load in found.loads if languages else ():
         yield load.load_table().name, analysis_heatmaps.experts_by_language(load)
         yield load.similarity_table().name, analysis_heatmaps.language_similarity(load)
     yield "coselection", analysis_heatmaps.coselection(made["coselection"])

@@ -11,7 +11,7 @@ from .report_figure import STYLE
 from .tables import NONE, markdown, number, percent, plain, short, tsv
 
 _HEADER = (
-    *("threshold", "perplexity", "per word", "bits per token", "experts per token", "MoE FLOPs saved"),
+    *("perplexity", "per word", "bits per token", "experts per token", "MoE FLOPs saved"),
     *("MoE FLOPs per token", "FLOPs per token", "tokens/s"),
 )
 _POINT = "#0072B2"
@@ -19,26 +19,37 @@ _POINT = "#0072B2"
 
 def render_markdown(found: PerplexitySweep) -> str:
     """Writes the table, and how it was measured."""
-    front, first, settings = found.front(), found.points[0], found.settings
-    header, rows = list(_HEADER), [_row(point) for point in found.points]
+    front = found.front()
+    header, rows = table(found)
     if len(rows) > 1:
         header.append("Pareto front")
         for row, point in zip(rows, found.points, strict=True):
             row.append("yes" if point.threshold in front else NONE)
+    note = f"{plain(how_measured(found))} {found.points[0].size.parameters:,} parameters."
+    return f"# {plain(found.name)}: perplexity\n\n{markdown(header, rows)}\n\n{note}\n"
+
+
+def how_measured(found: PerplexitySweep) -> str:
+    """Says in a sentence what was read, and how it was cut."""
+    first, settings = found.points[0], found.settings
     return (
-        f"# {plain(found.name)}: perplexity\n\n{markdown(header, rows)}\n\n"
-        f"Subset {plain(settings['subset'])}, {first.tokens:,} tokens and {first.words:,} words, ends of sentences "
-        f"included; samples of at most {settings['tokens_per_sample']:,} tokens, cut by `--sample-break-mode "
-        f"{settings['sample_break_mode']}`. {first.size.parameters:,} parameters.\n"
+        f"Subset {settings['subset']}, {first.tokens:,} tokens and {first.words:,} words, ends of sentences "
+        f"included; samples of at most {settings['tokens_per_sample']:,} tokens, cut by --sample-break-mode "
+        f"{settings['sample_break_mode']}."
     )
 
 
 def render_tsv(found: PerplexitySweep) -> str:
     """Writes a line per threshold."""
-    return tsv(_HEADER, [_row(point, exact=True) for point in found.points])
+    return tsv(*table(found, exact=True))
 
 
-def _row(point: Perplexity, exact: bool = False) -> list[str]:
+def table(found: PerplexitySweep, exact: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and a row per threshold, in plain cells."""
+    return [found.dial, *_HEADER], [_row(point, exact) for point in found.points]
+
+
+def _row(point: Perplexity, exact: bool) -> list[str]:
     size, digits = point.size, 6 if exact else 2
     flops = [str(round(one)) if exact else short(one) for one in (size.moe_flops, size.flops)]
     return [

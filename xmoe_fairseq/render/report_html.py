@@ -16,7 +16,7 @@ from ..metrics.corpus import METRICS
 from ..results.report import Report, Sample, Token, duration
 from ..results.usage import LayerUsage
 from ..subword import FAIRSEQ_SYMBOL, META_SPACE
-from . import report_curves
+from . import perplexity_tables, report_curves
 from .score_tables import averages, directions
 
 _SPECIAL = re.compile(rf"{FAIRSEQ_SYMBOL.pattern}|<unk>|<0x[0-9A-F]{{2}}>")
@@ -82,6 +82,8 @@ def _context(report: Report) -> dict[str, Any]:
         "chart": report_curves,
         "averages": averages(report.scores) if report.scores else None,
         "directions": directions(report.scores) if report.scores else None,
+        "perplexity": perplexity_tables.table(report.perplexity) if report.perplexity else None,
+        "how_measured": perplexity_tables.how_measured(report.perplexity) if report.perplexity else None,
         "metrics": METRICS,
         "command": sacrebleu_command(first.reference_file, first.hypothesis_file, first.score.tokenizer)
         if first

@@ -7,14 +7,17 @@ from collections.abc import Iterable, Sequence
 from ..evaluation.score import sacrebleu_command
 from ..metrics.corpus import METRICS
 from ..results.report import Report, Sample, arrow, duration
-from .tables import block, code, plain
+from .perplexity_tables import how_measured, table
+from .tables import block, code, markdown, plain
 
 
 def render_page(report: Report, picture: str) -> str:
     """Renders the page, which shows ``picture`` by its path relative to the page."""
+    drawn = "expert usage" if report.perplexity else "BLEU and expert usage"
     sections = [
-        [f"# {plain(report.name)}", _summary(report), f"![BLEU and expert usage]({picture})"],
+        [f"# {plain(report.name)}", _summary(report), f"![{drawn}]({picture})"],
         _translation(report),
+        _perplexity(report),
         _experts(report),
         _samples(report.samples()),
         _run(report),
@@ -23,21 +26,35 @@ def render_page(report: Report, picture: str) -> str:
 
 
 def _summary(report: Report) -> str:
-    sentences = sum(direction.score.sentences for direction in report.directions)
-    text = (
-        "Nothing was translated."
-        if not report.directions
-        else (
-            f"**{report.mean_bleu:.1f} BLEU** and **{report.mean_chrf:.1f} chrF++** on average over"
-            f" {len(report.directions)} directions, {sentences:,} test sentences."
-        )
-    )
+    text = _quality(report)
     if report.computation_saved is None:
         return f"{text} The model is dense: it has no MoE layers."
     return (
         f"{text} **{report.computation_saved:.0%} of the MoE computation saved** against giving every token to"
         " every expert."
     )
+
+
+def _quality(report: Report) -> str:
+    if report.perplexity:
+        point = report.perplexity.points[0]
+        return (
+            f"**Perplexity {point.perplexity:.2f}** per token, {point.word_perplexity:.2f} per word, on"
+            f" {point.tokens:,} test tokens."
+        )
+    if not report.directions:
+        return "Nothing was translated."
+    sentences = sum(direction.score.sentences for direction in report.directions)
+    return (
+        f"**{report.mean_bleu:.1f} BLEU** and **{report.mean_chrf:.1f} chrF++** on average over"
+        f" {len(report.directions)} directions, {sentences:,} test sentences."
+    )
+
+
+def _perplexity(report: Report) -> list[str]:
+    if report.perplexity is None:
+        return []
+    return ["## Perplexity", markdown(*table(report.perplexity)), plain(how_measured(report.perplexity))]
 
 
 def _translation(report: Report) -> list[str]:
@@ -84,9 +101,10 @@ def _experts(report: Report) -> list[str]:
         *("layer", "experts", "experts per token", "strata per token (RC)"),
         *("computation saved", "first choice dropped", "busiest expert"),
     )
+    inputs = "" if report.perplexity else " with the references as decoder inputs"
     return [
         "## Experts",
-        "Measured on the test set with the references as decoder inputs. *Busiest expert* is the largest share of"
+        f"Measured on the test set{inputs}. *Busiest expert* is the largest share of"
         " tokens that have one expert as their first choice. *RC* is the requested capacity, 1 without strata.",
         _table(header, rows),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .decoding import ModelSize
@@ -19,7 +19,8 @@ class Perplexity:
         words: predicted, ends of sentences included; a word is one or several tokens.
         size: parameters and FLOPs of a token, for the experts that the tokens took.
         seconds: that the model took.
-        threshold: of its routers; None: that of its training, or none.
+        threshold: of its routers, or what they have in its place, see `PerplexitySweep.dial`; None: that of its
+            training, or none.
     """
 
     bits: float
@@ -57,11 +58,21 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PerplexitySweep:
-    """A language model on one text at many thresholds, and how they were measured."""
+    """A language model on one text at many thresholds.
+
+    Attributes:
+        name: of the checkpoint.
+        settings: how they were measured.
+        points: by rising threshold, or by falling shift: the sparsest first.
+        dial: ``threshold`` or ``shift``, what was swept.
+        of: the contents of the checkpoint and of the text, as `direction_dataset.origin` identifies them.
+    """
 
     name: str
     settings: Mapping[str, Any]
     points: Sequence[Perplexity]
+    dial: str = "threshold"
+    of: Mapping[str, str] = field(default_factory=dict)
 
     def front(self) -> list[float | None]:
         """Returns the thresholds that no other one beats: in FLOPs of a token in experts, and in perplexity."""
@@ -73,8 +84,14 @@ class PerplexitySweep:
 
     def as_json(self) -> dict[str, Any]:
         """Returns plain values."""
-        points = [point.as_json() for point in self.points]
-        return {"name": self.name, "settings": dict(self.settings), "points": points, "pareto": self.front()}
+        return {
+            "name": self.name,
+            "settings": dict(self.settings),
+            "points": [point.as_json() for point in self.points],
+            "pareto": self.front(),
+            "dial": self.dial,
+            "of": dict(self.of),
+        }
 
 
 def perplexity(bits: float, count: int) -> float:

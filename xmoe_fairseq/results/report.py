@@ -12,6 +12,7 @@ from typing import Any
 from ..metrics.corpus import CorpusScore, score
 from .direction_sets import ZERO_SHOT
 from .drawings import Drawing
+from .perplexity import PerplexitySweep
 from .scores import DirectionScore, SystemScores
 from .settings import Settings
 from .training_log import Training
@@ -88,7 +89,7 @@ class Report:
 
     Attributes:
         name: the task, or the folder of the run.
-        scores: all that is known of the directions; none if nothing was translated.
+        scores: all that is known of the directions; None if nothing was translated.
         directions: empty if nothing was translated.
         layers: the MoE layers in the order of the model; empty for a dense model.
         drawings: of ``xmoe analyze`` and ``xmoe sweep``; empty if they were not run.
@@ -97,6 +98,7 @@ class Report:
         settings: of the checkpoint.
         seconds: wall-clock seconds by stage; empty if they were not recorded.
         versions: of Python and the packages used, by name.
+        perplexity: of a language model on its test set, one point; None for a translation model.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Report:
     settings: Settings
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
+    perplexity: PerplexitySweep | None = None
 
     @property
     def mean_bleu(self) -> float | None:
@@ -142,6 +145,7 @@ class Report:
             "mean_bleu": self.mean_bleu,
             "mean_chrf": self.mean_chrf,
             "moe_computation_saved": self.computation_saved,
+            "perplexity": self.perplexity and {**self.perplexity.settings, **self.perplexity.points[0].as_json()},
             "directions": [
                 {
                     "source": direction.source,

@@ -36,6 +36,7 @@ EXACT = {
     "adapters, gshard": (*GSHARD, "--moe-expert", "adapter"),
     "adapters, threshold": ("--moe-expert", "adapter", "--moe-threshold", "0.4"),
     "adapters, switch": ("--moe-router", "switch", "--moe-expert", "adapter"),
+    "products, gshard": (*GSHARD, "--moe-expert", "mpo"),
     "copies, masked": (*GSHARD, "--moe-split-ratio", "1", "--moe-regularizer", "eom", "--moe-eom-rate", "0.2"),
     "adapters, masked": ("--moe-expert", "adapter", "--moe-regularizer", "eom"),
     "copies, cmr": (*GSHARD, "--moe-split-ratio", "1", "--moe-regularizer", "cmr"),
@@ -148,6 +149,17 @@ def test_one_copy_is_the_dense_model_and_shards_are_joined(
     assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_products_of_tensors_cut_at_a_bond_are_not_exact(dense: dict[str, Path], tmp_path: Path) -> None:
+    whole, cut = (
+        upcycle(dense["ours"], tmp_path / f"{bond}.pt", *EXACT["products, gshard"], "--moe-mpo-bond", bond)
+        for bond in ("0", "8")
+    )
+    assert whole["exact"] and not cut["exact"] and cut["parameters"] < whole["parameters"]
+    state = torch.load(tmp_path / "0.pt", weights_only=True)["model"]
+    own = state["encoder.layers.0.moe.experts.fc1_tensor_0"]
+    assert len(own) == 8 and all(torch.equal(one, own[0]) for one in own)
+
+
 def test_half_precision_stays_where_it_is_exact(dense: dict[str, Path], tmp_path: Path) -> None:
     state = torch.load(dense["ours"], weights_only=True)
     state["model"] = {name: one.half() for name, one in state["model"].items()}
@@ -205,7 +217,8 @@ def test_adapters_leave_padding_at_zero_and_idle_tokens_at_the_network() -> None
         (("--encoder-layers", "3"), "is not the checkpoint's, which is 2"),
         (("--moe-split-ratio", "3"), "does not divide --encoder-ffn-embed-dim 64"),
         (("--moe-split-ratio", "16"), "no multiple of --moe-split-ratio 16"),
-        (("--moe-expert", "glu"), "ffn or adapter only"),
+        (("--moe-expert", "glu"), "ffn, adapter or mpo only"),
+        (("--moe-expert", "mpo", "--moe-split-ratio", "2"), "--moe-expert mpo: slices of a network"),
         (("--moe-stack", "2"), "--moe-stack 2 does not work here"),
         (("--moe-placement", "none"), "has no MoE layers"),
         (("--kind", "copy", "--moe-split-ratio", "2"), "copies are whole"),

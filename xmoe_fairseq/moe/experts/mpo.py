@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,15 @@ def rebuild(tensors: Sequence[Tensor]) -> Tensor:
     return whole[:, 0, :, :, 0]
 
 
+def _tensors(name: str, matrix: Tensor, bond: int) -> dict[str, Tensor]:
+    """Decomposes a matrix of `MPOExperts`, (h, d), into tensors by the names of their parameters."""
+    rows, columns = map(factors, matrix.shape)
+    found = [matrix.new_empty(one) for one in shapes(rows, columns, bond)]
+    if not matrix.is_meta:  # on the meta device, there is nothing to decompose
+        found = decompose(matrix, rows, columns, bond)
+    return {f"{name}_central" if k == _CENTRAL else f"{name}_tensor_{k}": one for k, one in enumerate(found)}
+
+
 class MPOExperts(Experts):
     """Feed-forward networks whose matrices are ``product over k of T_k[:, a_k, b_k, :]``, of five tensors each.
 
@@ -179,16 +188,11 @@ class MPOExperts(Experts):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Decomposes one matrix, drawn as ``nn.Linear`` does, for all experts, those of other processes included."""
-        rows, columns = factors(self.hidden), factors(self.dim)
         drawn: dict[str, Tensor] = {}
         for name, fan_in in zip(_MATRICES, (self.dim, self.hidden), strict=True):
             matrix = torch.empty(self.hidden, self.dim).uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-            shape = shapes(rows, columns, self.options.mpo_bond)
-            found = [matrix.new_empty(one) for one in shape]  # on the meta device, there is nothing to decompose
-            if not matrix.is_meta:
-                found = decompose(matrix, rows, columns, self.options.mpo_bond)
-            self.register_parameter(f"{name}_central", nn.Parameter(found[_CENTRAL]))
-            drawn |= {f"{name}_tensor_{k}": tensor for k, tensor in enumerate(found) if k != _CENTRAL}
+            drawn |= _tensors(name, matrix, self.options.mpo_bond)
+            self.register_parameter(f"{name}_central", nn.Parameter(drawn.pop(f"{name}_central")))
         for name, stack in self.tensors(self.dim, self.hidden, self.options).items():
             own, bound = self.get_parameter(name), 1 / math.sqrt(stack.fan_in)
             for expert in range(self.num_experts):
@@ -197,6 +201,21 @@ class MPOExperts(Experts):
                 values = noise if start is None else start + _NOISE * start.square().mean().sqrt() * noise
                 if expert in self.block:
                     own[expert - self.block.start] = values
+
+    def copies(self, network: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns parameters with which every expert is one network, up to rounding if bonds are full.
+
+        Args:
+            network: its tensors by name, as `Experts` has them of each expert.
+        """
+        made: dict[str, Tensor] = {}
+        for name in _MATRICES:
+            made |= _tensors(name, network[f"{name}_weight"], self.options.mpo_bond)
+            made[f"{name}_bias"] = network[f"{name}_bias"]
+        return {
+            name: tensor if name.endswith("central") else torch.stack([tensor] * self.num_experts)
+            for name, tensor in made.items()
+        }
 
     def set_num_updates(self, updates: int) -> None:
         """Draws whether the shared tensors get a gradient in this update, the same in all layers and processes.
