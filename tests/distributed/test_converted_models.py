@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import fairseq_cli.train
 import pytest
 import torch
-from fairseq.distributed import utils as distributed_utils
 from helpers import build, save_checkpoint
 from helpers_distributed import World
-from helpers_processes import close, configuration, environment
+from helpers_processes import close, fairseq_train
 
 from xmoe_fairseq import hub
 from xmoe_fairseq.cli import main
@@ -60,13 +57,6 @@ def world() -> Iterator[World]:
     made.stop()
 
 
-def train(rank: int, size: int, data: Path, save: Path, *words: str) -> None:
-    """Is ``fairseq-train`` in one of several processes."""
-    os.environ.update(environment(rank, size, 0))
-    cfg = configuration(data, "--save-dir", str(save), *words)
-    distributed_utils.call_main(cfg, fairseq_cli.train.main)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_resuming_and_translation(kind: str, world: World, toy_data: Path, tmp_path: Path) -> None:
     old, command, options = KINDS[kind]
@@ -81,7 +71,7 @@ def test_training_resuming_and_translation(kind: str, world: World, toy_data: Pa
     states = []
     for updates, rate in ((1, STILL), (2, LEARNS)):
         common = (*options, *PARALLEL, *rate, "--max-update", str(updates), "--finetune-from-model", str(start))
-        world.run(train, 2, toy_data, tmp_path / "run", *common)
+        world.run(fairseq_train, 2, toy_data, tmp_path / "run", *common)
         states.append(torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True))
     first, second = states
     close(dict(sorted(first["model"].items())), dict(sorted(model.items())))

@@ -14,6 +14,8 @@ import torch
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from helpers_commands import run_warm
 from helpers_conversion import DIM, LONGEST, SENTENCES, TARGETS, Theirs, m2m, make
+from helpers_distributed import World
+from helpers_processes import close, fairseq_train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from xmoe_fairseq import hub
@@ -143,6 +145,24 @@ def test_programs_of_fairseq_take_an_imported_model(imported: dict[str, Path], t
     ours = load(imported["moe"])
     options = {"source_lang": "eng_Latn", "target_lang": "fra_Latn", "beam": 1, "max_len_b": LONGEST}
     assert [found[f"D-{number}"] for number in range(3)] == ours.translate(SENTENCES["eng_Latn"], **options)
+
+
+def test_two_processes_share_the_experts_of_an_imported_model(
+    theirs: dict[str, Theirs], imported: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    parts, world = tmp_path / "parts", World(2)
+    main(["import", str(theirs["moe"].folder), "--out", str(parts), "--shards", "2", "--quiet"])
+    options = json.loads((parts / "import.json").read_text())["options"]
+    model = (*options, "--encoder-langtok", "src", "--decoder-langtok", "--moe-expert-parallel", "2")
+    model += ("--encoder-layerdrop", "0", "--decoder-layerdrop", "0", "--ddp-backend", "legacy_ddp")
+    training = ("--lr", "1e-12", "--max-update", "1", "--disable-validation")
+    start = ("--finetune-from-model", str(parts / "checkpoint.pt"))
+    try:
+        world.run(fairseq_train, 2, text / "bin", tmp_path / "run", *model, *training, *start)
+    finally:
+        world.stop()
+    found = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)["model"]
+    close(found, torch.load(imported["moe"] / "checkpoint.pt", weights_only=True)["model"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
