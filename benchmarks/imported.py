@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def make(folder: Path, sizes: tuple[int, ...], moe: bool) -> Any:
     dim, hidden, heads, layers, rows, experts = sizes
     folder.mkdir()
     learnt = io.BytesIO()
-    options = {"vocab_size": 60, "model_type": "bpe", "character_coverage": 1.0, "minloglevel": 2}
+    options: dict[str, Any] = {"vocab_size": 60, "model_type": "bpe", "character_coverage": 1.0, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 20), model_writer=learnt, **options)
     (folder / "learnt.model").write_bytes(learnt.getvalue())
     tokenizer = NllbTokenizer(vocab_file=str(folder / "learnt.model"))
@@ -79,36 +80,58 @@ def imports(source: Path, out: Path, *words: str) -> float:
     return int(done.stdout.split()[-1]) / 1024
 
 
-def difference(theirs: Any, ours: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """Returns the largest difference of the logits for random translations, and the largest logit."""
+def logits(kind: str, theirs: Any, ours: Any, batch: dict[str, torch.Tensor]) -> list[Row]:
+    """Compares the logits for random translations."""
     tokens = torch.randint(4, 60, (SENTENCES, 12), generator=torch.Generator().manual_seed(5))
     tokens[:, 0] = 2
     sources = batch["input_ids"]
-    real = sources.ne(1)
     with torch.no_grad():
         wanted = theirs(**batch, decoder_input_ids=tokens).logits
-        found, _ = ours.models[0](sources, real.sum(1), tokens)
-    return float((found - wanted).abs().max()), float(wanted.abs().max())
+        found, _ = ours.models[0](sources, sources.ne(1).sum(1), tokens)
+    largest, logit = float((found - wanted).abs().max()), float(wanted.abs().max())
+    print(f"{kind}: largest difference of logits {largest:.1e}, largest logit {logit:.1f}", file=sys.stderr)
+    return [
+        ratio(f"logits, {kind}, largest difference / 1e-6", [largest], [1e-6]),
+        ratio(f"logits, {kind}, largest difference / 1e-6 of the largest logit", [largest], [1e-6 * logit], "<= 10"),
+    ]
 
 
-def searches(theirs: Any, tokenizer: Any, ours: Any, beam: int) -> dict[str, Callable[[], object]]:
+def searches(theirs: Any, tokenizer: Any, ours: Any, beam: int) -> dict[str, Callable[[], list[list[int]]]]:
     """Returns what translates the same sentences into as many tokens, by program."""
     tokenizer.src_lang = SOURCE
     sentences = [" ".join(TEXT[(one + step) % len(TEXT)] for step in range(3)) for one in range(SENTENCES)]
     batch = tokenizer(sentences, return_tensors="pt", padding=True)
     sources = [ours.encode(sentence) for sentence in sentences]
-    first = int(tokenizer.convert_tokens_to_ids(TARGET))
+    first = {"forced_bos_token_id": int(tokenizer.convert_tokens_to_ids(TARGET)), "forced_eos_token_id": 2}
     lengths = {"min_new_tokens": PIECES, "max_new_tokens": PIECES}
 
-    def transformers() -> object:
+    def transformers() -> list[list[int]]:
         with torch.no_grad():
-            return theirs.generate(**batch, forced_bos_token_id=first, num_beams=beam, do_sample=False, **lengths)
+            found = theirs.generate(**batch, **first, **lengths, num_beams=beam, do_sample=False)
+        return [row[1:].tolist() for row in found]  # without the start
 
-    def fairseq() -> object:
-        steps = {"beam": beam, "min_len": PIECES - 2, "max_len_a": 0, "max_len_b": PIECES - 2}
-        return ours.generate(sources, source_lang=SOURCE, target_lang=TARGET, **steps)
+    def fairseq() -> list[list[int]]:
+        steps = {"beam": beam, "min_len": PIECES - 1, "max_len_a": 0, "max_len_b": PIECES - 1}
+        found = ours.generate(sources, source_lang=SOURCE, target_lang=TARGET, **steps)
+        return [one[0]["tokens"].tolist() for one in found]
 
     return {"transformers": transformers, "fairseq": fairseq}
+
+
+def speed(kind: str, beam: int, runs: dict[str, Callable[[], list[list[int]]]], rounds: int) -> Row:
+    """Compares the time of decoding.
+
+    Raises:
+        SystemExit: the programs translate into different numbers of tokens.
+    """
+    theirs, ours = runs["transformers"](), runs["fairseq"]()
+    if {len(one) for one in theirs + ours} != {PIECES}:
+        raise SystemExit(f"{kind}, beam {beam}: not every translation has {PIECES} tokens")
+    equal = sum(one == other for one, other in zip(theirs, ours, strict=True))
+    print(f"{kind}, beam {beam}: {equal} of {SENTENCES} translations are equal", file=sys.stderr)
+    times = seconds(runs, rounds)
+    label = f"decoding, {kind}, beam {beam}, sentences/s, fairseq / transformers"
+    return ratio(label, times["transformers"], times["fairseq"], ">= 0.8")
 
 
 def measure(kind: str, args: argparse.Namespace, base: float, folder: Path) -> list[Row]:
@@ -119,20 +142,18 @@ def measure(kind: str, args: argparse.Namespace, base: float, folder: Path) -> l
     size = sum(path.stat().st_size for path in source.glob("model*.safetensors")) / 2**20
     peak = imports(source, folder / f"{kind}-out") - base
     print(f"{kind}: {size:.0f} MiB, import takes {peak:.0f} MiB at most beside Python", file=sys.stderr)
-    rows = [ratio(f"import, {kind}, peak memory / size of the model", [peak], [size])]
+    rows = [ratio(f"import, {kind}, peak memory / size of the model", [peak], [size], "<= 1.1")]
     if kind == "moe":
         peak = imports(source, folder / "shards", "--shards", str(sizes[-1])) - base
         print(f"{kind}, a shard per expert: {peak:.0f} MiB", file=sys.stderr)
-        rows.append(ratio("import, moe, --shards, peak memory / size of the model", [peak], [size]))
+        rows.append(ratio("import, moe, --shards, peak memory / size of the model", [peak], [size], "<= 1.1"))
     ours = hub.from_pretrained(str(folder / f"{kind}-out"), "checkpoint.pt", str(folder / f"{kind}-out" / "bin")).eval()
     tokenizer.src_lang = SOURCE
     batch = dict(tokenizer([TEXT[one % 5] for one in range(SENTENCES)], return_tensors="pt", padding=True))
-    largest, logit = difference(theirs, ours, batch)
-    print(f"{kind}: largest difference of logits {largest:.1e}, largest logit {logit:.1f}", file=sys.stderr)
+    rows += logits(kind, theirs, ours, batch)
     for beam in (1, 5):
-        times = seconds(searches(theirs, tokenizer, ours, beam), 3 if args.quick else args.rounds)
-        label = f"decoding, {kind}, beam {beam}, sentences/s, fairseq / transformers"
-        rows.append(ratio(label, times["transformers"], times["fairseq"], ">= 0.8"))
+        rounds = 3 if args.quick else args.rounds
+        rows.append(speed(kind, beam, searches(theirs, tokenizer, ours, beam), rounds))
     return rows
 
 
@@ -141,6 +162,9 @@ def main() -> None:
     options = parser("xmoe import and decoding beside transformers")
     options.add_argument("--rounds", type=int, default=10, help="batches of each program")
     args = options.parse_args()
+    if args.device != "cpu":
+        options.error(f"--device {args.device}: this benchmark runs on a CPU")
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(folder / "tiny", TINY, True)

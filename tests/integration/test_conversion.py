@@ -13,7 +13,9 @@ import pytest
 import torch
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from helpers_commands import run_warm
-from helpers_conversion import LONGEST, SENTENCES, TARGETS, Theirs, m2m, make
+from helpers_conversion import DIM, LONGEST, SENTENCES, TARGETS, Theirs, m2m, make
+from helpers_distributed import World
+from helpers_processes import close, fairseq_train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from xmoe_fairseq import hub
@@ -145,6 +147,42 @@ def test_programs_of_fairseq_take_an_imported_model(imported: dict[str, Path], t
     assert [found[f"D-{number}"] for number in range(3)] == ours.translate(SENTENCES["eng_Latn"], **options)
 
 
+def test_two_processes_share_the_experts_of_an_imported_model(
+    theirs: dict[str, Theirs], imported: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    parts, world = tmp_path / "parts", World(2)
+    main(["import", str(theirs["moe"].folder), "--out", str(parts), "--shards", "2", "--quiet"])
+    options = json.loads((parts / "import.json").read_text())["options"]
+    model = (*options, "--encoder-langtok", "src", "--decoder-langtok", "--moe-expert-parallel", "2")
+    model += ("--encoder-layerdrop", "0", "--decoder-layerdrop", "0", "--ddp-backend", "legacy_ddp")
+    training = ("--lr", "1e-12", "--max-update", "1", "--disable-validation")
+    start = ("--finetune-from-model", str(parts / "checkpoint.pt"))
+    try:
+        world.run(fairseq_train, 2, text / "bin", tmp_path / "run", *model, *training, *start)
+    finally:
+        world.stop()
+    found = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)["model"]
+    close(found, torch.load(imported["moe"] / "checkpoint.pt", weights_only=True)["model"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_info_measures_an_imported_model(
+    kind: str, theirs: dict[str, Theirs], imported: dict[str, Path], text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = json.loads((imported[kind] / "import.json").read_text())["options"]
+    rows, size = len(theirs[kind].model.model.shared.weight), theirs[kind].model.num_parameters()
+    words = ["--checkpoint", str(imported[kind] / "checkpoint.pt"), "--data", str(text / "bin"), "--json"]
+    main(["info", *options, "--vocab", str(rows), *words])
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["total"] == size
+    assert [(layer["experts"], layer["taken"]) for layer in found["layers"]] == (
+        [(6, 2.0)] * 3 if kind == "moe" else []
+    )
+    assert found["assumption"].startswith("measured on the test set of ")
+    with pytest.raises(UserError, match=f"has {size:,} parameters, .* has {size + DIM:,}: give those"):
+        main(["info", *options, "--vocab", str(rows + 1), *words])
+
+
 def test_shards_and_several_files_hold_the_same_model(
     theirs: dict[str, Theirs], imported: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -209,19 +247,23 @@ def test_a_vocabulary_of_m2m_there_and_back(tmp_path: Path) -> None:
             assert [ours.task.source_dictionary.index(f"__{source}__"), *ours.encode(sentence).tolist()] == ids
 
 
-def test_ctranslate2_translates_what_was_exported(theirs: dict[str, Theirs], exported: Path, tmp_path: Path) -> None:
+def test_ctranslate2_translates_what_was_exported(imported: dict[str, Path], exported: Path, tmp_path: Path) -> None:
     ctranslate2 = pytest.importorskip("ctranslate2")
     pytest.importorskip("google.protobuf")  # transformers needs it to read a SentencePiece model for CTranslate2
     ctranslate2.converters.TransformersConverter(str(exported)).convert(str(tmp_path / "out"))
     translator = ctranslate2.Translator(str(tmp_path / "out"), device="cpu", compute_type="float32")
-    tokenizer = AutoTokenizer.from_pretrained(exported)
+    tokenizer, ours = AutoTokenizer.from_pretrained(exported), load(imported["dense"])
     for source, target in directions():
         tokenizer.src_lang = source
-        sources = [tokenizer.convert_ids_to_tokens(tokenizer(one)["input_ids"]) for one in SENTENCES[source]]
-        options = {"beam_size": 1, "max_decoding_length": LONGEST + 1}
-        found = translator.translate_batch(sources, target_prefix=[[target]] * len(sources), **options)
-        ids = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
-        assert [[*one, 2] for one in ids] == theirs["dense"].translations(source, target, 1)
+        pieces = [tokenizer.convert_ids_to_tokens(tokenizer(one)["input_ids"]) for one in SENTENCES[source]]
+        sources = [ours.encode(one) for one in SENTENCES[source]]
+        for beam in (1, 5):
+            options = {"beam_size": beam, "length_penalty": 0.0, "max_decoding_length": LONGEST + 1}
+            found = translator.translate_batch(pieces, target_prefix=[[target]] * len(pieces), **options)
+            search = {"beam": beam, "lenpen": 0.0, "max_len_b": LONGEST}
+            wanted = ours.generate(sources, source_lang=source, target_lang=target, **search)
+            ids = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
+            assert [[*one, 2] for one in ids] == [one[0]["tokens"].tolist() for one in wanted]
 
 
 def test_files_of_the_branch_hold_the_same_model(imported: dict[str, Path], tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ ROUTER = "encoder.layers.1.moe.router.weight"
 BAD: dict[str, tuple[str, str, Change | None, str, str]] = {
     "huge vocabulary": ("import", "m2m", config(vocab_size=2**31 - 1), "", "vocab_size is 2147483647"),
     "huge width": ("import", "m2m", config(d_model=2**30), "", "out of range"),
+    "many positions": ("import", "m2m", config(max_position_embeddings=2**30), "", "1073741824"),
     "many layers": ("import", "m2m", config(encoder_layers=10**9), "", "out of range"),
     "negative": ("import", "m2m", config(encoder_layers=-1), "", "encoder_layers is -1"),
     "not a rate": ("import", "m2m", config(dropout=float("nan")), "", "config.json is not JSON"),
@@ -217,10 +218,12 @@ BAD: dict[str, tuple[str, str, Change | None, str, str]] = {
     "threshold that is none": ("sparsify", "dense", None, "--threshold nan", "out of range"),
     "no divisor": ("sparsify", "dense", None, "--experts 7", "does not divide"),
     "unknown direction": ("sparsify", "dense", None, "--pairs en-zz", "zz"),
+    "no direction": ("sparsify", "dense", None, "--pairs en", "'en'"),
     "unknown subset": ("sparsify", "dense", None, "--subset nope", "nope"),
     "NaN": ("sparsify", "dense", parameter(FC2, torch.full((32, 64), float("nan"))), "--router similarity", "NaN"),
     "share that is none": ("prune", "moe", None, "--keep nan", "--keep nan is out of range"),
     "nothing left": ("prune", "moe", None, "--keep 0", "--keep 0 is out of range"),
+    "more than there are": ("prune", "moe", None, "--least 99", "--least 99 is out of range"),
     "dense": ("prune", "moe=dense", None, "", "is dense"),
     "router of another shape": ("prune", "moe", parameter(ROUTER, torch.zeros(3, 32)), "", ROUTER),
     "NaN in a router": ("prune", "moe", parameter(ROUTER, torch.full((8, 32), float("nan"))), "", "NaN"),
@@ -250,3 +253,36 @@ def test_bad_input_is_a_line_and_leaves_nothing(
     said = error.value.message
     assert message in said and said.isprintable() and "fault of" not in said
     assert not list((tmp_path / "made").iterdir())
+
+
+def test_a_layer_that_does_nothing_is_cut_all_the_same(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its router cannot be fitted: no expert has a share of what it does."""
+    state = torch.load(inputs["dense"], weights_only=True)
+    for part in ("weight", "bias"):
+        state["model"][f"encoder.layers.1.fc1.{part}"].zero_()
+    torch.save(state, tmp_path / "silent.pt")
+    main([*words_of("sparsify", {**inputs, "dense": tmp_path / "silent.pt"}, tmp_path), "--quiet"])
+    assert "encoder.2: no hidden unit does anything on this text" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out.sparsify.json").read_text())["layers"]
+    assert (record["encoder.2"]["coverage"], record["encoder.2"]["zeros"]) == ([], 1.0)
+    assert len(record["encoder.1"]["coverage"]) == 6
+    model = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
+    assert all(tensor.isfinite().all() for tensor in model.values())
+
+
+def test_export_of_a_checkpoint_without_some_options(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Those that an older version did not write have their defaults."""
+    state = torch.load(inputs["imported"] / "checkpoint.pt", weights_only=True)
+    for name in ("max_source_positions", "max_target_positions", "encoder_layerdrop", "no_scale_embedding"):
+        del state["cfg"]["model"][name]
+    torch.save(state, tmp_path / "old.pt")
+    words = ["--data", str(inputs["imported"]), "--out", str(tmp_path / "out"), "--quiet"]
+    main(["export", str(tmp_path / "old.pt"), *words])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["encoder_layerdrop"], config["scale_embedding"]) == (
+        1024,
+        0,
+        True,
+    )

@@ -145,9 +145,10 @@ def test_translations_hold_their_constraints(
     words = (*tokens, "--constraints", order, "--batch-size", "4", "--beam", "6", "--max-len-b", "30")
     printed = interactive(capsys, data, path, typed, *words)
     for number, parts in enumerate(wanted):
-        places = [f" {printed[number].texts[0]} ".find(f" {part} ") for part in parts]
-        assert -1 not in places, (printed[number].texts, parts)
-        assert order == "unordered" or places == sorted(places)
+        text, place = f" {printed[number].texts[0]} ", 0
+        for part in parts:  # a word may come once more, before its turn
+            place = text.find(f" {part} ", place if order == "ordered" else 0)
+            assert place >= 0, (text, parts)
     with pytest.raises(UserError, match=r"--constraints: the text has none, .*fairseq-interactive"):
         decode(data, path, "--constraints", order)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from fairseq import options, tasks
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
@@ -28,6 +29,7 @@ _NEEDS = {
     "triton": tuple(map(int, version("triton").split(".")[:2])) >= (3, 4),
 }
 MISSING_KERNELS = {name for name, there in _NEEDS.items() if not there}
+NEEDS_TRITON = pytest.mark.skipif("triton" in MISSING_KERNELS, reason="an older Triton")
 TINY_ARGS = ("--arch", "xmoe_transformer_tiny", "--share-all-embeddings", "--encoder-embed-dim", "32")
 
 

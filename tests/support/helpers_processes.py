@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fairseq_cli.train
 import torch
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -118,6 +119,12 @@ def learn(data: Path, plan: Plan, words: Sequence[str], mine: bool = False) -> d
 
     distributed_utils.call_main(configuration(data, *words), main)
     return result
+
+
+def fairseq_train(rank: int, size: int, data: Path, save: Path, *words: str) -> None:
+    """Is ``fairseq-train`` in one of several processes."""
+    os.environ.update(environment(rank, size, 0))
+    distributed_utils.call_main(configuration(data, "--save-dir", str(save), *words), fairseq_cli.train.main)
 
 
 def configuration(data: Path, *words: str) -> Any:

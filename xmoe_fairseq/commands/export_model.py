@@ -111,9 +111,11 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     for stack in ("encoder", "decoder"):
         if f"{stack}.embed_tokens.weight" not in tensors:
             raise UserError(f"{path} lacks {stack}.embed_tokens.weight: get the file again")
-    config = _config(found["model"], tensors, path)
-    dense = {} if config["model_type"] == MOE else {"moe_placement": "none"}
-    asked = changed_options(flat(found["model"]), {**dense, "moe_expert_parallel": 1}, "xmoe_transformer")
+    model, of_experts = flat(found["model"]), any(shards.is_expert(name) for name in tensors)
+    _check_equal(model, of_experts, path)
+    dense = {} if of_experts else {"moe_placement": "none"}
+    asked = changed_options(model, {**dense, "moe_expert_parallel": 1}, "xmoe_transformer")
+    config = _config(asked, tensors, of_experts, path)
     # Files of older versions of fairseq lack the output layer, which is the embeddings.
     check_parameters(build_on_meta(asked, tensors), {names.TIED[2]: tensors[names.EMBEDDINGS], **tensors}, path)
     data = args.data / "bin" if (args.data / "bin").is_dir() else args.data
@@ -142,18 +144,21 @@ def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _config(model: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
-    """Translates a checkpoint's options to ``config.json``."""
-    of_experts = any(shards.is_expert(name) for name in tensors)
+def _check_equal(model: Mapping[str, Any], of_experts: bool, path: str) -> None:
+    """Refuses a model that `transformers` has no equal of; options that it lacks are as they must be."""
     for name, only, reason in (*_NEEDED, *(_NEEDED_OF_EXPERTS if of_experts else ())):
         if (value := model.get(name, only)) != only:
             raise UserError(f"{path} cannot be exported: its {name} is {value}, only {only} can be: {reason}")
     if of_experts and model.get("moe_regularizer") == "cmr":
         raise UserError(f"{path} cannot be exported: its moe_regularizer is cmr, which transformers lacks")
-    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     activation = model.get("activation_fn", "relu")
-    if activation not in activations:
+    if activation not in ACTIVATIONS.values():
         raise UserError(f"{path} cannot be exported: its activation_fn {activation} has no equal in transformers")
+
+
+def _config(model: Mapping[str, Any], tensors: Mapping[str, Tensor], of_experts: bool, path: str) -> dict[str, Any]:
+    """Translates all options of a model to ``config.json``."""
+    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     dim, entries = tensors[names.EMBEDDINGS].shape[1], len(tensors[names.EMBEDDINGS])
     stacks = {stack: _sizes(model, stack, dim, path) for stack in ("encoder", "decoder")}
     config: dict[str, Any] = {
@@ -161,10 +166,10 @@ def _config(model: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) 
         "model_type": MOE if of_experts else DENSE,
         "vocab_size": entries,
         "d_model": dim,
-        "activation_function": activations[activation],
+        "activation_function": activations[model["activation_fn"]],
         "max_position_embeddings": max(model["max_source_positions"], model["max_target_positions"]),
-        "scale_embedding": not model.get("no_scale_embedding", False),
-        **{name: model.get(name, 0.0) for name in ("dropout", "attention_dropout", "activation_dropout")},
+        "scale_embedding": not model["no_scale_embedding"],
+        **{name: model[name] for name in ("dropout", "attention_dropout", "activation_dropout")},
         **{f"{stack}_{name}": value for stack, sizes in stacks.items() for name, value in sizes.items()},
         **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2},
         "tie_word_embeddings": True,
@@ -175,8 +180,8 @@ def _config(model: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) 
 
 def _sizes(model: Mapping[str, Any], stack: str, dim: int, path: str) -> dict[str, Any]:
     def size(name: str) -> Any:
-        value = model.get(f"{stack}_{name}")
-        return model.get(f"encoder_{name}") if value is None else value
+        value = model[f"{stack}_{name}"]
+        return model[f"encoder_{name}"] if value is None else value
 
     if size("embed_dim") != dim:
         raise UserError(f"{path} cannot be exported: its {stack} is {size('embed_dim')} wide, its embeddings {dim}")
@@ -184,7 +189,7 @@ def _sizes(model: Mapping[str, Any], stack: str, dim: int, path: str) -> dict[st
         "layers": size("layers"),
         "ffn_dim": size("ffn_embed_dim"),
         "attention_heads": size("attention_heads"),
-        "layerdrop": model.get(f"{stack}_layerdrop", 0.0),
+        "layerdrop": model[f"{stack}_layerdrop"],
     }
 
 
@@ -198,7 +203,7 @@ def _expert_config(model: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
         "second_expert_policy": "all",
         "normalize_router_prob_before_dropping": False,
         "moe_eval_capacity_token_fraction": 1.0,
-        "moe_token_dropout": model["moe_eom_rate"] if model.get("moe_regularizer") == "eom" else 0.0,
+        "moe_token_dropout": model["moe_eom_rate"] if model["moe_regularizer"] == "eom" else 0.0,
         **{f"{stack}_sparse_step": model["moe_interval"] if there else 0 for stack, there in placed.items()},
     }
 

@@ -125,7 +125,8 @@ def _experts_taken(model: nn.Module, args: argparse.Namespace) -> tuple[dict[str
     """Returns by site the experts that a token takes on average, and where that is from."""
     sites = expert_sites(model)
     if args.checkpoint is not None:
-        return measured(model, measure(args.checkpoint, args.data)), f"measured on the test set of {args.data}"
+        usage = measure(args.checkpoint, args.data, like=model)
+        return measured(model, usage), f"measured on the test set of {args.data}"
     evenly = "" if all(site.experts.equal for site in sites) else ", experts of all sizes equally often"
     if args.experts_per_token is not None:
         return _given(sites, args.experts_per_token), f"given by --experts-per-token{evenly}"

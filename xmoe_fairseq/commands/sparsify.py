@@ -125,7 +125,7 @@ class Cut:
     Attributes:
         tensors: of the MoE layer, by the names that follow the prefix of its layer.
         zeros: share of hidden units that are 0; None if no text was read.
-        coverage: of the router by threshold; empty if no text was read.
+        coverage: of the router by threshold; empty if no text was read, or no hidden unit does anything.
     """
 
     tensors: Mapping[str, Tensor]
@@ -231,7 +231,8 @@ def _cut(dense: Dense, layer: str, experts: int, x: Tensor, args: argparse.Names
         if args.router == "fitted":
             router = splitting.fit(router, rows[:fitted], target[:fitted])
         held = slice(fitted, None) if fitted < len(rows) else slice(None)
-        coverage = tuple(splitting.covers(router, rows[held], target[held], THRESHOLDS))
+        if len(rows):
+            coverage = tuple(splitting.covers(router, rows[held], target[held], THRESHOLDS))
     order, hidden = labels.argsort(stable=True), len(labels) // experts
     tensors = {
         "moe.bias": bias2,
@@ -298,5 +299,7 @@ def _lines(record: Mapping[str, Any]) -> list[str]:
             ]
             rows.append([layer, percent(cut["zeros"]), *cells])
     table = [markdown(["layer", "zeros", *(f"threshold {one:g}" for one in THRESHOLDS)], rows)] if rows else []
+    silent = [layer for layer, cut in record["layers"].items() if cut["zeros"] is not None and not cut["coverage"]]
+    table += [f"{layer}: no hidden unit does anything on this text, so its router is not fitted" for layer in silent]
     made = f"{record['experts']} experts per layer, threshold {record['threshold']:g}"
     return [*table, made, printable(f"written: {record['out']}")]

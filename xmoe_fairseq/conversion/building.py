@@ -178,6 +178,7 @@ class Writer:
         rows = torch.empty((len(held), *parts[0].shape), dtype=self.dtype or parts[0].dtype)
         for row, number in enumerate(held):
             rows[row] = parts[number]
+        self.parameters.forget()
         return rows
 
     def _cast(self, tensor: Tensor) -> Tensor:

@@ -180,6 +180,8 @@ def _budget(args: argparse.Namespace, subject: Subject) -> Budget:
     model = subject.trained.model
     taken = [router.options.top_k for router in model.modules() if isinstance(router, TopKRouter)]
     strata = [len(site.sizes) for site in subject.sites]
+    if args.least > (most := max(site.experts for site in subject.sites)):
+        raise UserError(f"--least {args.least} is out of range: no layer has more than {most} experts")
     return Budget(args.keep, args.ratio, max([args.least, *(taken if not any(strata) else []), *strata]))
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,8 +43,26 @@ _METADATA = "__metadata__"
 _ADVICE = "get the file again"
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a file; their bytes stay in the file until they are used.
+@dataclass(frozen=True)
+class File:
+    """The tensors of a file, whose bytes stay there until they are used.
+
+    Attributes:
+        tensors: by name.
+        mapped: the file's bytes; None if they cannot be given back.
+    """
+
+    tensors: dict[str, Tensor]
+    mapped: mmap.mmap | None = None
+
+    def forget(self) -> None:
+        """Gives back the memory of bytes that were used; they are read again when they are used again."""
+        if self.mapped is not None:
+            self.mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def read(path: Path) -> File:
+    """Reads the header of a file.
 
     Raises:
         UserError: the file is missing, truncated, or not of this format.
@@ -52,14 +72,16 @@ def read(path: Path) -> dict[str, Tensor]:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             header, start = _read_header(file, size, path)
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     places = {name: _place(name, entry, size - start, path) for name, entry in header.items() if name != _METADATA}
-    storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
-    return {
+    storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+    tensors = {
         name: _tensor(storage, start + first, start + last, kind, shape)
         for name, (kind, shape, first, last) in places.items()
     }
+    return File(tensors, mapped)
 
 
 def _read_header(file: IO[bytes], size: int, path: Path) -> tuple[dict[str, Any], int]:

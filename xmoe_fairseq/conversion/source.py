@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .names import Expert
+from .safetensors import File
 
 # fairseq's special symbols, which have the first numbers of every dictionary.
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -53,10 +54,12 @@ class Parameters:
     Attributes:
         plain: all but those of experts; tied ones once.
         experts: by the name of a stacked tensor, the parts of the experts by number, as the other code stores them.
+        files: that they are in, as far as `forget` concerns them.
     """
 
     plain: dict[str, Tensor] = field(default_factory=dict)
     experts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    files: list[File] = field(default_factory=list)
 
     def add(self, place: str | Expert | None, tensor: Tensor) -> None:
         """Takes a tensor for a place that `names` returns; of tied ones, which are stored several times, the first.
@@ -68,6 +71,11 @@ class Parameters:
             self.experts.setdefault(place.name, {})[place.number] = tensor.t() if place.transposed else tensor
         elif place is not None and not _same(self.plain.setdefault(place, tensor), tensor):
             raise UserError(f"{place} is stored twice, with different numbers: untied embeddings are not read")
+
+    def forget(self) -> None:
+        """Gives back the memory of bytes that were used."""
+        for file in self.files:
+            file.forget()
 
     def parts(self) -> Iterator[Tensor]:
         """Yields all tensors of experts."""

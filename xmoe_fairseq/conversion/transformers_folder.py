@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from ..checkpoints import reading
 from ..common.schema import read_json
 from ..errors import UserError
 from . import names, safetensors
+from .safetensors import File
 from .source import Parameters, Source, words
 from .transformers_vocabulary import read_vocabulary
 
@@ -18,6 +18,7 @@ DENSE, MOE = "m2m_100", "nllb-moe"
 _AGAIN = "get the folder again"
 # How fairseq names activation functions.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_accurate", "tanh": "tanh"}
+_MOST_POSITIONS = 2**20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -30,9 +31,11 @@ def read(folder: Path) -> Source:
     config = Config(folder / "config.json")
     notes: list[str] = []
     options = _options(config, notes)
-    parameters = Parameters()
-    for name, tensor in _tensors(folder).items():
-        parameters.add(names.of_transformers(name), tensor)
+    files = _files(folder)
+    parameters = Parameters(files=files)
+    for file in files:
+        for name, tensor in file.tensors.items():
+            parameters.add(names.of_transformers(name), tensor)
     if config.kind == MOE:
         parameters.check_experts(config.number("num_experts"))
     entries, rows = config.number("vocab_size"), len(parameters.plain.get(names.EMBEDDINGS, ()))
@@ -92,6 +95,11 @@ def _options(config: Config, notes: list[str]) -> dict[str, Any]:
             f"{config.path}: activation_function is {activation[:40]!r}, choose from {', '.join(ACTIVATIONS)}"
         )
     dim, positions = config.number("d_model"), config.number("max_position_embeddings")
+    if positions > _MOST_POSITIONS:
+        raise UserError(
+            f"{config.path}: max_position_embeddings is {positions}, and a table of so many is made whenever the model "
+            f"is loaded: use at most {_MOST_POSITIONS}"
+        )
     options: dict[str, Any] = {"arch": "moe_transformer", "share_all_embeddings": True}
     for stack in ("encoder", "decoder"):
         options |= {
@@ -145,7 +153,7 @@ def _expert_options(config: Config, notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _files(folder: Path) -> list[File]:
     """Finds the tensors of a folder: in one file, or in several with an index."""
     for name in _WEIGHTS:
         index = folder / f"{name}.index.json"
@@ -155,11 +163,15 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             if not isinstance(places, dict) or not all(_is_plain(file) for file in places.values()):
                 raise UserError(f"{index} has no weight_map of names and files: {_AGAIN}")
             files = {file: _read(folder / file) for file in sorted(set(places.values()))}
-            if lacking := [one for one, file in places.items() if one not in files[file]]:
+            if lacking := [one for one, file in places.items() if one not in files[file].tensors]:
                 raise UserError(f"{folder / places[lacking[0]]} lacks the tensor {lacking[0][:80]!r}: {_AGAIN}")
-            return {one: files[file][one] for one, file in places.items()}
+            named = {file: {one for one, place in places.items() if place == file} for file in files}
+            return [
+                replace(found, tensors={one: tensor for one, tensor in found.tensors.items() if one in named[file]})
+                for file, found in files.items()
+            ]
         if (folder / name).is_file():
-            return _read(folder / name)
+            return [_read(folder / name)]
     raise UserError(f"{folder} has no {' or '.join(_WEIGHTS)}: {_AGAIN}")
 
 
@@ -168,5 +180,5 @@ def _is_plain(file: Any) -> bool:
     return isinstance(file, str) and Path(file).name == file and file.endswith((".safetensors", ".bin"))
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    return safetensors.read(path) if path.suffix == ".safetensors" else reading.read_parameters(str(path))
+def _read(path: Path) -> File:
+    return safetensors.read(path) if path.suffix == ".safetensors" else File(reading.read_parameters(str(path)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fairseq.distributed import LegacyDistributedDataParallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +29,17 @@ class ExpertParallelDDP(DistributedDataParallel):
         if next(module.parameters()).device.type == "cpu":
             device_ids = output_device = None
         super().__init__(module, device_ids, output_device, **options)
+
+
+class ExpertParallelLegacyDDP(LegacyDistributedDataParallel):
+    """fairseq's data parallelism, also for processes with different numbers of experts.
+
+    Stock sends a buffer of as many numbers as the model has parameters, which must be equally many in all processes.
+    """
+
+    def __init__(self, module: nn.Module, process_group: Any, buffer_size: int = 2**28) -> None:
+        shared = sum(one.numel() for one in module.parameters() if not is_expert(one))
+        super().__init__(module, process_group, min(buffer_size, shared))
 
 
 def average_experts(module: nn.Module) -> None:

@@ -58,8 +58,11 @@ def parallel_groups(cfg: Namespace) -> ExpertGroup | None:
                 "fairseq-train, or the options of docs/parallel.md for fairseq-hydra-train"
             )
         return None
-    if cfg.encoder_layerdrop or cfg.decoder_layerdrop:
-        raise UserError("LayerDrop does not work with MoE layers in several processes: each would leave out others")
+    if dropping := [stack for stack in ("encoder", "decoder") if getattr(cfg, f"{stack}_layerdrop")]:
+        raise UserError(
+            "LayerDrop does not work with MoE layers in several processes, for each would leave out others: give "
+            + " ".join(f"--{stack}-layerdrop 0" for stack in dropping)
+        )
     parallel = cfg.moe_expert_parallel
     check(parallel, processes)
     if parallel > (fewest := fewest_experts(cfg)):

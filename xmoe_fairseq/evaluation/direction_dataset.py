@@ -63,6 +63,9 @@ def directions(checkpoint: Path, data: Path, split: str, pairs: Sequence[str] = 
         UserError: as of `choose_directions`.
     """
     folder = binarised(data)
+    for name in pairs:
+        if not readings(name):
+            raise UserError(f"--pairs {name[:60]!r} is no direction: write SRC-TGT, such as en-de")
     if folder.name != "bin" or not (folder / "lang_pairs.txt").is_file():
         return Chosen([one for name in pairs for one in readings(name)]) if pairs else None
     return choose_directions(folder.parent, checkpoint, split, pairs)

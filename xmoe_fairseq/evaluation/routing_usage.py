@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..errors import UserError
 from ..models.routing_recorder import per_layer
 from ..moe.routing.statistics import RoutingStats
 from ..results.usage import SUMS, LayerUsage
@@ -17,7 +18,9 @@ from .direction_dataset import DirectionDataset, collect, read, total_sentences
 from .trained_model import TrainedModel
 
 
-def measure(checkpoint: Path, data: Path, max_tokens: int = 4096, pairs: Sequence[str] = ()) -> list[LayerUsage]:
+def measure(
+    checkpoint: Path, data: Path, max_tokens: int = 4096, pairs: Sequence[str] = (), like: nn.Module | None = None
+) -> list[LayerUsage]:
     """Runs a model over its binarised test set, and adds up what its routers do.
 
     Args:
@@ -25,14 +28,25 @@ def measure(checkpoint: Path, data: Path, max_tokens: int = 4096, pairs: Sequenc
         data: the folder made by ``xmoe prepare``, or its ``bin``.
         max_tokens: the most tokens in a batch.
         pairs: the directions; none for all that the task of the checkpoint has.
+        like: a model that must have as many parameters.
 
     Raises:
-        UserError: the checkpoint, the folder or its test set is missing, or no sentence of a direction is usable.
+        UserError: the checkpoint, the folder or its test set is missing, no sentence of a direction is usable, or the
+            checkpoint is of another model.
     """
     trained = TrainedModel.load(checkpoint, data, pairs)
+    if like is not None and (found := _size(trained.model)) != (wanted := _size(like)):
+        raise UserError(
+            f"{checkpoint} has {found:,} parameters, and --arch with its options and --vocab has {wanted:,}: "
+            "give those that it was trained with"
+        )
     texts = read(trained.task, trained.model, "test", 0, max_tokens)
     with tqdm(total=total_sentences(texts), desc="expert usage", unit="sentence") as progress:
         return usage_of(trained.model, texts, progress)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(one.numel() for one in model.parameters())
 
 
 def usage_of(model: Any, texts: Sequence[DirectionDataset], progress: Any = None) -> list[LayerUsage]:

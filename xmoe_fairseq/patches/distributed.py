@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fairseq.distributed import LegacyDistributedDataParallel
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
 from fairseq.optim import FairseqOptimizer
@@ -67,4 +68,12 @@ GROUP.replace(
     DistributedDataParallel,
     gradients.ExpertParallelDDP,
     "PyTorch's data parallelism averages experts that only this process holds, and fairseq gives it a GPU always.",
+)
+GROUP.replace(
+    distributed_fairseq_model,
+    "LegacyDistributedDataParallel",
+    LegacyDistributedDataParallel,
+    gradients.ExpertParallelLegacyDDP,
+    "Stock adds up a buffer whose size is the number of parameters of a process, experts included, and fails where "
+    "processes hold different numbers of experts.",
 )

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import NEEDS_TRITON, ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 PROGRAMS = "assignments combine gradient multiply settle spread take weight_gradients"
 
 
+@NEEDS_TRITON
 @pytest.mark.slow
 def test_the_programs_of_a_step_compile_for_an_h100(tmp_path: Path) -> None:
     pytest.importorskip("triton.backends.nvidia")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import NEEDS_TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ OPTIONS = {
     "gshard with capacity": RouterOptions(capacity_factor=0.6, min_capacity=1),
     "switch with capacity": RouterOptions(capacity_factor=1.0),
 }
+pytestmark = NEEDS_TRITON
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MISSING_KERNELS
+from helpers import MISSING_KERNELS, NEEDS_TRITON
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +22,6 @@ from xmoe_fairseq.moe.kernels import KERNELS, Buffers, ExpertWeights, choose
 from xmoe_fairseq.moe.routing.assignments import Assignments
 
 FAST = [name for name in KERNELS if name != "reference"]
-TRITON = pytest.mark.skipif("triton" in MISSING_KERNELS, reason="an older Triton")
 ANY_ACTIVATION = [name for name in FAST if name != "triton"]  # it has ReLU without dropout
 Weights = tuple[Tensor, ...]
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
@@ -254,7 +253,7 @@ def test_unknown_kernels_are_refused_and_a_cpu_computes_expert_by_expert() -> No
     assert choose("reference", torch.empty(1, 8), one, 8) is KERNELS["reference"]
 
 
-@TRITON
+@NEEDS_TRITON
 def test_triton_takes_weights_that_are_parts_of_a_flat_parameter() -> None:
     torch.manual_seed(0)
     shapes = (3, 12, 8), (3, 12), (3, 12, 8), (3, 8)
@@ -267,7 +266,7 @@ def test_triton_takes_weights_that_are_parts_of_a_flat_parameter() -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@TRITON
+@NEEDS_TRITON
 def test_triton_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, narrow = draw([1, 0], 4), ExpertWeights.of(*make_weights(2, 6, 8), Buffers())
     with pytest.raises(ValueError, match=r"16 bytes, not of 6 and 8 numbers of 4 bytes.*auto"):

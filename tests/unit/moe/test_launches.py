@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import NEEDS_TRITON
 from helpers_launches import Launches, functions, launches
 from torch import Tensor
 
 from xmoe_fairseq.moe import ROUTERS, Experts, MoELayer, RouterOptions
 from xmoe_fairseq.moe.routing import base, fp32_logits
 
+pytestmark = NEEDS_TRITON
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS = {
     "threshold": RouterOptions(threshold=0.5, static=True),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY_ARGS, batches, build
+from helpers import NEEDS_TRITON, TINY_ARGS, batches, build
 from helpers_routing import sharpen
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,6 +111,7 @@ def test_gradients_reach_the_router_through_the_chosen_weights() -> None:
     assert torch.autograd.gradcheck(output, (weight,))
 
 
+@NEEDS_TRITON
 def test_routers_that_only_set_limits_have_equal_plans_on_both_paths() -> None:
     router = TwoThirdsRouter(8, 6, RouterOptions(capacity_factor=1.0, min_capacity=1)).train()
     logits = 2 * torch.randn(40, 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import NEEDS_TRITON
 
 from xmoe_fairseq.moe import EXPERTS, ROUTERS, ExpertOptions, MoELayer, RouterOptions, make_experts
 from xmoe_fairseq.moe.routing import base
@@ -16,6 +17,7 @@ def logits() -> torch.Tensor:
     return 2 * torch.randn(30, 6)
 
 
+@NEEDS_TRITON
 @pytest.mark.parametrize("kind", ["threshold", "topk"])
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
 @pytest.mark.parametrize("balance", ["first", "chosen", "cost"])

@@ -253,7 +253,7 @@ def used(layer: str, received: int, experts: int = 8) -> LayerUsage:
 def test_measured_experts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def measure(checkpoint: Path, data: Path) -> list[LayerUsage]:
+    def measure(checkpoint: Path, data: Path, like: torch.nn.Module) -> list[LayerUsage]:
         asked.append((checkpoint, data))
         return [used("encoder.2", 400), used("decoder.2", 240)]
 
