@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +15,13 @@ import torch
 from fairseq import options, tasks
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from hydra._internal.config_repository import ConfigRepository
 from omegaconf import OmegaConf
 
 import xmoe_fairseq  # noqa: F401  (registers the plugin)
 
+# For every command line hydra copies all registered configurations, which takes half of the time, and changes none.
+ConfigRepository.__deepcopy__ = lambda repository, _: copy.copy(repository)
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_ARGS = (
     *("--task", "multilingual_local", "--criterion", "threshold_routing_cross_entropy", "--label-smoothing", "0.1"),
@@ -42,12 +47,16 @@ class Built(NamedTuple):
 
 def build(data: Path, *args: str) -> Built:
     """Builds task, model and criterion as `fairseq-train` would from the command line."""
-    parser = options.get_training_parser()
-    given = options.parse_args_and_arch(parser, [str(data), *TRAIN_ARGS, *(args or TINY_ARGS)])
-    cfg = convert_namespace_to_omegaconf(given)
+    cfg = copy.deepcopy(_configuration(str(data), *TRAIN_ARGS, *(args or TINY_ARGS)))
     torch.manual_seed(cfg.common.seed)
     task = tasks.setup_task(cfg.task)
     return Built(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+
+
+@cache
+def _configuration(*words: str) -> Any:
+    """Reads a command line of training."""
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), list(words)))
 
 
 def save_checkpoint(built: Built, path: Path) -> Path:
