@@ -295,6 +295,11 @@ def test_files_of_the_branch_hold_the_same_model(imported: dict[str, Path], tmp_
     assert all(torch.equal(found["model"][name], tensor) for name, tensor in state["model"].items())
     assert found["cfg"]["model"] == state["cfg"]["model"]
     assert (tmp_path / "out" / "bin" / "dict.txt").read_bytes() == (data / "dict.txt").read_bytes()
+    torch.save(
+        {"cfg": {"model": {**model, "max_target_positions": 2**30}}, "model": shared}, tmp_path / "nllb-shared.pt"
+    )
+    with pytest.raises(UserError, match="max_target_positions is 1073741824"):
+        main([*words, "--out", str(tmp_path / "other")])
     (tmp_path / "nllb-rank-1.pt").unlink()
     with pytest.raises(UserError, match=r"nllb-rank-1\.pt is missing"):
         main([*words, "--out", str(tmp_path / "other")])
