@@ -21,7 +21,7 @@ MODELS = {
     "top-k": ("--arch", "xmoe_transformer_tiny", *TINY, "--moe-router", "topk"),
     "relu": (
         *("--arch", "xmoe_transformer_tiny", *TINY[:-2], "--moe-router", "relu", "--moe-relu-start", "0.1"),
-        *("--activation-fn", "gelu"),
+        *("--activation-fn", "gelu", "--moe-num-experts", "7"),  # of which two processes hold 4 and 3
     ),
 }
 # With ReLU, a hidden unit of a dense layer that comes near to 0 in update 5 is on another side in several processes.

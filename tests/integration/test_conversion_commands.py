@@ -163,6 +163,12 @@ def pipe(name: str) -> Change:
     return change
 
 
+def numbered(folder: Path) -> None:
+    """Has parameters by number."""
+    (folder / "model.safetensors").unlink()
+    torch.save({1: torch.zeros(3)}, folder / "pytorch_model.bin")
+
+
 def parameter(name: str, value: torch.Tensor | None) -> Change:
     """Replaces a parameter of a checkpoint, or removes it."""
 
@@ -188,6 +194,7 @@ BAD: dict[str, tuple[str, str, Change | None, str, str]] = {
     "not a rate": ("import", "m2m", config(dropout=float("nan")), "", "config.json is not JSON"),
     "a list": ("import", "m2m", file("config.json", b"[]"), "", "model_type"),
     "deep JSON": ("import", "m2m", file("config.json", b"[" * 100_000), "", "nested too deeply"),
+    "numbers for names": ("import", "m2m", numbered, "", "name of a parameter is 1, it must be text"),
     "empty tensors": ("import", "m2m", file("model.safetensors", b""), "", "is no safetensors file"),
     "unknown type": ("import", "m2m", first_tensor(dtype="F8_E4M3"), "", "F8_E4M3"),
     "negative shape": ("import", "m2m", first_tensor(shape=[-1]), "", "is damaged"),

@@ -26,7 +26,7 @@ SENTENCES = {
     "cat_Latn": ["bon dia", "una casa a tothom"],
 }
 TARGETS = ("fra_Latn", "zho_Hans")
-DIM, PIECES, LONGEST, UPDATES = 32, 60, 40, 60
+DIM, PIECES, LONGEST, UPDATES = 32, 60, 40, 30
 SIZES = {
     **{"d_model": DIM, "encoder_layers": 4, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40},
     **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.3},

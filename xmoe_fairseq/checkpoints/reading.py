@@ -190,8 +190,10 @@ def read_parameters(path: str) -> dict[str, Tensor]:
 
 def _wrong_parameters(model: dict[Any, Any]) -> str:
     for name, tensor in model.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            return f"its parameter {str(name)[:60]!r} is {_kind(tensor)}, it must be a tensor"
+        if not isinstance(name, str):
+            return f"the name of a parameter is {_kind(name)}, it must be text"
+        if not isinstance(tensor, torch.Tensor):
+            return f"its parameter {name[:60]!r} is {_kind(tensor)}, it must be a tensor"
     return ""
 
 

@@ -19,7 +19,7 @@ from ..checkpoints import reading
 from ..errors import UserError
 from ..tasks.data_folder import count_symbols
 from . import names
-from .source import SPECIAL, Parameters, Source, Vocabulary, words
+from .source import SPECIAL, Parameters, Source, Vocabulary, check_positions, words
 
 _AGAIN = "get all files of the model again"
 _SHARED = "-shared.pt"
@@ -97,8 +97,10 @@ def _options(model: Mapping[str, Any], experts: int, path: Path, notes: list[str
     for name in ("encoder_normalize_before", "decoder_normalize_before", "share_all_embeddings"):
         if not model.get(name):
             raise UserError(f"{path}: its option {name} is off: only models like M2M-100 and NLLB are read")
-    options = {"arch": "moe_transformer", "share_all_embeddings": True}
+    options: dict[str, Any] = {"arch": "moe_transformer", "share_all_embeddings": True}
     options |= {name: _plain(model, name, path) for name in _SAME if model.get(name) is not None}
+    for name in ("max_source_positions", "max_target_positions"):
+        check_positions(options.get(name, 0), name, path)
     if not experts:
         return options | {"moe_placement": "none"}
     if model.get("moe_top1_expert"):

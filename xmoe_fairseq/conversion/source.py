@@ -16,6 +16,7 @@ from .safetensors import File
 
 # fairseq's special symbols, which have the first numbers of every dictionary.
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+_MOST_POSITIONS = 2**20
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,19 @@ class Source:
     parameters: Parameters
     vocabulary: Vocabulary
     notes: tuple[str, ...] = ()
+
+
+def check_positions(number: int, name: str, path: Path) -> None:
+    """Refuses a number of positions for which whoever loads the model has no memory.
+
+    Raises:
+        UserError: names it.
+    """
+    if number > _MOST_POSITIONS:
+        raise UserError(
+            f"{path}: {name} is {number}, and a table of so many rows is made whenever the model is loaded: "
+            f"use at most {_MOST_POSITIONS}"
+        )
 
 
 def words(options: Mapping[str, Any]) -> tuple[str, ...]:

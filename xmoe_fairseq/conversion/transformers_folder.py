@@ -11,14 +11,13 @@ from ..common.schema import read_json
 from ..errors import UserError
 from . import names, safetensors
 from .safetensors import File
-from .source import Parameters, Source, words
+from .source import Parameters, Source, check_positions, words
 from .transformers_vocabulary import read_vocabulary
 
 DENSE, MOE = "m2m_100", "nllb-moe"
 _AGAIN = "get the folder again"
 # How fairseq names activation functions.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_accurate", "tanh": "tanh"}
-_MOST_POSITIONS = 2**20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -95,11 +94,7 @@ def _options(config: Config, notes: list[str]) -> dict[str, Any]:
             f"{config.path}: activation_function is {activation[:40]!r}, choose from {', '.join(ACTIVATIONS)}"
         )
     dim, positions = config.number("d_model"), config.number("max_position_embeddings")
-    if positions > _MOST_POSITIONS:
-        raise UserError(
-            f"{config.path}: max_position_embeddings is {positions}, and a table of so many is made whenever the model "
-            f"is loaded: use at most {_MOST_POSITIONS}"
-        )
+    check_positions(positions, "max_position_embeddings", config.path)
     options: dict[str, Any] = {"arch": "moe_transformer", "share_all_embeddings": True}
     for stack in ("encoder", "decoder"):
         options |= {

@@ -138,6 +138,7 @@ def grow(dense: Dense, arch: str, words: Sequence[str], kind: str) -> Grown:
         changes["moe_split_ratio"] = 1
     if kind == "adapter":
         changes["moe_expert"] = "adapter"
+    changes["moe_expert_parallel"] = 1  # a file names no layout of processes
     options = changed_options(dense.options, changes, arch)
     _check_sizes(options, parsed, (stock & given) - _FREE)
     found = _kind(options, kind)

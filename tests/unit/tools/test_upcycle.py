@@ -123,7 +123,8 @@ def test_other_rows_are_as_the_table_says(
 
 def test_experts_are_the_network_and_all_else_stays(dense: dict[str, Path], tmp_path: Path) -> None:
     upcycle(dense["ours"], tmp_path / "moe.pt", *EXACT["copies, gshard"], "--moe-interval", "2")
-    upcycle(dense["ours"], tmp_path / "again.pt", *EXACT["copies, gshard"], "--moe-interval", "2")
+    parallel = ("--moe-expert-parallel", "2")  # of training, not of the file
+    upcycle(dense["ours"], tmp_path / "again.pt", *EXACT["copies, gshard"], "--moe-interval", "2", *parallel)
     old, new = (torch.load(one, weights_only=True) for one in (dense["ours"], tmp_path / "moe.pt"))
     for name, tensor in old["model"].items():
         layer, _, rest = name.rpartition("layers.1.")
