@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from .common import guard
+from .common.command_line import quiet_libraries
 from .errors import UserError
 
 # By command: the module under this package, imported when the command runs, and a line for the help.
@@ -58,6 +59,7 @@ def _run(words: list[str]) -> None:
         warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", FutureWarning)
         module = importlib.import_module(f".{COMMANDS[command][0]}", __package__)
         logging.disable(logging.NOTSET)
+        quiet_libraries()
         module.main(rest)
     else:
         raise UserError(f"xmoe has no command {command!r}: choose {', '.join(COMMANDS)}, or see xmoe --help")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from ..common.command_line import CommandParser, bounded, comma_list, file_path, quiet_libraries
+from ..common.command_line import CommandParser, bounded, comma_list, file_path
 from ..common.schema import json_text
 from ..errors import UserError
 from ..evaluation.compare import compare, read_systems
@@ -34,7 +34,6 @@ def main(argv: Sequence[str]) -> None:
         UserError: a folder is refused, or cannot be compared with the first.
     """
     args = _parser().parse_args(argv)
-    quiet_libraries()
     if len(args.folders) < 2:
         raise UserError("one system has nothing to be compared with: give two folders or more")
     systems = read_systems(args.folders, args.pairs)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..common import locks
-from ..common.command_line import CommandParser, bounded, file_path, quiet_libraries
+from ..common.command_line import CommandParser, bounded, file_path
 from ..common.files import read_file
 from ..common.outputs import check_no_folders, check_writable, finish_replacing, replacing_all
 from ..common.run_folder import find_checkpoint
@@ -54,7 +54,6 @@ def main(argv: Sequence[str], open_model: Callable[[Path, Path, int], Model] = M
     """
     args = _parser().parse_args(argv)
     _check(args)
-    quiet_libraries()
     with locks.held(_page(args), file=True), _silent() if args.quiet else contextlib.nullcontext():
         finish_replacing(_page(args))
         if not args.force:

@@ -12,7 +12,7 @@ from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
 from ..common import locks
-from ..common.command_line import CommandParser, bounded, comma_list, file_path, quiet_libraries
+from ..common.command_line import CommandParser, bounded, comma_list, file_path
 from ..common.files import is_there
 from ..common.outputs import check_writable
 from ..common.run_folder import default_out, generated_folder, scores_folder, seek_checkpoint
@@ -61,7 +61,6 @@ def main(argv: Sequence[str]) -> None:
         UserError: an argument or a file is refused.
     """
     args = _parser().parse_args(argv)
-    quiet_libraries()
     if args.checkpoint is not None and is_language_model(args.checkpoint):
         if args.data is not None:
             raise UserError("--data goes with a run: give the folder of a language model's text as DATA")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..common import locks
-from ..common.command_line import CommandParser, comma_list, quiet_libraries
+from ..common.command_line import CommandParser, comma_list
 from ..common.files import is_there
 from ..common.outputs import replacing_set
 from ..common.schema import build
@@ -46,7 +46,6 @@ def main(argv: Sequence[str]) -> None:
         UserError: an argument or a file is refused, or a run failed.
     """
     args = _parser().parse_args(argv)
-    quiet_libraries()
     check_range("--jobs", args.jobs, 1000)
     study = read_study(args)
     runs = runs_of(study, args.models, read_seeds(args.seeds))

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..common import locks
-from ..common.command_line import CommandParser, bounded, file_path, quiet_libraries
+from ..common.command_line import CommandParser, bounded, file_path
 from ..common.outputs import check_no_folders, check_writable, replacing_all
 from ..common.run_folder import default_out
 from ..common.schema import json_text
@@ -55,7 +55,6 @@ def main(argv: Sequence[str]) -> None:
         UserError: an argument or a file is refused, or the model has no threshold router.
     """
     args = _parser().parse_args(argv)
-    quiet_libraries()
     dial, values = _values(args)
     if is_language_model(args.checkpoint):
         measure_perplexity(args, args.data, "sweep", values, dial)

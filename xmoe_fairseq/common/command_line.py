@@ -84,4 +84,6 @@ def file_path(text: str) -> Path:
 def quiet_libraries() -> None:
     """Leaves only warnings of this project and errors on the terminal: importing fairseq turns debugging on."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.|fairseq\.")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|fairseq|hydra)\.")
+    # hydra's, too, but told of whoever calls fairseq.
+    warnings.filterwarnings("ignore", r"\s*'config' is validated against ConfigStore", UserWarning)

@@ -137,6 +137,7 @@ def test_the_largest_model_takes_no_memory() -> None:
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["parameters"]["total"] > 1.7e9  # and nothing but JSON
+    assert result.stderr == ""
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
