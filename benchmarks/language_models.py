@@ -4,7 +4,7 @@ python scripts/language_model_data.py data/demo4 en data/demo4-en
 python benchmarks/language_models.py data/demo4-en --out runs/language_models --updates 600
 
 Written to --out: ROW/checkpoint_last.pt with train.log and what `xmoe score` and `xmoe sweep` measured on the test set,
-and table.md. Run again, finished rows are kept.
+perplexity.md and perplexity.svg. Run again, finished rows are kept.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib import pyplot as plt
+
+from xmoe_fairseq.checkpoints import reading
+from xmoe_fairseq.common.command_line import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "configs/language_models/rows.yaml"
@@ -35,14 +39,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of each row (default: 1)")
     parser.add_argument("--cpu", action="store_true", help="train without a GPU")
     args = parser.parse_args()
+    quiet_libraries()
     config = yaml.safe_load(args.rows.read_text(encoding="utf-8"))
-    lines = [_HEADER, "|---|---|---|---|---|---|---|"]
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in config["rows"]:
         folder = args.out / row["name"]
         _train(row, config["train"].format(updates=args.updates), folder, args)
-        lines += _measure(row["name"], folder / "checkpoint_last.pt", args.data, config["thresholds"])
-        (args.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+        found[row["name"]] = _measure(folder / "checkpoint_last.pt", args.data, config["thresholds"])
+        lines = [_line(name, point) for name, points in found.items() for point in points]
+        table = "\n".join([_HEADER, "|---|---|---|---|---|---|---|", *lines])
+        (args.out / "perplexity.md").write_text(table + "\n", encoding="utf-8")
+    draw(found, args.out / "perplexity.svg")
+    print(table)
 
 
 def _train(row: dict[str, Any], shared: str, folder: Path, args: argparse.Namespace) -> None:
@@ -59,15 +67,33 @@ def _train(row: dict[str, Any], shared: str, folder: Path, args: argparse.Namesp
     (folder / "done").touch()
 
 
-def _measure(name: str, checkpoint: Path, data: Path, thresholds: str) -> list[str]:
-    """Returns lines of the table: at the threshold of the training, and at others where the routers have one."""
+def _measure(checkpoint: Path, data: Path, thresholds: str) -> list[dict[str, Any]]:
+    """Measures a model at the threshold of the training, and at others if its routers have one."""
     common = (data, "--checkpoint", checkpoint)
-    points = json.loads(_run("xmoe_fairseq", "score", *common, "--json", "--quiet"))["points"]
-    config = checkpoint.parent / "train.log"
-    if "'moe_router': 'threshold'" in config.read_text(encoding="utf-8") and points[0]["size"]["moe_flops"]:
+    points: list[dict[str, Any]] = json.loads(_run("xmoe_fairseq", "score", *common, "--json", "--quiet"))["points"]
+    if has_threshold(checkpoint):
         words = ("--data", data, "--checkpoint", checkpoint, "--thresholds", thresholds, "--json", "--quiet")
         points += json.loads(_run("xmoe_fairseq", "sweep", *words))["points"]
-    return [_line(name, point) for point in points]
+    return points
+
+
+def has_threshold(checkpoint: Path) -> bool:
+    """Returns whether a threshold decides how many experts a token takes."""
+    model = reading.peek(str(checkpoint))["cfg"]["model"]
+    return str(model["moe_router"]) == "threshold" and str(model["moe_placement"]) != "none"
+
+
+def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draws perplexity against FLOPs: a mark per row, a line if there are several thresholds."""
+    plt.rcParams["svg.hashsalt"] = path.name  # the same picture is the same file
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name, points in found.items():
+        points = sorted(points, key=lambda point: point["size"]["flops"])
+        x = [point["size"]["flops"] / 1e6 for point in points]
+        axes.plot(x, [point["perplexity"] for point in points], "o-", label=name, markersize=4)
+    axes.set(xlabel="million FLOPs per token", ylabel="perplexity per token")
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 def _line(name: str, point: dict[str, Any]) -> str:

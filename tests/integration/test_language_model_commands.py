@@ -12,6 +12,7 @@ import torch
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from helpers_commands import run_warm
 from helpers_language_models import LENGTH, TRAIN, WORDS, write_markov_text
+from language_models import draw, has_threshold
 
 from xmoe_fairseq.cli import main
 from xmoe_fairseq.errors import UserError
@@ -68,6 +69,9 @@ def test_a_sweep_takes_fewer_experts_at_a_lower_threshold_and_a_report_shows_it(
     low, high = json.loads(capsys.readouterr().out)["points"]
     assert low["size"]["experts_per_token"] == 1 < high["size"]["experts_per_token"]
     assert low["size"]["moe_flops"] < high["size"]["moe_flops"]
+    assert has_threshold(run / "checkpoint_last.pt")  # of the benchmark
+    draw({"xmoe": [high, low]}, tmp_path / "perplexity.svg")
+    assert "</svg>" in (tmp_path / "perplexity.svg").read_text()
     main(["report", str(tmp_path), *model, "--json"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["perplexity"]["bits"] == pytest.approx(high["bits"]) and shown["perplexity"]["subset"] == "test"
