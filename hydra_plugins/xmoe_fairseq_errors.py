@@ -11,10 +11,14 @@ import argparse
 import os
 import stat
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 _PLUGIN, _COMMAND = "xmoe_fairseq", "fairseq_cli.hydra_train"
+# Values of a recipe with what its anchors repeat, for which hydra takes seconds.
+_MOST_VALUES = 20_000
 
 
 def install() -> None:
@@ -22,7 +26,8 @@ def install() -> None:
     started = getattr(sys.modules["__main__"].__spec__, "name", None)
     if _COMMAND not in (started, *sys.modules) or sys.excepthook is not sys.__excepthook__:
         return
-    if _names_plugin(_recipe()):
+    if _names_plugin(recipe := _recipe()):
+        _check_anchors(recipe)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints the error itself, and the hook sees none
         sys.excepthook = _hook
 
@@ -55,6 +60,43 @@ def _has_name(recipe: Path) -> bool:
     if not stat.S_ISREG(recipe.stat().st_mode):
         raise SystemExit(f"xmoe_fairseq: error: {recipe} is no file: give the name of a YAML file")
     return _PLUGIN.encode() in recipe.read_bytes()
+
+
+def _check_anchors(recipe: Path) -> None:
+    """Refuses a recipe whose anchors, each repeated by the next, stand for more values than hydra can copy."""
+    import yaml
+
+    try:
+        values = _count_values(yaml.parse(recipe.read_bytes()))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # hydra says what is wrong
+        return
+    if values > _MOST_VALUES:
+        raise SystemExit(
+            f"xmoe_fairseq: error: {recipe} has {values:.3g} values, most of them repeated by anchors: write it without"
+        )
+
+
+def _count_values(events: Iterable[Any]) -> int:
+    """Counts the values that YAML stands for, with every alias in full."""
+    anchors: dict[str, int] = {}
+    opened: list[tuple[str | None, int]] = [(None, 0)]  # the anchor of each collection, and its values so far
+    for event in events:
+        kind = type(event).__name__
+        if kind in ("SequenceStartEvent", "MappingStartEvent"):
+            opened.append((event.anchor, 1))
+            continue
+        if kind in ("SequenceEndEvent", "MappingEndEvent"):
+            anchor, size = opened.pop()
+        elif kind == "ScalarEvent":
+            anchor, size = event.anchor, 1
+        elif kind == "AliasEvent":
+            anchor, size = None, anchors.get(event.anchor, 0)
+        else:
+            continue
+        if anchor is not None:
+            anchors[anchor] = size
+        opened[-1] = (opened[-1][0], opened[-1][1] + size)
+    return opened[0][1]
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -30,6 +30,14 @@ def recipe(path: Path) -> None:
     path.write_text(RECIPE)
 
 
+def repeated(path: Path) -> None:
+    """Writes anchors, each of eight copies of the one before: 2 million values in 300 bytes."""
+    nested = "&a0 [x, x, x, x, x, x, x, x]"
+    for depth in range(1, 7):
+        nested = f"&a{depth} [{nested}{f', *a{depth - 1}' * 7}]"
+    path.write_text(f"{RECIPE}\nmore: {nested}\n")
+
+
 CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "a name of stock fairseq": (
         text("max_tokens:", "max_token:"),
@@ -47,6 +55,7 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "no name": (text("_name: moe_adam", "adam_eps: 1e-8"), (), "optimizer._name: None is unknown"),
     "no YAML": (lambda path: path.write_text(f"{RECIPE}\n\tx: 1\n"), (), r"r\.yaml is not YAML of options"),
     "no UTF-8": (lambda path: path.write_bytes(RECIPE.encode() + b"\xff\n"), (), r"r\.yaml is not YAML of options"),
+    "anchors of anchors": (repeated, (), r"r\.yaml has 2\.4e\+06 values, most of them repeated by anchors"),
     "a pipe": (os.mkfifo, (), r"r\.yaml is no file"),
     "no file": (lambda path: path.with_name("recipe.yaml").write_text(RECIPE), (), r"no .*r\.yaml: choose recipe"),
 }
