@@ -78,7 +78,7 @@ def _measure(checkpoint: Path, data: Path, thresholds: str) -> list[dict[str, An
 
 
 def has_threshold(checkpoint: Path) -> bool:
-    """Returns whether a threshold decides how many experts a token takes."""
+    """Returns whether the checkpoint has MoE layers with threshold routers."""
     model = reading.peek(str(checkpoint))["cfg"]["model"]
     return str(model["moe_router"]) == "threshold" and str(model["moe_placement"]) != "none"
 

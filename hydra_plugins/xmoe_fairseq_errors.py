@@ -72,7 +72,7 @@ def _check_anchors(recipe: Path) -> None:
         return
     if values > _MOST_VALUES:
         raise SystemExit(
-            f"xmoe_fairseq: error: {recipe} has {values:.3g} values, most of them repeated by anchors: write it without"
+            f"xmoe_fairseq: error: {recipe} has {values:.3g} values, most of them repeated by anchors: remove them"
         )
 
 
